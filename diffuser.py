@@ -1,0 +1,2094 @@
+#!/usr/bin/env python3
+"""diffuser: train and sample denoising diffusion models of images, in one file.
+
+    python diffuser.py                                          asks what to do
+    python diffuser.py --mode train --dataset digits            trains on the shipped digits
+    python diffuser.py --mode train --dataset folder --path_to_data DIR_OR_ZIP --img_size 64
+    python diffuser.py --mode inference                         picks a checkpoint, asks for classes
+    python diffuser.py --mode inference --model_path C.pt --num_images 1000 --save_dir out
+    torchrun --nproc_per_node 4 diffuser.py --mode train ...    one process per device
+    python diffuser.py --help                                   every option
+
+The same command resumes an interrupted run. From Python:
+
+    import diffuser
+    config = diffuser.configure(dataset="digits", epochs=50)
+    model = diffuser.load(diffuser.train(config))
+    images = model.generate(["3", "7"], num_images=8)           # uint8 [8, 1, 8, 8]
+
+Chapters
+     1  Configuration         every option once, presets, recipes
+     2  Noise schedules       beta_t for t = 0..T-1
+     3  Diffusion             q(x_t | x_0), what a network predicts, the loss
+     4  U-Net                 residual blocks, attention, the network
+     5  Samplers              from noise to image; guidance; the start of sampling
+     6  Data                  datasets, the uint8 cache, batches
+     7  Runtime               device, precision, processes, signals, logs
+     8  EMA and checkpoints   averaging, safe files
+     9  Training              one step, the loop
+    10  Commands              train, inference, the questions they ask
+    11  Command line          flags to settings
+
+Notation
+    x0, xt, xT      images [N, C, H, W], float in [-1, 1] before noise; uint8 outside the program
+    eps, v          the noise in xt; sqrt(alpha_bar) eps - sqrt(1 - alpha_bar) x0
+    t, T, ts        timestep, int64 [N], 0..T-1; their number; a descending grid of them
+    beta, alpha_bar variance of step t; product of (1 - beta) up to t; alpha_bar_prev is 1 before t = 0
+    x0_hat, eps_hat estimates from the network's output
+    y               class labels, int64 [N]; the null class (no label) is num_classes
+    cin, cout, emb  channels in, channels out, width of the conditioning vector
+
+Papers: DDPM (Ho et al. 2020, 2006.11239), DDIM (Song et al. 2020, 2010.02502), improved DDPM (Nichol
+& Dhariwal 2021, 2102.09672), progressive distillation (Salimans & Ho 2022, 2202.00512), classifier-free
+guidance (Ho & Salimans 2022, 2207.12598), ADM (Dhariwal & Nichol 2021, 2105.05233).
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import csv
+import dataclasses
+import difflib
+import hashlib
+import io
+import json
+import math
+import os
+import re
+import signal
+import sys
+import time
+import warnings
+import zipfile
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+from types import UnionType
+from typing import get_args, get_type_hints
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from PIL import Image, ImageDraw, ImageFont, ImageOps
+from torch import Tensor, nn
+from tqdm import tqdm
+
+# ------------------------------------------------------------------------------------------------
+# 1  Configuration
+# One frozen dataclass holds every option; each field makes its flag, default, help and question.
+
+
+class UserError(Exception):
+    """An expected failure, told in a line or two. `code` is the exit status: 2 bad usage, 1 failed."""
+
+    def __init__(self, message: str, code: int = 2):
+        super().__init__(message)
+        self.code = code
+
+
+def opt(default, help, *aliases, choices=None, spelled=None, lo=None, hi=None, ask=None, fixed=False):
+    """One option. `choices`: a function that gives the allowed values; `spelled`: other spellings of
+    them; `lo`, `hi`: range; `ask`: advice shown where the option is asked for; `fixed`: it shapes
+    the network or the schedule, so a checkpoint cannot be resumed with another value."""
+    return field(default=default, metadata=dict(help=help, aliases=aliases, choices=choices, ask=ask,
+                                                spelled=spelled or {}, lo=lo, hi=hi, fixed=fixed))
+
+
+@dataclass(frozen=True)
+class Config:
+    """Every setting of a run. Fields that are None take the dataset's or the device's own value."""
+
+    # fmt: off
+    mode: str = opt("", "what to do", choices=lambda: COMMANDS, ask="train a model, or draw with one")
+    dataset: str = opt("", "what to train on", choices=lambda: DATASETS, fixed=True, ask="digits is shipped and trains in a minute or two")
+    recipe: str = opt("", "a whole measured configuration", choices=lambda: RECIPES)
+    device: str = opt("auto", "auto: cuda, then mps, then cpu", choices=lambda: ("auto", "cuda", "mps", "cpu"))
+    seed: int = opt(0, "seed of everything random", lo=0, hi=2**63 - 1)
+    yes: bool = opt(False, "ask nothing: take every default")
+    dry_run: bool = opt(False, "print settings, parameters, steps and memory, then stop")
+    debug: bool = opt(False, "show the traceback of a failure")
+
+    data_dir: str = opt("data", "where datasets are, are downloaded to, and are cached")
+    path_to_data: str = opt("", "image folder or ZIP file (dataset folder); subfolders are classes")
+    img_size: tuple[int, int] | None = opt(None, "image size: a number or HxW", "--image_size", lo=1, hi=4096, fixed=True)
+    channels: int | None = opt(None, "1 grey, 3 colour (default: what the images are)", choices=lambda: (1, 3), fixed=True)
+    use_labels: bool | None = opt(None, "condition on class labels (default: where there are any)", fixed=True)
+    flip: bool | None = opt(None, "mirror training images at random (default: where the dataset allows)")
+    num_workers: int = opt(2, "processes that decode images into the cache", lo=0, hi=256)
+    val_fraction: float = opt(0.02, "part of the data held out for the validation loss (at most 1,000 images)", lo=0, hi=0.5)
+
+    timesteps: int = opt(1000, "diffusion steps T", "--num_timesteps", "--num_diffusion_timesteps", lo=2, hi=100_000, fixed=True, ask="more steps: finer noise levels; 500 to 1000 is usual")
+    schedule_type: str = opt("linear", "noise schedule", "--schedule", choices=lambda: SCHEDULES, spelled={"l": "linear", "cos": "cosine", "DNS": "dns"}, fixed=True, ask="cosine is gentler on small images")
+    beta_start: float = opt(1e-4, "first beta (linear, dns)", "--schedule_low", lo=0, hi=1, fixed=True, ask="variance of the first step")
+    beta_end: float = opt(0.02, "last beta (linear, dns)", "--schedule_high", lo=0, hi=1, fixed=True, ask="variance of the last step")
+    cosine_s: float = opt(0.008, "offset s of the cosine schedule", lo=0, hi=1, fixed=True)
+    scale_betas: bool = opt(False, "multiply beta_start and beta_end by 1000/T", fixed=True)
+    prediction: str = opt("eps", "what the network predicts", choices=lambda: PREDICTIONS, fixed=True)
+    loss_fn: str = opt("mse", "loss", "--loss_type", choices=lambda: LOSSES, spelled={"l2": "mse", "l1": "mae"})
+
+    base_channels: int = opt(64, "channels of the first level", "--starting_channels", lo=1, hi=4096, fixed=True, ask="wider is better and slower")
+    channel_mults: tuple[int, ...] = opt((1, 2, 2), "channel multiplier of each level", lo=1, hi=64, fixed=True)
+    num_res_blocks: int = opt(2, "residual blocks per level", lo=1, hi=16, fixed=True)
+    use_attention: bool = opt(True, "self-attention at --attention_levels and in the bottleneck", fixed=True, ask="better structure for some time")
+    attention_levels: tuple[int, ...] = opt((), "levels with attention, 0 the finest", "--attention_resolutions", lo=0, hi=16, fixed=True)
+    num_heads: int = opt(4, "attention heads", lo=1, hi=1024, fixed=True)
+    head_dim: int = opt(0, "channels per head; 0: use --num_heads", lo=0, hi=4096, fixed=True)
+    emb_dim: int = opt(128, "embedding size; the conditioning vector has 4 x emb_dim entries", lo=1, hi=4096, fixed=True, ask="128 does for most")
+    dropout: float = opt(0.0, "dropout in the residual blocks", lo=0, hi=0.99)
+    norm_groups: int = opt(32, "GroupNorm groups, lowered to a divisor of base_channels", lo=1, hi=1024, fixed=True)
+    conditioning: str = opt("scale_shift", "how time and class enter: scaling and shifting each block, added to it, or as extra input channels", choices=lambda: ("scale_shift", "add", "concat"), fixed=True)
+
+    epochs: int = opt(100, "passes over the data", lo=1, hi=10**7, ask="one pass over the images each")
+    iterations: int = opt(0, "optimizer steps; 0: use --epochs", "--num_training_steps", lo=0, hi=10**9)
+    batch_size: int = opt(128, "images per step, over all devices", lo=1, hi=10**6, ask="lower it when memory runs out")
+    gradient_accumulation_steps: int = opt(1, "micro-batches of batch_size that make one step", lo=1, hi=10**4)
+    learning_rate: float = opt(1e-4, "highest learning rate", "--lr", lo=1e-12, hi=10, ask="1e-4 is safe, 1e-3 is fast for small networks")
+    optimizer: str = opt("adamw", "optimizer", choices=lambda: OPTIMIZERS)
+    weight_decay: float = opt(1e-4, "weight decay", lo=0, hi=10)
+    lr_schedule: str = opt("onecycle", "learning rate over time", choices=lambda: LR_SCHEDULES)
+    warmup_steps: int | None = opt(None, "steps of rising learning rate (default: a tenth of the run, at most 1000)", lo=0, hi=10**9)
+    max_grad_norm: float = opt(1.0, "clip the gradient to this norm; 0: never", lo=0, hi=1e9)
+    label_dropout: float = opt(0.1, "chance that a label is dropped, for guidance", lo=0, hi=1)
+    use_ema: bool = opt(True, "average the weights and sample from the average")
+    ema_decay: float = opt(0.9999, "decay of the average, warmed up as (1 + n) / (10 + n)", lo=0, hi=1)
+    ema_update_rate: int = opt(1, "steps between updates of the average", lo=1, hi=10**6)
+    ema_start: int = opt(0, "steps before averaging begins", lo=0, hi=10**9)
+    early_stop_loss_change: float = opt(0.0, "stop when the mean absolute change of the last ten logged losses is below this; 0: never", lo=0, hi=1e9)
+    scale_lr: bool = opt(False, "multiply the learning rate by the number of devices")
+    num_gpus: int = opt(0, "GPUs for DataParallel; 0: all there are", lo=0, hi=64)
+    precision: str = opt("auto", "auto: bf16 where the hardware has it", choices=lambda: ("auto", "fp32", "bf16", "fp16"))
+    compile: bool = opt(False, "torch.compile the network")
+    channels_last: bool | None = opt(None, "store images channels last (default: but for mps)")
+
+    experiment_name: str = opt("", "names the run; keeps checkpoints by step in a folder of their own")
+    working_directory: str = opt("checkpoints", "where checkpoints go")
+    generated_directory: str = opt("samples", "where sample grids, metrics.csv and config.json go")
+    sample_every: int = opt(1, "epochs between sample grids", lo=1, hi=10**7, ask="a grid shows how far training is")
+    checkpoint_every: int = opt(1, "epochs between checkpoints", lo=1, hi=10**7)
+    checkpoint_rate: int = opt(0, "steps between checkpoints with a grid; 0: go by epochs", "--evaluation_interval", lo=0, hi=10**9)
+    num_keep_checkpoints: int = opt(1, "checkpoints to keep", lo=1, hi=10**6)
+    num_generations: int = opt(0, "images per class in a grid and rows of a denoising strip; 0: choose", lo=0, hi=1000)
+    plot_freq_interval: int = opt(0, "timesteps between the pictures of a denoising strip; 0: no strips in training", lo=0, hi=100_000)
+    preview_steps: int = opt(25, "sampling steps of the grids drawn in training", lo=1, hi=100_000)
+    log_every: int = opt(50, "steps between rows of metrics.csv", "--log_rate", lo=1, hi=10**9)
+    resume: str = opt("auto", "auto: go on from the run's checkpoint; never: start over", choices=lambda: ("auto", "never"))
+    resume_from_checkpoint: str = opt("", "go on from this checkpoint: checkpoint_STEP of the experiment, or a path")
+    use_wandb: bool = opt(False, "log to Weights & Biases", "--log_to_wandb")
+    use_tensorboard: bool = opt(False, "log to TensorBoard")
+    project_name: str = opt("diffuser", "Weights & Biases project")
+
+    model_path: str = opt("", "checkpoint to sample from")
+    classes: str = opt("", "classes to draw, by name or number: cat,3 or all")
+    num_images: int | None = opt(None, "images to draw in all (default: 10 of each class)", lo=1, hi=10**7)
+    save_dir: str = opt("", "folder for images/, grid.png and samples.json")
+    sampler: str = opt("ddim", "sampler", choices=lambda: SAMPLERS)
+    steps: int | None = opt(None, "sampling steps (default: 50; ddpm: all T)", lo=1, hi=100_000)
+    spacing: str = opt("trailing", "how the sampling steps lie in 0..T-1", choices=lambda: SPACINGS)
+    eta: float = opt(0.0, "noise of ddim: 0 none, 1 as much as ddpm", lo=0, hi=1)
+    variance: str = opt("small", "variance of the noise of ddpm: posterior (small) or beta (large)", choices=lambda: ("small", "large"))
+    noise_scale: float = opt(1.0, "multiplies the noise added while sampling", lo=0, hi=10)
+    use_noise_scaling: bool = opt(False, "let that noise fade in proportion to t/T")
+    guidance_scale: float = opt(0.0, "classifier-free guidance w: (1 + w) eps_cond - w eps_uncond", lo=0, hi=1000)
+    clip_x0: bool = opt(True, "clip the estimate of x0 to [-1, 1] at every step")
+    start: str = opt("matched", "start from the Gaussian that matches q(x_T), or from N(0, I)", choices=lambda: ("matched", "gaussian"))
+    sequential: bool = opt(False, "draw one image at a time: the same images, slower")
+    sample_batch_size: int = opt(250, "images drawn at a time", lo=1, hi=10**6)
+    trajectory: bool = opt(False, "also save trajectory.png: rows images, columns from noise to image")
+    # fmt: on
+
+
+FIELDS = {f.name: f for f in dataclasses.fields(Config)}
+KINDS = {name: next(k for k in (get_args(hint) if isinstance(hint, UnionType) else (hint,)) if k is not type(None))
+         for name, hint in get_type_hints(Config).items()}
+GROUPS = {"mode": "run", "data_dir": "data", "timesteps": "diffusion", "base_channels": "network",
+          "epochs": "training", "experiment_name": "output", "model_path": "sampling"}
+
+# Options of one invocation: never taken from a checkpoint.
+LOCAL = {"mode", "device", "yes", "dry_run", "debug", "data_dir", "path_to_data", "experiment_name", "recipe",
+         "working_directory", "generated_directory", "resume", "resume_from_checkpoint", "use_wandb",
+         "use_tensorboard", "project_name", "num_gpus", "num_workers", "model_path", "classes", "num_images",
+         "save_dir", "trajectory"}
+
+# The recommended settings of each dataset.
+PRESETS = {
+    "digits": dict(timesteps=1000, schedule_type="cosine", batch_size=128, learning_rate=2e-3, emb_dim=64,
+                   base_channels=32, channel_mults=(1, 2), num_res_blocks=2, norm_groups=8, num_heads=2,
+                   epochs=60, sample_every=10, checkpoint_every=10, ema_decay=0.995, num_gpus=1),
+    "mnist": dict(timesteps=500, beta_start=1e-5, beta_end=0.01, batch_size=128, learning_rate=1e-3, emb_dim=32,
+                  base_channels=32, channel_mults=(1, 2, 2), num_res_blocks=2, norm_groups=8, num_heads=4,
+                  epochs=20, ema_decay=0.999, num_gpus=1),
+    "cifar10": dict(timesteps=500, beta_start=1e-5, beta_end=0.012, batch_size=32, learning_rate=1e-4, emb_dim=128,
+                    base_channels=128, channel_mults=(1, 2, 2, 2), attention_levels=(1,), num_heads=8,
+                    dropout=0.1, epochs=500, sample_every=5),
+    "cifar10_optimized": dict(timesteps=500, beta_start=1e-5, beta_end=0.012, batch_size=128, learning_rate=1e-4,
+                              emb_dim=128, base_channels=64, channel_mults=(1, 2, 4), attention_levels=(2,),
+                              num_heads=4, epochs=500, sample_every=5, num_gpus=1),
+    "celeba": dict(timesteps=1000, schedule_type="cosine", batch_size=8, learning_rate=1e-4, emb_dim=256,
+                   base_channels=64, channel_mults=(1, 2, 2, 4), attention_levels=(2,), epochs=50),
+    "folder": dict(timesteps=1000, batch_size=32, learning_rate=1e-4, emb_dim=128, base_channels=64,
+                   channel_mults=(1, 2, 2, 4), attention_levels=(2,), epochs=100),
+}
+
+# Whole configurations: ho2020 is DDPM's CIFAR-10 network and training (Ho et al. 2020, appendix B).
+RECIPES = {
+    "ho2020": dict(base_channels=128, channel_mults=(1, 2, 2, 2), num_res_blocks=2, attention_levels=(1,), num_heads=1,
+                   emb_dim=128, dropout=0.1, norm_groups=32, conditioning="add", use_labels=False, timesteps=1000,
+                   schedule_type="linear", beta_start=1e-4, beta_end=0.02, optimizer="adam", weight_decay=0.0,
+                   learning_rate=2e-4, lr_schedule="constant", warmup_steps=5000, batch_size=128, ema_decay=0.9999,
+                   iterations=800_000),
+    "celebahq128": dict(img_size=(128, 128), channels=3, base_channels=96, channel_mults=(1, 2, 3, 4), emb_dim=96,
+                        attention_levels=(1, 2, 3), batch_size=16, learning_rate=1e-4, warmup_steps=5000,
+                        lr_schedule="cosine", weight_decay=1e-4, max_grad_norm=1.0, iterations=100_000,
+                        checkpoint_rate=5000, num_keep_checkpoints=2, num_generations=5, plot_freq_interval=100),
+}
+
+
+def parse_value(name: str, text: str):
+    """The value of option `name` written as `text`, checked. Raises ValueError with a plain message."""
+    meta, kind, text = FIELDS[name].metadata, KINDS[name], text.strip()
+    try:
+        if kind is bool:
+            value = {"true": True, "yes": True, "y": True, "on": True, "1": True,
+                     "false": False, "no": False, "n": False, "off": False, "0": False}[text.lower()]
+        elif kind is str:
+            value = meta["spelled"].get(text, text)
+        elif kind in (int, float):
+            value = kind(text)
+        else:
+            value = tuple(int(n) for n in re.split(r"[,x\s]+", text.strip("[]() ")) if n)
+            value = value * 2 if kind == tuple[int, int] and len(value) == 1 else value
+    except (KeyError, ValueError):
+        wanted = {bool: "True or False", int: "a whole number", float: "a number"}.get(kind, "numbers such as 1,2,2")
+        raise ValueError(f"--{name} wants {wanted}, not {text!r}") from None
+    check_value(name, value)
+    return value
+
+
+def check_value(name: str, value) -> None:
+    """Type, choices and range of one option. Raises ValueError with a plain message."""
+    meta, kind, default = FIELDS[name].metadata, KINDS[name], FIELDS[name].default
+    if value is None and default is None or value == default == "":
+        return
+    entries = value if isinstance(value, tuple) else (value,)
+    numeric = float if kind is float else int
+    if kind in (bool, str):
+        fits = isinstance(value, kind)
+    else:
+        fits = isinstance(value, tuple) == (kind not in (int, float)) and all(
+            isinstance(e, (int, numeric)) and not isinstance(e, bool) for e in entries)
+    if not fits or (kind == tuple[int, int] and len(entries) != 2):
+        raise ValueError(f"--{name} cannot be {value!r}")
+    if meta["choices"] and value not in meta["choices"]():
+        raise ValueError(f"--{name} is one of {', '.join(map(str, meta['choices']()))}, not {value!r}")
+    if meta["lo"] is not None and not all(meta["lo"] <= e <= meta["hi"] for e in entries):
+        raise ValueError(f"--{name} lies between {meta['lo']:g} and {meta['hi']:g}, not {value!r}")
+
+
+def check(cfg: Config) -> None:
+    """Raise UserError for an option out of range or for options that contradict each other."""
+    levels = len(cfg.channel_mults)
+    try:
+        for name in FIELDS:
+            check_value(name, getattr(cfg, name))
+    except ValueError as error:
+        raise UserError(str(error)) from None
+    if cfg.beta_end < cfg.beta_start:
+        raise UserError(f"--beta_end {cfg.beta_end:g} is below --beta_start {cfg.beta_start:g}: noise has to grow")
+    if levels == 0:
+        raise UserError("--channel_mults needs one entry per level, such as 1,2,2")
+    if cfg.use_attention:
+        for level in cfg.attention_levels:
+            if level >= levels:
+                raise UserError(f"--attention_levels {level}: the network has levels 0 to {levels - 1}")
+        for level in {*cfg.attention_levels, levels - 1}:
+            width = cfg.base_channels * cfg.channel_mults[level]
+            if width % (cfg.head_dim or cfg.num_heads):
+                flag = "head_dim" if cfg.head_dim else "num_heads"
+                raise UserError(f"--{flag} {getattr(cfg, flag)} does not divide the {width} channels of level {level}")
+    if cfg.steps and cfg.steps > cfg.timesteps:
+        raise UserError(f"--steps {cfg.steps} is more than the {cfg.timesteps} timesteps of the schedule")
+    if cfg.img_size:
+        check_image_size(*cfg.img_size, levels)
+    if cfg.dataset == "folder" and cfg.mode == "train" and not cfg.path_to_data:
+        raise UserError("dataset folder needs --path_to_data: a folder or ZIP file of images")
+
+
+def check_image_size(height: int, width: int, levels: int) -> None:
+    """Each level below the first halves the image: raise UserError for a size that cannot be halved."""
+    unit = 2 ** (levels - 1)
+    if height % unit or width % unit:
+        near = [" or ".join(dict.fromkeys(str(max(unit, f(n / unit) * unit)) for f in (math.floor, math.ceil)))
+                for n in (height, width)]
+        raise UserError(f"image size {height}x{width} cannot be halved {levels - 1} times: nearest that can are "
+                        f"height {near[0]}, width {near[1]} (--img_size), or use fewer --channel_mults")
+
+
+def given_values(given: dict) -> dict:
+    """Options asked for: a recipe's, overridden by flags. A path to images means dataset folder."""
+    given = dict(given)
+    if given.get("path_to_data") and not given.get("dataset"):
+        given["dataset"] = "folder"
+    return {**RECIPES.get(given.get("recipe", ""), {}), **given}
+
+
+def configure(checkpoint: dict | None = None, **given) -> Config:
+    """Settings from flags, then (when resuming) the checkpoint's, then the dataset's preset, then defaults.
+
+    `checkpoint`: the configuration stored in a checkpoint, as a dictionary. Raises UserError.
+    """
+    given = given_values(given)
+    inherited = {k: tuple(v) if isinstance(v, list) else v for k, v in (checkpoint or {}).items()
+                 if k in FIELDS and k not in LOCAL}
+    preset = PRESETS.get(given.get("dataset") or inherited.get("dataset", ""), {})
+    try:
+        cfg = Config(**{**preset, **inherited, **given})
+    except TypeError as error:
+        raise UserError(f"unknown option: {error}") from None
+    check(cfg)
+    return cfg
+
+
+# ------------------------------------------------------------------------------------------------
+# 2  Noise schedules
+# Pure functions (T, beta_start, beta_end, s) -> beta, float64 [T]; t = 0 is the first noise added.
+
+
+def linear_beta(T: int, beta_start: float, beta_end: float, s: float) -> Tensor:
+    """Equal steps from beta_start to beta_end (Ho et al. 2020)."""
+    return torch.linspace(beta_start, beta_end, T, dtype=torch.float64)
+
+
+def cosine_beta(T: int, beta_start: float, beta_end: float, s: float) -> Tensor:
+    """Squared-cosine alpha_bar with offset s, beta capped at 0.999 (Nichol & Dhariwal 2021, eq. 17)."""
+    return beta_of(torch.cos((torch.linspace(0, 1, T + 1, dtype=torch.float64) + s) / (1 + s) * math.pi / 2) ** 2)
+
+
+def dns_beta(T: int, beta_start: float, beta_end: float, s: float, off: float = 5) -> Tensor:
+    """Dynamic negative square: beta grows with the square of time between its two ends."""
+    w = 1 - ((torch.arange(T, dtype=torch.float64) + off) / (T + 1 + off)) ** 2
+    return (1 - w) * (beta_end - beta_start) + beta_start
+
+
+def sigmoid_beta(T: int, beta_start: float, beta_end: float, s: float, lo: float = -3, hi: float = 3) -> Tensor:
+    """Sigmoid alpha_bar between lo and hi, temperature 1, beta capped at 0.999 (Jabri et al. 2022, 2212.11972)."""
+    return beta_of(torch.sigmoid(-torch.linspace(lo, hi, T + 1, dtype=torch.float64)) - 1 / (1 + math.exp(hi)))
+
+
+def beta_of(alpha_bar: Tensor) -> Tensor:
+    """beta [T] from a curve of alpha_bar at T + 1 times (any scale), capped at 0.999 so that no step erases all."""
+    return (1 - alpha_bar[1:] / alpha_bar[:-1]).clamp(max=0.999)
+
+
+SCHEDULES = {"linear": linear_beta, "cosine": cosine_beta, "dns": dns_beta, "sigmoid": sigmoid_beta}
+
+
+def alpha_bar_table(cfg: Config) -> Tensor:
+    """alpha_bar of the configured schedule, float64 [T], falling: the one curve all else is derived from."""
+    scale = 1000 / cfg.timesteps if cfg.scale_betas else 1.0
+    beta = SCHEDULES[cfg.schedule_type](cfg.timesteps, cfg.beta_start * scale, cfg.beta_end * scale, cfg.cosine_s)
+    if not (0 <= beta.min() and beta.max() < 1):
+        raise UserError(f"--scale_betas makes betas up to {beta.max():g} with T = {cfg.timesteps}: lower --beta_end")
+    return torch.cumprod(1 - beta, 0)
+
+
+# ------------------------------------------------------------------------------------------------
+# 3  Diffusion
+# The forward process, the one place where a network's output becomes (x0_hat, eps_hat), and the loss.
+
+# What the network learns, and x0 from what it says; a = sqrt(alpha_bar_t), s = sqrt(1 - alpha_bar_t).
+PREDICTIONS = {
+    "eps": (lambda x0, eps, a, s: eps, lambda out, xt, a, s: (xt - s * out) / a),             # DDPM, eq. 12
+    "v": (lambda x0, eps, a, s: a * eps - s * x0, lambda out, xt, a, s: a * xt - s * out),    # 2202.00512, sec. 4
+    "x0": (lambda x0, eps, a, s: x0, lambda out, xt, a, s: out),
+}
+
+LOSSES = {"mse": F.mse_loss, "mae": F.l1_loss, "huber": F.huber_loss}
+
+
+class Diffusion:
+    """q(x_t | x_0) = N(sqrt(alpha_bar_t) x0, (1 - alpha_bar_t) I), and what a network says about it.
+
+    alpha_bar: float64 [T]; prediction: a key of PREDICTIONS; loss_fn: a key of LOSSES.
+    """
+
+    def __init__(self, alpha_bar: Tensor, prediction: str = "eps", loss_fn: str = "mse", device="cpu"):
+        self.alpha_bar, self.T = alpha_bar, len(alpha_bar)
+        self.target, self.x0_from = PREDICTIONS[prediction]
+        self.loss_fn = LOSSES[loss_fn]
+        self.signal = alpha_bar.sqrt().float().to(device)                    # [T]
+        self.noise = (1 - alpha_bar).sqrt().float().to(device)               # [T]
+
+    @property
+    def terminal_signal(self) -> float:
+        """sqrt(alpha_bar_T): the part of the image that survives all the noise, 0 to 1."""
+        return self.alpha_bar[-1].sqrt().item()
+
+    def scales(self, t: Tensor) -> tuple[Tensor, Tensor]:
+        """sqrt(alpha_bar_t) and sqrt(1 - alpha_bar_t), each [N, 1, 1, 1]."""
+        return self.signal[t].view(-1, 1, 1, 1), self.noise[t].view(-1, 1, 1, 1)
+
+    def q_sample(self, x0: Tensor, t: Tensor, eps: Tensor) -> Tensor:
+        """x_t for noise eps (DDPM, eq. 4)."""
+        a, s = self.scales(t)
+        return a * x0 + s * eps
+
+    def estimates(self, out: Tensor, xt: Tensor, t: Tensor, clip: bool = True) -> tuple[Tensor, Tensor]:
+        """(x0_hat, eps_hat) from the network's output. After clipping x0_hat to [-1, 1], eps_hat is the
+        noise that goes with it, so that the two always add up to x_t."""
+        a, s = self.scales(t)
+        x0_hat = self.x0_from(out, xt, a, s)
+        x0_hat = x0_hat.clamp(-1, 1) if clip else x0_hat
+        return x0_hat, (xt - a * x0_hat) / s
+
+    def loss(self, network: Callable, x0: Tensor, t: Tensor, eps: Tensor, y: Tensor | None = None) -> Tensor:
+        """Loss of each sample, float [N] (DDPM, eq. 14, for eps and mse). network: (xt, t, y) -> [N, C, H, W]."""
+        out = network(self.q_sample(x0, t, eps), t, y).float()
+        target = self.target(x0, eps, *self.scales(t))
+        return self.loss_fn(out, target, reduction="none").flatten(1).mean(1)
+
+
+# ------------------------------------------------------------------------------------------------
+# 4  U-Net
+# The network of DDPM (appendix B) with the choices of ADM: each parameter has one counterpart of the
+# same shape in diffusers' UNet2DModel.
+
+
+class ResBlock(nn.Module):
+    """GroupNorm, SiLU, 3x3 convolution, twice, around a residual connection; conditioned in the middle.
+
+    emb: width of the conditioning vector, 0 for none. [N, cin, H, W] -> [N, cout, H, W].
+    """
+
+    def __init__(self, cin: int, cout: int, emb: int, groups: int, dropout: float, scale_shift: bool):
+        super().__init__()
+        self.scale_shift = scale_shift
+        self.norm1 = nn.GroupNorm(groups, cin)
+        self.conv1 = nn.Conv2d(cin, cout, 3, padding=1)
+        self.condition = nn.Linear(emb, 2 * cout if scale_shift else cout) if emb else None
+        self.norm2 = nn.GroupNorm(groups, cout)
+        self.dropout = nn.Dropout(dropout)
+        self.conv2 = nn.Conv2d(cout, cout, 3, padding=1)
+        self.shortcut = nn.Conv2d(cin, cout, 1) if cin != cout else nn.Identity()
+
+    def forward(self, x: Tensor, cond: Tensor | None) -> Tensor:
+        h = self.conv1(F.silu(self.norm1(x)))                                # [N, cout, H, W]
+        c = self.condition(cond)[:, :, None, None] if self.condition else None
+        if c is None:
+            h = self.norm2(h)
+        elif self.scale_shift:                                               # ADM, adaptive group norm
+            scale, shift = c.chunk(2, dim=1)
+            h = self.norm2(h) * (1 + scale) + shift
+        else:
+            h = self.norm2(h + c)
+        return self.shortcut(x) + self.conv2(self.dropout(F.silu(h)))
+
+
+class Attention(nn.Module):
+    """Multi-head self-attention over all pixels, pre-norm, residual. [N, C, H, W] -> the same."""
+
+    def __init__(self, channels: int, heads: int, groups: int):
+        super().__init__()
+        self.heads = heads
+        self.norm = nn.GroupNorm(groups, channels)
+        self.q, self.k, self.v, self.out = (nn.Linear(channels, channels) for _ in range(4))
+
+    def forward(self, x: Tensor) -> Tensor:
+        n, c, h, w = x.shape
+        tokens = self.norm(x).flatten(2).transpose(1, 2)                     # [N, HW, C]
+        q, k, v = (f(tokens).view(n, h * w, self.heads, -1).transpose(1, 2)  # [N, heads, HW, C/heads]
+                   for f in (self.q, self.k, self.v))
+        mixed = F.scaled_dot_product_attention(q, k, v).transpose(1, 2).reshape(n, h * w, c)
+        return x + self.out(mixed).transpose(1, 2).reshape(n, c, h, w)
+
+
+class Upsample(nn.Module):
+    """Twice the size by repeating pixels, then a 3x3 convolution. [N, C, H, W] -> [N, C, 2H, 2W]."""
+
+    def __init__(self, channels: int):
+        super().__init__()
+        self.conv = nn.Conv2d(channels, channels, 3, padding=1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.conv(F.interpolate(x, scale_factor=2.0, mode="nearest"))
+
+
+class Level(nn.Module):
+    """One resolution of the U-Net: residual blocks, each with or without attention, then a change of size."""
+
+    def __init__(self, blocks: list[ResBlock], attentions: list[nn.Module], resize: nn.Module | None):
+        super().__init__()
+        self.blocks, self.attentions = nn.ModuleList(blocks), nn.ModuleList(attentions)
+        self.resize = resize
+
+
+class UNet(nn.Module):
+    """(xt [N, C, H, W], t [N], y [N] or None) -> [N, C, H, W], in the terms of `prediction`.
+
+    image_channels: C. num_classes: 0 for an unconditional network; label num_classes is the null class,
+    taken where y is None. H and W must divide by 2 ** (levels - 1). Other arguments: see Config.
+    """
+
+    def __init__(self, image_channels: int, num_classes: int = 0, *, base_channels: int = 64,
+                 channel_mults: tuple[int, ...] = (1, 2, 2), num_res_blocks: int = 2, use_attention: bool = True,
+                 attention_levels: tuple[int, ...] = (), num_heads: int = 4, head_dim: int = 0, emb_dim: int = 128,
+                 dropout: float = 0.0, norm_groups: int = 32, conditioning: str = "scale_shift"):
+        super().__init__()
+        self.base_channels, self.num_classes = base_channels, num_classes
+        self.concat = conditioning == "concat"
+        emb = emb_dim if self.concat else 4 * emb_dim
+        groups = math.gcd(norm_groups, base_channels)
+        widths = [base_channels * m for m in channel_mults]
+        last = len(widths) - 1
+
+        def block(cin: int, cout: int) -> ResBlock:
+            return ResBlock(cin, cout, 0 if self.concat else emb, groups, dropout, conditioning == "scale_shift")
+
+        def attention(width: int, wanted: bool) -> nn.Module:
+            heads = width // head_dim if head_dim else num_heads
+            return Attention(width, heads, groups) if wanted and use_attention else nn.Identity()
+
+        self.time_mlp = nn.Sequential(nn.Linear(base_channels, emb), nn.SiLU(), nn.Linear(emb, emb))
+        self.class_embedding = nn.Embedding(num_classes + 1, emb) if num_classes else None
+        extra = emb * (1 + bool(num_classes)) if self.concat else 0
+        self.conv_in = nn.Conv2d(image_channels + extra, base_channels, 3, padding=1)
+
+        skips, cin, self.down = [base_channels], base_channels, nn.ModuleList()
+        for i, width in enumerate(widths):
+            blocks = [block(cin if j == 0 else width, width) for j in range(num_res_blocks)]
+            resize = nn.Conv2d(width, width, 3, stride=2, padding=1) if i < last else None
+            self.down.append(Level(blocks, [attention(width, i in attention_levels) for _ in blocks], resize))
+            skips += [width] * (num_res_blocks + (i < last))
+            cin = width
+
+        self.mid = nn.ModuleList([block(cin, cin), attention(cin, True), block(cin, cin)])
+
+        self.up = nn.ModuleList()
+        for i, width in reversed(list(enumerate(widths))):
+            blocks = [block((cin if j == 0 else width) + skips.pop(), width) for j in range(num_res_blocks + 1)]
+            resize = Upsample(width) if i > 0 else None
+            self.up.append(Level(blocks, [attention(width, i in attention_levels) for _ in blocks], resize))
+            cin = width
+
+        self.norm_out = nn.GroupNorm(groups, cin)
+        self.conv_out = nn.Conv2d(cin, image_channels, 3, padding=1)
+        self.apply(self.initialise)
+
+    @staticmethod
+    @torch.no_grad()
+    def initialise(module: nn.Module) -> None:
+        """Weights fan-average uniform, biases 0; zero for what ends a residual branch and for the output,
+        so that an untrained block is the identity and the first prediction is 0 (Ho et al. 2020, code)."""
+        if isinstance(module, (nn.Conv2d, nn.Linear)):
+            nn.init.xavier_uniform_(module.weight)
+            nn.init.zeros_(module.bias)
+        for name in {ResBlock: ("conv2",), Attention: ("out",), UNet: ("conv_out",)}.get(type(module), ()):
+            nn.init.zeros_(getattr(module, name).weight)
+
+    def embed_time(self, t: Tensor) -> Tensor:
+        """Sinusoids of t, [N] -> [N, base_channels] (DDPM appendix B; cosines first, as in diffusers)."""
+        half = self.base_channels // 2
+        frequency = torch.exp(-math.log(10_000) / half * torch.arange(half, device=t.device))
+        angle = t[:, None].float() * frequency
+        return F.pad(torch.cat([angle.cos(), angle.sin()], dim=1), (0, self.base_channels % 2))
+
+    def forward(self, xt: Tensor, t: Tensor, y: Tensor | None = None) -> Tensor:
+        vectors = [self.time_mlp(self.embed_time(t))]                        # [N, emb] each
+        if self.class_embedding is not None:
+            vectors.append(self.class_embedding(torch.full_like(t, self.num_classes) if y is None else y))
+        if self.concat:
+            planes = torch.cat(vectors, dim=1)[:, :, None, None].expand(-1, -1, *xt.shape[2:])
+            xt, cond = torch.cat([xt, planes.to(xt.dtype)], dim=1), None     # [N, C + 2 emb, H, W]
+        else:
+            cond = F.silu(sum(vectors))                                      # [N, emb]
+
+        h = self.conv_in(xt)
+        skips = [h]
+        for level in self.down:
+            for block, attention in zip(level.blocks, level.attentions, strict=True):
+                h = attention(block(h, cond))
+                skips.append(h)
+            if level.resize:
+                h = level.resize(h)                                          # [N, width, H/2, W/2]
+                skips.append(h)
+
+        block1, attention, block2 = self.mid
+        h = block2(attention(block1(h, cond)), cond)
+
+        for level in self.up:
+            for block, attention in zip(level.blocks, level.attentions, strict=True):
+                h = attention(block(torch.cat([h, skips.pop()], dim=1), cond))
+            if level.resize:
+                h = level.resize(h)                                          # [N, width, 2H, 2W]
+        return self.conv_out(F.silu(self.norm_out(h)))
+
+
+def build_unet(cfg: Config, image_channels: int, num_classes: int) -> UNet:
+    """The configured network."""
+    names = ("base_channels", "channel_mults", "num_res_blocks", "use_attention", "attention_levels", "num_heads",
+             "head_dim", "emb_dim", "dropout", "norm_groups", "conditioning")
+    return UNet(image_channels, num_classes, **{name: getattr(cfg, name) for name in names})
+
+
+# ------------------------------------------------------------------------------------------------
+# 5  Samplers
+# Pure functions of a denoiser, (xt, t) -> (x0_hat, eps_hat), that yield (t, x, x0_hat) after each step.
+# Guidance wraps the denoiser, so samplers never see it.
+
+Denoiser = Callable[[Tensor, int], tuple[Tensor, Tensor]]
+
+# Where n sampling steps lie in 0..T-1, from T-1 down (Lin et al. 2023, 2305.08891, table 2).
+SPACINGS = {
+    "trailing": lambda T, n: [round(T - i * T / n) - 1 for i in range(n)],
+    "linear": lambda T, n: [round((T - 1) * (1 - i / max(n - 1, 1))) for i in range(n)],
+}
+
+
+def ddim(denoise: Denoiser, xT: Tensor, ts: list[int], alpha_bar: Tensor, draw_noise: Callable[[], Tensor], *,
+         eta: float = 0.0, variance: str = "small", noise_scale: float = 1.0,
+         fade: bool = False) -> Iterator[tuple[int, Tensor, Tensor]]:
+    """DDIM (2010.02502, eq. 12) over the descending grid ts; eta = 1 is ancestral DDPM.
+
+    With eta = 1 the mean is the posterior mean of DDPM (eq. 7) and `variance` chooses its noise: the
+    posterior's (small) or beta_t (large). noise_scale multiplies the noise, `fade` by t / T as well.
+    """
+    x, T = xT, len(alpha_bar)
+    for t, t_prev in zip(ts, [*ts[1:], -1], strict=True):
+        ab, ab_prev = alpha_bar[t].item(), alpha_bar[t_prev].item() if t_prev >= 0 else 1.0
+        x0_hat, eps_hat = denoise(x, t)
+        large = eta * math.sqrt(1 - ab / ab_prev)                            # DDIM sec. 4, sigma hat
+        sigma = large * math.sqrt((1 - ab_prev) / (1 - ab))                  # DDIM eq. 16
+        x = math.sqrt(ab_prev) * x0_hat + math.sqrt(max(1 - ab_prev - sigma**2, 0)) * eps_hat
+        if sigma > 0:                                                        # the last step adds none
+            x = x + noise_scale * (t / T if fade else 1) * (large if variance == "large" else sigma) * draw_noise()
+        yield t, x, x0_hat
+
+
+# A sampler is its function with the options it takes from the settings.
+SAMPLERS = {
+    "ddpm": lambda cfg: partial(ddim, eta=1.0, variance=cfg.variance, noise_scale=cfg.noise_scale,
+                                fade=cfg.use_noise_scaling),
+    "ddim": lambda cfg: partial(ddim, eta=cfg.eta, variance=cfg.variance, noise_scale=cfg.noise_scale,
+                                fade=cfg.use_noise_scaling),
+}
+
+
+def sampling_grid(cfg: Config) -> list[int]:
+    """The timesteps that the configured sampler visits, from T-1 down."""
+    steps = cfg.steps or (cfg.timesteps if cfg.sampler == "ddpm" else min(50, cfg.timesteps))
+    return SPACINGS[cfg.spacing](cfg.timesteps, steps)
+
+
+def make_denoiser(network: Callable, diffusion: Diffusion, y: Tensor | None, null: int, guidance_scale: float = 0.0,
+                  clip: bool = True) -> Denoiser:
+    """The denoiser for labels y; with guidance one network call on both halves of a doubled batch."""
+    guided = y is not None and guidance_scale > 0
+
+    def denoise(xt: Tensor, t: int) -> tuple[Tensor, Tensor]:
+        ts = torch.full((len(xt),), t, device=xt.device)
+        if guided:
+            both = network(torch.cat([xt, xt]), torch.cat([ts, ts]), torch.cat([y, torch.full_like(y, null)]))
+            cond, uncond = both.float().chunk(2)
+            out = (1 + guidance_scale) * cond - guidance_scale * uncond      # 2207.12598, eq. 6
+        else:
+            out = network(xt, ts, y).float()
+        return diffusion.estimates(out, xt, ts, clip)
+
+    return denoise
+
+
+def mix(*numbers: int) -> int:
+    """One well-spread 63-bit seed from several numbers."""
+    return int(np.random.SeedSequence([n % 2**64 for n in numbers]).generate_state(1, np.uint64)[0]) >> 1
+
+
+class ImageNoise:
+    """Noise [N, *shape] for images `indices`: image i draws from a generator of its own, seeded by
+    (seed, i), so that it looks the same in every batch and on every device."""
+
+    def __init__(self, seed: int, indices: range, shape: tuple[int, ...], device):
+        self.shape, self.device = shape, device
+        self.generators = [torch.Generator().manual_seed(mix(seed, STREAM_SAMPLE, i)) for i in indices]
+
+    def __call__(self) -> Tensor:
+        return torch.stack([torch.randn(self.shape, generator=g) for g in self.generators]).to(self.device)
+
+
+STREAM_BATCH, STREAM_STEP, STREAM_DROPOUT, STREAM_SAMPLE, STREAM_VALIDATION = range(5)  # independent uses of a seed
+
+
+@dataclass(frozen=True)
+class Moments:
+    """Mean and variance of each pixel over the training images: float [num_classes + 1, C, h, w], a
+    row per class and a last one over all; h x w may be coarser than the images."""
+
+    mean: Tensor
+    var: Tensor
+
+    def start(self, noise: Tensor, y: Tensor, alpha_bar_T: float) -> Tensor:
+        """x_T from the Gaussian with the first two moments of q(x_T), given noise [N, C, H, W] and rows y [N]."""
+        mean, var = (F.interpolate(m[y], noise.shape[2:], mode="bilinear") for m in (self.mean, self.var))
+        return math.sqrt(alpha_bar_T) * mean + (alpha_bar_T * var + 1 - alpha_bar_T).sqrt() * noise
+
+
+@dataclass
+class Model:
+    """A network with all that drawing images needs; `load` makes one from a checkpoint.
+
+    shape: (C, H, W). class_names: empty for an unconditional network. autocast: makes the context
+    the network runs in.
+    """
+
+    network: nn.Module
+    diffusion: Diffusion
+    moments: Moments
+    config: Config
+    shape: tuple[int, int, int]
+    class_names: list[str]
+    autocast: Callable = nullcontext
+
+    @property
+    def device(self):
+        return self.diffusion.signal.device
+
+    def labels(self, classes: list[int] | None, num_images: int) -> list[int]:
+        """A label per image, the classes in turn; without any, the null class."""
+        classes = classes or [len(self.class_names)]
+        return [classes[i % len(classes)] for i in range(num_images)]
+
+    @torch.no_grad()
+    def sample(self, labels: list[int], cfg: Config, first: int = 0) -> Iterator[tuple[int, Tensor, Tensor]]:
+        """Draw one batch, image numbers first, first + 1, ...: yields (t, x, x0_hat), x [N, C, H, W] after
+        each step; the last x is the result. Image i depends on (seed, i, its label, cfg) alone."""
+        y = torch.tensor(labels, device=self.device)
+        noise = ImageNoise(cfg.seed, range(first, first + len(labels)), self.shape, self.device)
+        xT, alpha_bar = noise(), self.diffusion.alpha_bar
+        if cfg.start == "matched":
+            xT = self.moments.start(xT, y, alpha_bar[-1].item())
+
+        def network(*inputs):
+            with self.autocast():
+                return self.network(*inputs)
+
+        denoise = make_denoiser(network, self.diffusion, y if self.class_names else None, len(self.class_names),
+                                cfg.guidance_scale, cfg.clip_x0)
+        yield from SAMPLERS[cfg.sampler](cfg)(denoise, xT, sampling_grid(cfg), alpha_bar, noise)
+
+    def draw(self, labels: list[int], cfg: Config, progress: Callable = lambda: None) -> Iterator[Tensor]:
+        """Images for labels in batches, uint8 [n, C, H, W] each; progress() after every network step."""
+        size = 1 if cfg.sequential else cfg.sample_batch_size
+        for first in range(0, len(labels), size):
+            for _, x, _ in self.sample(labels[first : first + size], cfg, first):
+                progress()
+            yield to_uint8(x)
+
+    def generate(self, classes: list[str | int] | None = None, num_images: int | None = None, **settings) -> Tensor:
+        """Images of the classes (names or numbers) in turn: uint8 [num_images, C, H, W] on the CPU.
+
+        num_images: by default one of each class. settings: sampling options of Config, such as steps,
+        sampler, seed, guidance_scale. Raises UserError for an unknown class or option.
+        """
+        numbers = parse_classes(classes, self.class_names) if classes is not None else None
+        cfg = dataclasses.replace(self.config, **settings)
+        check(cfg)
+        labels = self.labels(numbers, num_images or len(numbers or [0]))
+        return torch.cat(list(self.draw(labels, cfg)))
+
+
+def to_uint8(x: Tensor) -> Tensor:
+    """[-1, 1] to 0..255, on the CPU."""
+    return ((x + 1) * 127.5).round().clamp(0, 255).to(torch.uint8).cpu()
+
+
+def parse_classes(classes: str | list, class_names: list[str]) -> list[int]:
+    """Class numbers from names or numbers: a list, or text such as "cat, 3" or "all". Raises UserError."""
+    if isinstance(classes, str):
+        classes = [c.strip() for c in classes.split(",") if c.strip()]
+        classes = class_names if classes == ["all"] else classes
+    index = {**{str(i): i for i in range(len(class_names))}, **{n.lower(): i for i, n in enumerate(class_names)}}
+    unknown = [str(c) for c in classes if str(c).lower() not in index]
+    if unknown or not classes:
+        known = ", ".join(f"{i} {n}" if n != str(i) else n for i, n in enumerate(class_names))
+        raise UserError(f"unknown class {', '.join(unknown) or '(none)'}: choose from {known}" if class_names else
+                        "this model was trained without classes: leave --classes out")
+    return [index[str(c).lower()] for c in classes]
+
+
+# ------------------------------------------------------------------------------------------------
+# 6  Data
+# Every dataset becomes uint8 [N, C, H, W] with labels; batches are a function of (seed, step).
+
+
+@dataclass
+class ImageData:
+    """images: uint8 [N, C, H, W], possibly memory-mapped; labels: int64 [N]; class_names: empty where
+    there are no labels (labels are then 0)."""
+
+    images: Tensor
+    labels: Tensor
+    class_names: list[str]
+
+
+@dataclass(frozen=True)
+class Dataset:
+    """An entry of DATASETS. load(cfg) -> ImageData; shape: the images' own (C, H, W); num_images: in the
+    training part (0: unknown); classes: their names; flip: whether a mirrored image is still a good one."""
+
+    load: Callable[[Config], ImageData]
+    shape: tuple[int, int, int]
+    num_images: int = 0
+    classes: tuple[str, ...] = ()
+    flip: bool = False
+
+
+def load_digits(cfg: Config) -> ImageData:
+    """The UCI digits that are shipped in data/digits.npz."""
+    places = Path(cfg.data_dir, "digits.npz"), Path(__file__).parent / "data" / "digits.npz"
+    path = next((p for p in places if p.exists()), None)
+    if path is None:
+        raise UserError(f"digits.npz is neither in {cfg.data_dir} nor beside diffuser.py: fetch the repository's data/")
+    with np.load(path) as file:
+        images, labels = file["images"], file["labels"].tolist()
+    source = [(Image.fromarray(image), label) for image, label in zip(images, labels, strict=True)]
+    return in_memory(cfg, source, torch.from_numpy(images)[:, None], labels, DIGITS)
+
+
+def load_mnist(cfg: Config) -> ImageData:
+    """MNIST, 60,000 handwritten digits (LeCun et al. 1998)."""
+    raw = torchvision_dataset("MNIST", cfg, "the four *-ubyte.gz files of MNIST", "MNIST/raw", train=True)
+    return in_memory(cfg, raw, raw.data[:, None], raw.targets.tolist(), DIGITS)
+
+
+def load_cifar10(cfg: Config) -> ImageData:
+    """CIFAR-10, 50,000 photographs of ten kinds of things (Krizhevsky 2009)."""
+    raw = torchvision_dataset("CIFAR10", cfg, "cifar-10-python.tar.gz from www.cs.toronto.edu/~kriz", "", train=True)
+    return in_memory(cfg, raw, torch.from_numpy(raw.data).permute(0, 3, 1, 2).contiguous(), raw.targets, CIFAR10)
+
+
+def load_celeba(cfg: Config) -> ImageData:
+    """CelebA, 162,770 faces for training (Liu et al. 2015), without labels."""
+    raw = torchvision_dataset("CelebA", cfg, "img_align_celeba.zip (unpacked) and the five list_*.txt and "
+                              "identity_CelebA.txt files of CelebA", "celeba", split="train")
+    return cached(cfg, Decoder(raw, image_shape(cfg)), ("celeba", len(raw)))
+
+
+def load_folder(cfg: Config) -> ImageData:
+    """A folder or ZIP of images; the folder that directly holds them names the class."""
+    source = ImageFiles(cfg.path_to_data)
+    shape = (cfg.channels or source.guess_channels(), *image_shape(cfg)[1:])
+    return cached(cfg, Decoder(source, shape), ("folder", *source.fingerprint()), source.class_names)
+
+
+def in_memory(cfg: Config, source, images: Tensor, labels: list[int], names: tuple[str, ...]) -> ImageData:
+    """The images as they are, uint8 [N, C, H, W], where they have the size asked for; else decoded from
+    source, which gives (PIL image, label)."""
+    if tuple(images.shape[1:]) == image_shape(cfg):
+        return ImageData(images, torch.tensor(labels), list(names))
+    return cached(cfg, Decoder(source, image_shape(cfg)), (cfg.dataset, len(labels)), list(names))
+
+
+def torchvision_dataset(name: str, cfg: Config, what: str, where: str, **options):
+    """torchvision's dataset of that name, downloaded if it is not there. Raises UserError if it cannot be."""
+    import torchvision
+
+    root = Path(cfg.data_dir)
+    try:
+        root.mkdir(parents=True, exist_ok=True)
+        return getattr(torchvision.datasets, name)(root, download=True, **options)
+    except (RuntimeError, OSError, ValueError, zipfile.BadZipFile) as error:
+        reason = str(error).strip().split("\n")[0] or type(error).__name__
+        raise UserError(f"{name} is not in {root} and could not be downloaded ({reason}).\n"
+                        f"Put {what} into {root / where} by hand, or give --data_dir.") from error
+
+
+DIGITS = tuple("0123456789")
+CIFAR10 = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")
+
+# To add a dataset: write a load function and name it here; PRESETS may give it settings of its own.
+DATASETS = {
+    "digits": Dataset(load_digits, (1, 8, 8), 1797, DIGITS),
+    "mnist": Dataset(load_mnist, (1, 28, 28), 60_000, DIGITS),
+    "cifar10": Dataset(load_cifar10, (3, 32, 32), 50_000, CIFAR10, flip=True),
+    "cifar10_optimized": Dataset(load_cifar10, (3, 32, 32), 50_000, CIFAR10, flip=True),
+    "celeba": Dataset(load_celeba, (3, 64, 64), 162_770, flip=True),
+    "folder": Dataset(load_folder, (3, 64, 64), flip=True),
+}
+
+
+def image_shape(cfg: Config) -> tuple[int, int, int]:
+    """(C, H, W) of the training images: as asked for, else the dataset's own."""
+    channels, height, width = DATASETS[cfg.dataset].shape
+    return cfg.channels or channels, *(cfg.img_size or (height, width))
+
+
+class ImageFiles(torch.utils.data.Dataset):
+    """The images below a folder or in a ZIP file, in order of name: item i is (PIL image, label)."""
+
+    ENDINGS = (".png", ".jpg", ".jpeg", ".bmp", ".gif", ".webp")
+
+    def __init__(self, path: str):
+        self.path, self.archive = Path(path), None
+        if self.path.is_dir():
+            names = [p.relative_to(self.path).as_posix() for p in self.path.rglob("*") if p.is_file()]
+        elif zipfile.is_zipfile(self.path):
+            with zipfile.ZipFile(self.path) as archive:
+                names = archive.namelist()
+        else:
+            raise UserError(f"--path_to_data {path}: there is no such folder or ZIP file")
+        self.names = sorted(n for n in names if n.lower().endswith(self.ENDINGS)
+                            and not any(part.startswith((".", "__MACOSX")) for part in n.split("/")))
+        if not self.names:
+            raise UserError(f"--path_to_data {path} holds no {', '.join(e[1:].upper() for e in self.ENDINGS)} image")
+        folders = [n.rpartition("/")[0] for n in self.names]
+        self.class_names = [os.path.basename(f) or "unsorted" for f in sorted(set(folders))] if len(set(folders)) > 1 else []
+        if len(set(self.class_names)) < len(self.class_names):      # same name in two places: tell them apart
+            self.class_names = sorted(set(folders))
+        order = {f: i for i, f in enumerate(sorted(set(folders)))}
+        self.labels = [order[f] for f in folders] if self.class_names else [0] * len(folders)
+
+    def __len__(self) -> int:
+        return len(self.names)
+
+    def __getitem__(self, i: int) -> tuple[Image.Image, int]:
+        if self.path.is_dir():
+            return Image.open(self.path / self.names[i]), self.labels[i]
+        if self.archive is None or self.archive[0] != os.getpid():  # a ZIP handle cannot be shared by processes
+            self.archive = os.getpid(), zipfile.ZipFile(self.path)
+        return Image.open(io.BytesIO(self.archive[1].read(self.names[i]))), self.labels[i]
+
+    def __getstate__(self) -> dict:
+        return {**self.__dict__, "archive": None}
+
+    def guess_channels(self, looks: int = 32) -> int:
+        """1 if all of a few images spread over the set are grey, else 3."""
+        for i in range(0, len(self), max(1, len(self) // looks)):
+            try:
+                if self[i][0].mode not in ("1", "L", "LA", "I", "I;16", "I;16B", "F"):
+                    return 3
+            except (OSError, ValueError):
+                continue
+        return 1
+
+    def fingerprint(self) -> tuple:
+        """Changes when a file is added, removed, renamed or rewritten."""
+        files = [self.path] if self.path.is_file() else [self.path / n for n in self.names]
+        stats = [(f.stat().st_size, f.stat().st_mtime_ns) for f in files]
+        return str(self.path.resolve()), hashlib.sha256(repr((self.names, stats)).encode()).hexdigest()
+
+
+class Decoder(torch.utils.data.Dataset):
+    """Item i of `source`, (PIL image, label), as (uint8 [C, H, W], label); None where it cannot be read."""
+
+    MAX_PIXELS = 100_000_000
+
+    def __init__(self, source, shape: tuple[int, int, int]):
+        self.source, self.shape = source, shape
+
+    def __len__(self) -> int:
+        return len(self.source)
+
+    def __getitem__(self, i: int):
+        try:
+            image, label = self.source[i]
+            if image.width * image.height > self.MAX_PIXELS:
+                return None
+            return torch.from_numpy(self.decode(image)), label if isinstance(label, int) else 0
+        except (OSError, ValueError, SyntaxError, EOFError, zipfile.BadZipFile, Image.DecompressionBombError):
+            return None
+
+    def decode(self, image: Image.Image) -> np.ndarray:
+        """Upright, on white where transparent, 16 bits to 8, cropped to the middle and resized: [C, H, W]."""
+        channels, height, width = self.shape
+        image = ImageOps.exif_transpose(image)
+        if image.mode.startswith("I") or image.mode == "F":         # PIL would clip what lies above 255
+            pixels = np.asarray(image, dtype=np.float64)
+            image = Image.fromarray((pixels / (257 if pixels.max() > 255 else 1)).round().clip(0, 255).astype(np.uint8))
+        if image.has_transparency_data:
+            image = image.convert("RGBA")
+            image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+        image = ImageOps.fit(image.convert("RGB" if channels == 3 else "L"), (width, height), Image.Resampling.LANCZOS)
+        return np.array(image).reshape(height, width, channels).transpose(2, 0, 1).copy()
+
+
+def cached(cfg: Config, decoder: Decoder, key: tuple, class_names: list[str] = []) -> ImageData:  # noqa: B006
+    """The decoded images, memory-mapped from a cache file that is built the first time. Raises UserError
+    when more than a tenth of the images cannot be read."""
+    digest = hashlib.sha256(repr((key, decoder.shape, "v1")).encode()).hexdigest()[:16]
+    index = Path(cfg.data_dir, "cache", f"{cfg.dataset}_{digest}.json")
+    if not index.exists():
+        build_cache(index, decoder, cfg.num_workers)
+    meta = json.loads(index.read_text())
+    size = (len(meta["labels"]), *decoder.shape)
+    images = torch.from_file(str(index.with_suffix(".bin")), size=math.prod(size), dtype=torch.uint8)
+    return ImageData(images.view(size), torch.tensor(meta["labels"]), class_names)
+
+
+def build_cache(index: Path, decoder: Decoder, workers: int) -> None:
+    """Decode all images in worker processes into one file of bytes, and write its index last."""
+    index.parent.mkdir(parents=True, exist_ok=True)
+    temporary, labels, bad = index.with_suffix(f".{os.getpid()}.tmp"), [], []
+    workers = 0 if len(decoder) < 1000 else workers
+    loader = torch.utils.data.DataLoader(decoder, batch_size=64, num_workers=workers, collate_fn=list)
+    try:
+        with open(temporary, "wb") as file, tqdm(total=len(decoder), desc="caching images", disable=None) as bar:
+            for start, items in zip(range(0, len(decoder), 64), loader, strict=True):
+                for i, item in enumerate(items, start):
+                    if item is None:
+                        bad.append(i)
+                    else:
+                        file.write(item[0].numpy().tobytes())
+                        labels.append(int(item[1]))
+                bar.update(len(items))
+        names = [getattr(decoder.source, "names", range(len(decoder)))[i] for i in bad]
+        if len(bad) > len(decoder) / 10 or not labels:
+            raise UserError(f"{len(bad)} of {len(decoder)} images cannot be read, {names[0]} among them: mend or remove them")
+        if bad:
+            print(f"skipped {len(bad)} unreadable images, listed in {index}: {', '.join(map(str, names[:3]))} ...")
+        os.replace(temporary, index.with_suffix(".bin"))
+        write_json(index, dict(labels=labels, unreadable=[str(n) for n in names]))
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def load_data(cfg: Config) -> ImageData:
+    """The training images as configured. Raises UserError where they are missing or do not fit."""
+    data = DATASETS[cfg.dataset].load(cfg)
+    check_image_size(*data.images.shape[2:], len(cfg.channel_mults))
+    if cfg.use_labels and not data.class_names:
+        raise UserError(f"--use_labels: dataset {cfg.dataset} has no classes (in a folder, subfolders make them)")
+    return data if cfg.use_labels is not False else dataclasses.replace(data, class_names=[])
+
+
+def split(data: ImageData, fraction: float) -> tuple[Tensor, Tensor]:
+    """Indices of the training and of the held-out images, the same for every seed."""
+    order = torch.randperm(len(data.images), generator=torch.Generator().manual_seed(0))
+    held_out = min(int(len(order) * fraction), 1000)
+    return order[held_out:].sort().values, order[:held_out].sort().values
+
+
+def image_moments(data: ImageData, indices: Tensor, flip: bool, limit: int = 20_000, side: int = 64) -> Moments:
+    """Moments over at most `limit` images, pooled to at most side x side pixels."""
+    indices = indices[:: max(1, len(indices) // limit)]
+    classes, shape = len(data.class_names), data.images.shape[1:]
+    small = (shape[0], *(min(n, side) for n in shape[1:]))
+    sums = torch.zeros(2, classes + 1, *small, dtype=torch.float64)          # of x and of x squared
+    counts = torch.zeros(classes + 1, dtype=torch.float64)
+    for chunk in indices.split(1000):
+        x, y = from_uint8(data.images[chunk]), data.labels[chunk]
+        for power in (1, 2):
+            pooled = F.adaptive_avg_pool2d(x**power, small[1:]).double()
+            sums[power - 1].index_add_(0, y.clamp(max=classes), pooled)
+            sums[power - 1, -1] += pooled.sum(0) if classes else 0
+        counts.index_add_(0, y.clamp(max=classes), torch.ones(len(y), dtype=torch.float64))
+        counts[-1] += len(y) if classes else 0
+    sums = (sums + sums.flip(-1)) / 2 if flip else sums
+    mean, square = sums / counts.clamp(min=1).view(-1, 1, 1, 1)
+    return Moments(mean.float(), (square - mean**2).clamp(min=0).float())
+
+
+def from_uint8(images: Tensor) -> Tensor:
+    """0..255 to float in [-1, 1]."""
+    return images.float() / 127.5 - 1
+
+
+class Batches:
+    """Training batches as a function of the step: step -> (x0 [n, C, H, W] in [-1, 1], y [n]).
+
+    Each epoch is a fresh permutation by (seed, epoch); a batch is the same whatever the number of
+    devices, of which each, `rank` of `world`, takes its share.
+    """
+
+    def __init__(self, data: ImageData, indices: Tensor, size: int, flip: bool, seed: int, device, rank=0, world=1):
+        self.data, self.indices, self.size, self.flip, self.seed = data, indices, size, flip, seed
+        self.device, self.share = device, slice(rank * size // world, (rank + 1) * size // world)
+        self.steps_per_epoch = max(1, len(indices) // size)
+        self.epoch, self.order = -1, indices
+
+    def __call__(self, step: int) -> tuple[Tensor, Tensor]:
+        epoch, i = divmod(step, self.steps_per_epoch)
+        if epoch != self.epoch:
+            order = torch.randperm(len(self.indices), generator=generator(self.seed, STREAM_BATCH, epoch))
+            repeats = math.ceil(self.size / len(order))             # a set smaller than a batch repeats
+            self.epoch, self.order = epoch, self.indices[order].repeat(repeats)
+        chosen = self.order[i * self.size : (i + 1) * self.size][self.share]
+        x0 = from_uint8(self.data.images[chosen].to(self.device, non_blocking=True))
+        if self.flip:
+            mirror = torch.rand(self.size, generator=generator(self.seed, STREAM_BATCH, step, 1))[self.share] < 0.5
+            x0 = torch.where(mirror.to(self.device).view(-1, 1, 1, 1), x0.flip(-1), x0)
+        return x0, self.data.labels[chosen].to(self.device, non_blocking=True)
+
+
+def generator(*numbers: int, device="cpu") -> torch.Generator:
+    """A random generator seeded by the numbers."""
+    return torch.Generator(device).manual_seed(mix(*numbers))
+
+
+# ------------------------------------------------------------------------------------------------
+# 7  Runtime
+# Device, processes, precision and signals of a run, chosen once; and where it reports to.
+
+
+class Runtime:
+    """What a run stands on. Under torchrun each process has a rank; rank 0 alone writes and speaks."""
+
+    def __init__(self, cfg: Config):
+        self.rank, self.world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+        self.device = pick_device(cfg.device)
+        gpus = torch.cuda.device_count() if self.device.type == "cuda" else 0
+        if cfg.num_gpus > max(gpus, 1):
+            raise UserError(f"--num_gpus {cfg.num_gpus}: this machine has {gpus}")
+        if self.world > 1:
+            torch.distributed.init_process_group("nccl" if gpus else "gloo")
+        self.replicas = 1 if self.world > 1 else cfg.num_gpus or max(gpus, 1)  # of DataParallel
+        self.num_devices = self.world * self.replicas
+        self.precision = pick_precision(cfg.precision, self.device)
+        self.stop_signal = 0
+        if self.device.type == "cuda":
+            torch.set_float32_matmul_precision("high")                       # TF32 for what stays float32
+
+    @property
+    def is_main(self) -> bool:
+        return self.rank == 0
+
+    def autocast(self):
+        """The context the network runs in."""
+        dtype = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[self.precision]
+        return torch.autocast(self.device.type, dtype, enabled=self.precision != "fp32")
+
+    def parallel(self, network: nn.Module, cfg: Config) -> Callable:
+        """The network as training calls it: compiled, and spread over devices. Its parameters stay its own."""
+        forward = torch.compile(network) if cfg.compile else network
+        if self.world > 1:
+            devices = [self.device.index] if self.device.type == "cuda" else None
+            return nn.parallel.DistributedDataParallel(forward, device_ids=devices)
+        return nn.DataParallel(forward, list(range(self.replicas))) if self.replicas > 1 else forward
+
+    def all_sum(self, x: Tensor) -> Tensor:
+        """Sum of x over all processes."""
+        if self.world > 1:
+            torch.distributed.all_reduce(x)
+        return x
+
+    def say(self, text: str) -> None:
+        """Print a line, once, without breaking a progress bar."""
+        if self.is_main:
+            tqdm.write(text)
+
+    @contextmanager
+    def catching_signals(self):
+        """Within: the first SIGINT or SIGTERM is noted in stop_signal, a second one acts as it always does."""
+        before = {}
+
+        def note(number, frame):
+            self.stop_signal = number
+            signal.signal(number, before[number])
+
+        try:
+            for number in (signal.SIGINT, signal.SIGTERM):
+                before[number] = signal.signal(number, note)
+        except ValueError:                                                   # not in the main thread: no handlers
+            pass
+        try:
+            yield
+        finally:
+            for number, handler in before.items():
+                signal.signal(number, handler)
+
+    def stopping(self, step: int) -> bool:
+        """Whether to stop: at once when alone; processes agree on it every tenth step."""
+        if self.world == 1:
+            return self.stop_signal > 0
+        if step % 10:
+            return False
+        noted = torch.tensor(float(self.stop_signal), device=self.device)
+        torch.distributed.all_reduce(noted, torch.distributed.ReduceOp.MAX)
+        self.stop_signal = int(noted)
+        return self.stop_signal > 0
+
+    def close(self) -> None:
+        if self.world > 1:
+            torch.distributed.destroy_process_group()
+
+
+def pick_device(wanted: str) -> torch.device:
+    """cuda, then mps, then cpu. Raises UserError where the one asked for is not there."""
+    there = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
+    if wanted != "auto" and not there[wanted]:
+        raise UserError(f"--device {wanted}: torch {torch.__version__} finds none here")
+    kind = next(k for k in there if there[k]) if wanted == "auto" else wanted
+    device = torch.device(kind, int(os.environ.get("LOCAL_RANK", 0))) if kind == "cuda" else torch.device(kind)
+    if kind == "cuda":
+        torch.cuda.set_device(device)
+    return device
+
+
+def pick_precision(wanted: str, device: torch.device) -> str:
+    """bf16 where the hardware multiplies it fast, else fp16 on CUDA and fp32 elsewhere."""
+    if wanted == "fp16" and device.type != "cuda":
+        raise UserError("--precision fp16 needs a CUDA device: use bf16 or fp32 here")
+    if wanted != "auto":
+        return wanted
+    if device.type == "cuda":
+        return "bf16" if torch.cuda.get_device_capability(device)[0] >= 8 else "fp16"
+    has_amx = device.type == "cpu" and getattr(torch.cpu, "_is_amx_tile_supported", lambda: False)()
+    return "bf16" if has_amx else "fp32"
+
+
+class RunLog:
+    """metrics.csv and config.json in the run's folder, and the trackers asked for; for rank 0."""
+
+    COLUMNS = ("step", "epoch", "loss", "loss_q1", "loss_q2", "loss_q3", "loss_q4", "val_loss", "lr", "grad_norm",
+               "images_per_second", "seconds")
+
+    def __init__(self, folder: Path, cfg: Config, step: int):
+        folder.mkdir(parents=True, exist_ok=True)
+        path, text = folder / "metrics.csv", io.StringIO(newline="")
+        table = csv.DictWriter(text, self.COLUMNS)
+        table.writeheader()
+        table.writerows(read_rows(path, step))
+        write_atomically(path, lambda file: file.write(text.getvalue().encode()))
+        self.file = open(path, "a", newline="")                              # noqa: SIM115 (open for the whole run)
+        self.writer = csv.DictWriter(self.file, self.COLUMNS)
+        write_json(folder / "config.json", dict(config=dataclasses.asdict(cfg), torch=torch.__version__))
+        self.trackers = start_trackers(cfg, folder)
+
+    def row(self, values: dict) -> None:
+        """One line of metrics.csv, and the same numbers to the trackers."""
+        self.writer.writerow(values)
+        self.file.flush()
+        self.track(values["step"], {k: v for k, v in values.items() if k != "step" and v != ""})
+
+    def track(self, step: int, values: dict) -> None:
+        """Numbers and pictures (paths) to the trackers. One that fails is dropped: training goes on."""
+        for name, tracker in list(self.trackers.items()):
+            try:
+                tracker(step, values)
+            except Exception as error:
+                print(f"{name} failed ({error}): going on without it", file=sys.stderr)
+                del self.trackers[name]
+
+
+def read_rows(path: Path, step: int) -> list[dict]:
+    """The rows of metrics.csv up to `step`: what came after the checkpoint is trained again."""
+    if not path.exists() or step == 0:
+        return []
+    with open(path, newline="") as file:
+        return [row for row in csv.DictReader(file) if (row.get("step") or "").isdigit() and int(row["step"]) <= step
+                and None not in row]
+
+
+def start_trackers(cfg: Config, folder: Path) -> dict[str, Callable[[int, dict], None]]:
+    """Functions (step, {name: number or path of a picture}) by tracker; one that cannot start is reported."""
+
+    def tensorboard():
+        from torch.utils.tensorboard import SummaryWriter
+
+        writer = SummaryWriter(str(folder / "tensorboard"))
+
+        def track(step, values):
+            for name, value in values.items():
+                if isinstance(value, Path):
+                    writer.add_image(name, np.asarray(Image.open(value).convert("RGB")), step, dataformats="HWC")
+                else:
+                    writer.add_scalar(name, value, step)
+            writer.flush()
+
+        return track
+
+    def wandb():
+        import wandb
+
+        identity = hashlib.sha256(str(folder.resolve()).encode()).hexdigest()[:16]
+        run = wandb.init(project=cfg.project_name, name=cfg.experiment_name or folder.name, id=identity,
+                         resume="allow", config=dataclasses.asdict(cfg), dir=str(folder))
+        return lambda step, values: run.log({name: wandb.Image(str(v)) if isinstance(v, Path) else v
+                                             for name, v in values.items()}, step=step)
+
+    trackers = {}
+    for start, wanted in ((tensorboard, cfg.use_tensorboard), (wandb, cfg.use_wandb)):
+        try:
+            if wanted:
+                trackers[start.__name__] = start()
+        except Exception as error:
+            hint = f"pip install {start.__name__}" if isinstance(error, ImportError) else str(error)
+            print(f"no {start.__name__}: {hint}; training goes on without it", file=sys.stderr)
+    return trackers
+
+
+def to_pil(image: Tensor) -> Image.Image:
+    """uint8 [C, H, W] as a grey or colour picture."""
+    return Image.fromarray(image[0].numpy() if len(image) == 1 else image.permute(1, 2, 0).numpy())
+
+
+def save_grid(images: Tensor, path: Path, column_names: list[str], columns: int = 0) -> None:
+    """uint8 [N, C, H, W] as one picture, row by row, a named column per class; small images are enlarged."""
+    columns = columns or len(column_names) or math.ceil(math.sqrt(len(images)))
+    zoom = max(1, round(64 / max(images.shape[2:])))
+    height, width, gap, head = images.shape[2] * zoom, images.shape[3] * zoom, 4, 18 if column_names else 0
+    rows = math.ceil(len(images) / columns)
+    size = (columns * (width + gap) + gap, rows * (height + gap) + gap + head)
+    grid = Image.new("RGB", size, "white")
+    for i, image in enumerate(images):
+        tile = to_pil(image).resize((width, height), Image.Resampling.NEAREST)
+        grid.paste(tile, (gap + i % columns * (width + gap), gap + head + i // columns * (height + gap)))
+    pen, font = ImageDraw.Draw(grid), ImageFont.load_default(12)
+    for i, name in enumerate(column_names):
+        while len(name) > 1 and font.getlength(name) > width:
+            name = name[:-1]
+        pen.text((gap + i * (width + gap) + width / 2, head - 6), name, "black", font, anchor="ms")
+    write_atomically(path, lambda file: grid.save(file, "PNG"))
+
+
+def save_strip(model: Model, labels: list[int], cfg: Config, path: Path) -> None:
+    """The way from noise to image: a row per label, columns every plot_freq_interval timesteps (or ten in all)."""
+    every = cfg.plot_freq_interval or max(1, cfg.timesteps // 10)
+    frames, last = [], cfg.timesteps + every
+    for t, x, _ in model.sample(labels, cfg):
+        if last - t >= every or t == 0:
+            frames.append(to_uint8(x))
+            last = t
+    save_grid(torch.stack(frames, 1).flatten(0, 1), path, [], columns=len(frames))
+
+
+# ------------------------------------------------------------------------------------------------
+# 8  EMA and checkpoints
+# The averaged network that images are drawn from; files that are safe to load and atomic to write.
+
+
+class EMA:
+    """An exponential moving average of the weights in a network of its own; `network` is that one.
+
+    After n updates the decay is min(decay, (1 + n) / (10 + n)); up to step `start` it is a plain copy.
+    """
+
+    def __init__(self, network: nn.Module, decay: float, every: int = 1, start: int = 0):
+        self.network = copy.deepcopy(network).eval().requires_grad_(False)
+        self.decay, self.every, self.start = decay, every, start
+
+    @torch.no_grad()
+    def update(self, network: nn.Module, step: int) -> None:
+        """Take in the weights after optimizer step `step` (1, 2, ...)."""
+        if step % self.every:
+            return
+        n = max(0, step - self.start) // self.every
+        decay = min(self.decay, (1 + n) / (10 + n)) if step > self.start else 0.0
+        average = torch.optim.swa_utils.get_ema_multi_avg_fn(decay)
+        average(list(self.network.parameters()), list(network.parameters()), n)
+
+
+FORMAT = 1                                                                   # of checkpoint files
+
+
+def write_atomically(path: Path, write: Callable) -> None:
+    """Make a file by write(binary file): afterwards it is whole and on the disk, or the old one is untouched."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        with open(temporary, "wb") as file:
+            write(file)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+        if os.name == "posix":                                               # the rename itself has to last
+            folder = os.open(path.parent, os.O_RDONLY)
+            os.fsync(folder)
+            os.close(folder)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def write_json(path: Path, content: dict) -> None:
+    write_atomically(path, lambda file: file.write(json.dumps(content, indent=1).encode()))
+
+
+def attention_name(cfg: Config) -> str:
+    return "attention" if cfg.use_attention else "noattention"
+
+
+def checkpoint_path(cfg: Config, step: int) -> Path:
+    """Where the checkpoint of that step goes: one file per kind of run, or one folder per step of an experiment."""
+    if cfg.experiment_name:
+        return Path(cfg.working_directory, cfg.experiment_name, f"checkpoint_{step}", "model.pt")
+    name = f"diffusion_checkpoint_{cfg.dataset}_{cfg.timesteps}_{cfg.emb_dim}_{attention_name(cfg)}.pt"
+    return Path(cfg.working_directory, name)
+
+
+def samples_path(cfg: Config) -> Path:
+    """The folder for sample grids and metrics."""
+    name = f"{cfg.schedule_type}_{cfg.timesteps}_{cfg.emb_dim}_{attention_name(cfg)}"
+    return Path(cfg.generated_directory, f"samples_{cfg.experiment_name or cfg.dataset}_{name}")
+
+
+def by_age(paths) -> list[Path]:
+    """Existing paths, the newest first."""
+    return sorted((p for p in paths if p.exists()), key=lambda p: p.stat().st_mtime_ns, reverse=True)
+
+
+def kept_checkpoints(cfg: Config) -> list[Path]:
+    """This run's checkpoints, the newest first."""
+    path = checkpoint_path(cfg, 0)
+    if cfg.experiment_name:
+        return by_age(path.parent.parent.glob("checkpoint_*/model.pt"))
+    return by_age([path, *path.parent.glob(f"{path.stem}_step*.pt")])
+
+
+def save_checkpoint(state: dict, cfg: Config) -> Path:
+    """Write the state and let go of the oldest beyond num_keep_checkpoints."""
+    path = checkpoint_path(cfg, state["step"])
+    if not cfg.experiment_name and cfg.num_keep_checkpoints > 1 and path.exists():
+        os.replace(path, path.with_stem(f"{path.stem}_step{load_checkpoint(path)['step']}"))
+    write_atomically(path, lambda file: torch.save(state, file))
+    for old in kept_checkpoints(cfg)[cfg.num_keep_checkpoints :]:
+        old.unlink()
+        if cfg.experiment_name:
+            old.parent.rmdir()
+    return path
+
+
+def find_checkpoint(cfg: Config) -> Path | None:
+    """The checkpoint this run goes on from, if any. Raises UserError if the one asked for is not there."""
+    name = cfg.resume_from_checkpoint
+    if name:
+        home = Path(cfg.working_directory)
+        places = [Path(name), home / cfg.experiment_name / name / "model.pt", home / name, home / f"{name}.pt"]
+        found = next((p / "model.pt" if p.is_dir() else p for p in places if p.exists()), None)
+        if not found:
+            others = ", ".join(str(p) for p in kept_checkpoints(cfg)) or "none"
+            raise UserError(f"--resume_from_checkpoint {name}: not found; this run's checkpoints: {others}")
+        return found
+    return next(iter(kept_checkpoints(cfg)), None) if cfg.resume == "auto" else None
+
+
+def load_checkpoint(path: str | Path) -> dict:
+    """A checkpoint's content, tensors on the CPU. Nothing in the file is executed. Raises UserError."""
+    try:
+        state = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+    except FileNotFoundError:
+        raise UserError(f"there is no checkpoint {path}") from None
+    except Exception as error:                                               # torch raises many kinds here
+        reason = str(error).strip().split("\n")[0][:120]
+        raise UserError(f"{path} is not a readable checkpoint of this program ({reason})") from error
+    if not isinstance(state, dict) or state.get("format") != FORMAT:
+        raise UserError(f"{path} is not a checkpoint of this program (format {FORMAT})")
+    return state
+
+
+def check_fits(path: Path, given: dict, saved: dict) -> None:
+    """Raise UserError if a setting asked for shapes the network or schedule differently from the checkpoint."""
+    differing = [f"{name} is {saved[name]} there, {value} asked for" for name, value in given.items()
+                 if FIELDS[name].metadata["fixed"] and value is not None and name in saved and saved[name] != value]
+    if differing:
+        raise UserError(f"{path} does not fit: {'; '.join(differing)}.\nLeave those flags out to go on with it, "
+                        "or start another run with --experiment_name NAME or --resume never.")
+
+
+def load(path: str | Path, device: str = "auto", **settings) -> Model:
+    """The model in a checkpoint, with averaged weights where there are any. settings: options of Config
+    such as precision and sampling options. Raises UserError."""
+    state = load_checkpoint(path)
+    return restore(state, configure(state["config"], device=device, **settings))
+
+
+def restore(state: dict, cfg: Config, runtime: Runtime | None = None) -> Model:
+    """The model in the content of a checkpoint."""
+    runtime = runtime or Runtime(cfg)
+    network = build_unet(cfg, state["shape"][0], len(state["class_names"]))
+    network.load_state_dict(state["ema"] or state["model"])
+    diffusion = Diffusion(alpha_bar_table(cfg), cfg.prediction, cfg.loss_fn, runtime.device)
+    moments = Moments(*(state["moments"][k].to(runtime.device) for k in ("mean", "var")))
+    return Model(network.to(runtime.device).eval(), diffusion, moments, cfg, tuple(state["shape"]),
+                 state["class_names"], runtime.autocast)
+
+
+# ------------------------------------------------------------------------------------------------
+# 9  Training
+# One step, and the loop around it. Blind to the dataset, and to the rank but for what it writes.
+
+OPTIMIZERS = {"adamw": torch.optim.AdamW, "adam": torch.optim.Adam}
+
+
+def after_warmup(curve: Callable[[float], float], optimizer, lr: float, warmup: int, total: int):
+    """Linear warm-up to lr, then lr times curve(part of the rest that is done)."""
+    return torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: min(
+        1.0, (step + 1) / (warmup + 1)) * curve(max(0, step - warmup) / max(1, total - warmup)))
+
+
+# (optimizer, highest lr, warm-up steps, all steps) -> scheduler
+LR_SCHEDULES = {
+    "onecycle": lambda optimizer, lr, warmup, total: torch.optim.lr_scheduler.OneCycleLR(
+        optimizer, lr, total_steps=total, pct_start=min(1.0, warmup / total), cycle_momentum=False),
+    "cosine": partial(after_warmup, lambda part: (1 + math.cos(math.pi * part)) / 2),
+    "constant": partial(after_warmup, lambda part: 1.0),
+}
+
+
+class Meter:
+    """Sums and counts of losses by timestep quartile, kept on the device: since the last log and in this epoch."""
+
+    def __init__(self, device):
+        self.sums = torch.zeros(2, 4, 2, device=device)                      # [log or epoch, quartile, sum or count]
+
+    def add(self, losses: Tensor, quartile: Tensor) -> None:
+        """losses [n], quartile [n] in 0..3."""
+        self.sums += torch.zeros_like(self.sums[0]).index_add_(0, quartile, torch.stack(
+            [losses, torch.ones_like(losses)], dim=1))
+
+    def read(self, runtime: Runtime) -> tuple[float, list[float], float]:
+        """Mean loss since the last log, the same by quartile, and the mean of the epoch."""
+        logged, epoch = runtime.all_sum(self.sums.clone()).tolist()
+        quartiles = [total / count if count else math.nan for total, count in logged]
+        means = [sum(s for s, _ in part) / max(1, sum(c for _, c in part)) for part in (logged, epoch)]
+        return means[0], quartiles, means[1]
+
+
+class Training:
+    """The state of a run: network, average, optimizer, schedules, losses; and what is done with them."""
+
+    def __init__(self, cfg: Config, runtime: Runtime, state: dict | None = None):
+        data = load_data(cfg)
+        flip = DATASETS[cfg.dataset].flip if cfg.flip is None else cfg.flip
+        shape = tuple(data.images.shape[1:])
+        cfg = dataclasses.replace(cfg, flip=flip, use_labels=bool(data.class_names), channels=shape[0],
+                                  img_size=shape[1:])
+        self.cfg, self.runtime, self.data, self.shape = cfg, runtime, data, shape
+        self.null = len(data.class_names)
+        indices, self.held_out = split(data, cfg.val_fraction)
+        self.moments = image_moments(data, indices, flip)
+        self.size = cfg.batch_size * cfg.gradient_accumulation_steps
+        self.batches = Batches(data, indices, self.size, flip, cfg.seed, runtime.device, runtime.rank, runtime.world)
+        self.total = cfg.iterations or cfg.epochs * self.batches.steps_per_epoch
+        self.diffusion = Diffusion(alpha_bar_table(cfg), cfg.prediction, cfg.loss_fn, runtime.device)
+
+        torch.manual_seed(mix(cfg.seed))
+        channels_last = runtime.device.type != "mps" if cfg.channels_last is None else cfg.channels_last
+        layout = torch.channels_last if channels_last else torch.contiguous_format
+        self.network = build_unet(cfg, shape[0], self.null).to(runtime.device, memory_format=layout)
+        self.forward = runtime.parallel(self.network, cfg)
+        self.ema = EMA(self.network, cfg.ema_decay, cfg.ema_update_rate, cfg.ema_start) if cfg.use_ema else None
+        lr = cfg.learning_rate * (runtime.num_devices if cfg.scale_lr else 1)
+        self.optimizer = OPTIMIZERS[cfg.optimizer](self.network.parameters(), lr, weight_decay=cfg.weight_decay,
+                                                   fused=runtime.device.type in ("cpu", "cuda"))
+        warmup = min(self.total // 10, 1000) if cfg.warmup_steps is None else cfg.warmup_steps
+        self.lr_schedule = LR_SCHEDULES[cfg.lr_schedule](self.optimizer, lr, warmup, self.total)
+        self.scaler = torch.amp.GradScaler(runtime.device.type, enabled=runtime.precision == "fp16")
+        self.meter, self.grad_norm = Meter(runtime.device), torch.zeros((), device=runtime.device)
+        self.step, self.history, self.clock = 0, [], (0, time.perf_counter())
+        if state:
+            self.resume(state)
+
+    @property
+    def epoch(self) -> float:
+        """Epochs done, counted in steps."""
+        return self.step / self.batches.steps_per_epoch
+
+    def state(self) -> dict:
+        """Everything that a run needs to go on and a model needs to draw: tensors and plain values."""
+        return dict(
+            format=FORMAT, config=dataclasses.asdict(self.cfg), step=self.step, epoch=self.epoch,
+            shape=list(self.shape), class_names=self.data.class_names, loss_history=self.history,
+            model=self.network.state_dict(), ema=self.ema.network.state_dict() if self.ema else None,
+            optimizer=self.optimizer.state_dict(), scaler=self.scaler.state_dict(), meter=self.meter.sums,
+            lr_schedule=dict(name=self.cfg.lr_schedule, step=self.step, total_steps=self.total),
+            moments=dict(mean=self.moments.mean, var=self.moments.var))
+
+    def resume(self, state: dict) -> None:
+        """Go on from a checkpoint's state; what its optimizer learned is kept, the settings are this run's."""
+        if tuple(state["shape"]) != self.shape or state["class_names"] != self.data.class_names:
+            raise UserError(f"the checkpoint was trained on images {state['shape']} with {len(state['class_names'])} "
+                            f"classes, the data has {list(self.shape)} and {self.null}: --resume never starts over")
+        self.network.load_state_dict(state["model"])
+        if self.ema:
+            self.ema.network.load_state_dict(state["ema"] or state["model"])
+        groups = self.optimizer.state_dict()["param_groups"]
+        self.optimizer.load_state_dict(dict(state=state["optimizer"]["state"], param_groups=groups))
+        self.scaler.load_state_dict(state["scaler"])
+        self.meter.sums.copy_(state["meter"])
+        self.step, self.history = state["step"], state["loss_history"]
+        self.clock = (self.step, time.perf_counter())
+        self.lr_schedule.last_epoch = min(self.step, self.total) - 1
+        with warnings.catch_warnings():                                      # it expects the optimizer to go first
+            warnings.simplefilter("ignore")
+            self.lr_schedule.step()
+
+    def draws(self) -> tuple[Tensor, Tensor, Tensor]:
+        """This process's share of a step's randomness, a function of (seed, step): t, eps, labels to drop."""
+        random = generator(self.cfg.seed, STREAM_STEP, self.step, device=self.runtime.device)
+        where = dict(device=self.runtime.device, generator=random)
+        t = torch.randint(self.diffusion.T, (self.size,), **where)
+        eps = torch.randn(self.size, *self.shape, **where)
+        drop = torch.rand(self.size, **where) < self.cfg.label_dropout
+        share = self.batches.share
+        return t[share], eps[share], drop[share]
+
+    def train_step(self) -> None:
+        """One optimizer step on a batch, in micro-batches. Nothing here waits for the device."""
+        cfg = self.cfg
+        if cfg.dropout:
+            torch.manual_seed(mix(cfg.seed, STREAM_DROPOUT, self.step, self.runtime.rank))
+        x0, y = self.batches(self.step)
+        t, eps, drop = self.draws()
+        y = torch.where(drop, self.null, y) if self.null else None
+        pieces = torch.arange(len(x0)).chunk(cfg.gradient_accumulation_steps)
+        for i, piece in enumerate(pieces):
+            part = slice(piece[0], piece[-1] + 1)
+            last = i == len(pieces) - 1
+            with nullcontext() if last or self.runtime.world == 1 else self.forward.no_sync():
+                with self.runtime.autocast():
+                    losses = self.diffusion.loss(self.forward, x0[part], t[part], eps[part],
+                                                 None if y is None else y[part])
+                # DistributedDataParallel averages over processes: sum / size * world is the batch's mean
+                self.scaler.scale(losses.sum() * self.runtime.world / self.size).backward()
+            self.meter.add(losses.detach(), t[part] * 4 // self.diffusion.T)
+        self.scaler.unscale_(self.optimizer)
+        self.grad_norm = nn.utils.clip_grad_norm_(self.network.parameters(), cfg.max_grad_norm or math.inf)
+        self.scaler.step(self.optimizer)
+        self.scaler.update()
+        self.optimizer.zero_grad(set_to_none=True)
+        self.lr_schedule.step()
+        self.step += 1
+        if self.ema:
+            self.ema.update(self.network, self.step)
+
+    def model(self) -> Model:
+        """The network to draw and validate with: the average where there is one."""
+        return Model(self.ema.network if self.ema else self.network, self.diffusion, Moments(
+            self.moments.mean.to(self.runtime.device), self.moments.var.to(self.runtime.device)), self.cfg,
+            self.shape, self.data.class_names, self.runtime.autocast)
+
+    @torch.no_grad()
+    def validate(self) -> float | str:
+        """Mean loss over the held-out images, with the same noise and evenly spread timesteps every time."""
+        if not len(self.held_out):
+            return ""
+        random, total = generator(self.cfg.seed, STREAM_VALIDATION), 0.0
+        t = (torch.arange(len(self.held_out)) * self.diffusion.T // len(self.held_out))
+        for piece in torch.arange(len(self.held_out)).split(self.cfg.batch_size):
+            x0 = from_uint8(self.data.images[self.held_out[piece]])
+            eps = torch.randn(x0.shape, generator=random)
+            y = self.data.labels[self.held_out[piece]]
+            x0, ts, eps, y = (v.to(self.runtime.device) for v in (x0, t[piece], eps, y))
+            with self.runtime.autocast():
+                total += self.diffusion.loss(self.model().network, x0, ts, eps, y if self.null else None).sum().item()
+        return total / len(self.held_out)
+
+    def log(self, log: RunLog | None, evaluated: bool) -> float:
+        """Write a row of metrics and return the epoch's mean loss. Raises UserError if the loss is not finite."""
+        mean, quartiles, epoch_mean = self.meter.read(self.runtime)
+        if not math.isfinite(mean):
+            raise UserError(f"the loss is {mean} at step {self.step}: lower --learning_rate (or try --precision fp32); "
+                            "the last checkpoint is as it was", code=1)
+        since, start = self.clock
+        now = time.perf_counter()
+        self.history.append([self.step, mean])
+        self.meter.sums[0] = 0
+        if log:
+            numbers = dict(zip(("loss_q1", "loss_q2", "loss_q3", "loss_q4"), quartiles, strict=True), loss=mean,
+                           val_loss=self.validate() if evaluated else "", lr=self.lr_schedule.get_last_lr()[0],
+                           grad_norm=self.grad_norm.item(), seconds=now - start,
+                           images_per_second=(self.step - since) * self.size / (now - start))
+            rounded = {k: float(f"{v:.6g}") if isinstance(v, float) else v for k, v in numbers.items()}
+            log.row(dict(step=self.step, epoch=round(self.epoch, 4), **rounded))
+        self.clock = (self.step, time.perf_counter())
+        return epoch_mean
+
+    def draw_grid(self, folder: Path, loss: float) -> Path:
+        """A grid of samples, epoch and loss in its name; a denoising strip beside it where asked for."""
+        cfg, model = self.cfg, self.model()
+        classes = list(range(min(self.null, 10)))
+        rows = cfg.num_generations or (4 if classes else 16)
+        preview = dataclasses.replace(cfg, sampler="ddim", eta=0.0, steps=min(cfg.preview_steps, cfg.timesteps))
+        labels = model.labels(classes, rows * max(1, len(classes)))
+        model.network.eval()
+        images = torch.cat(list(model.draw(labels, preview)))
+        path = folder / f"epoch_{round(self.epoch, 2):g}_loss_{loss:.4f}.png"
+        save_grid(images, path, [self.data.class_names[c] for c in classes])
+        if cfg.plot_freq_interval:
+            save_strip(model, labels[:rows], dataclasses.replace(preview, steps=cfg.timesteps), folder / f"step_{self.step}.png")
+        self.network.train()
+        return path
+
+    def settled(self) -> bool:
+        """Whether the mean absolute change of the last ten logged losses is below the one asked for."""
+        recent = [loss for _, loss in self.history[-10:]]
+        changes = [abs(b - a) for a, b in zip(recent, recent[1:])]  # noqa: B905 (the second is one shorter)
+        return len(recent) == 10 and sum(changes) / len(changes) < self.cfg.early_stop_loss_change
+
+
+def train(cfg: Config, state: dict | None = None, runtime: Runtime | None = None) -> Path:
+    """Train as configured, from a checkpoint's state or from the start; returns the checkpoint's path.
+
+    Without `state` it goes on from the run's own checkpoint unless cfg.resume is "never". Raises UserError.
+    """
+    runtime = runtime or Runtime(cfg)
+    path = find_checkpoint(cfg)
+    if path and state is None:
+        state = load_checkpoint(path)
+        check_fits(path, dataclasses.asdict(cfg), state["config"])
+    run = Training(cfg, runtime, state)
+    folder = samples_path(cfg)
+    if runtime.is_main and not run.step:
+        set_aside(folder, *kept_checkpoints(cfg), say=runtime.say)
+    runtime.say("\n".join(run_report(run.cfg, runtime, run.network, run.shape, run.diffusion, len(run.batches.indices), run.total)))
+    if run.step:
+        runtime.say(f"resuming from {path} at step {run.step} of {run.total}")
+    log = RunLog(folder, run.cfg, run.step) if runtime.is_main else None
+    with runtime.catching_signals(), tqdm(total=run.total, initial=run.step, unit="step", dynamic_ncols=True,
+                                          disable=None if runtime.is_main else True) as bar:
+        return training_loop(run, log, folder, bar)
+
+
+def training_loop(run: Training, log: RunLog | None, folder: Path, bar: tqdm) -> Path:
+    """Steps until the end, a signal or a settled loss, with logs, grids and checkpoints when they are due."""
+    cfg, runtime, per_epoch = run.cfg, run.runtime, run.batches.steps_per_epoch
+    path, done = checkpoint_path(cfg, run.step), run.step >= run.total
+    while not done:
+        run.train_step()
+        bar.update()
+        epochs = run.step // per_epoch if run.step % per_epoch == 0 else 0   # 0: in the middle of one
+        every = cfg.checkpoint_rate and run.step % cfg.checkpoint_rate == 0
+        stopping, done = runtime.stopping(run.step), run.step >= run.total
+        draw = done or every or (epochs and epochs % cfg.sample_every == 0)
+        save = draw or stopping or (epochs and epochs % cfg.checkpoint_every == 0)
+        if save or epochs or run.step % cfg.log_every == 0:
+            loss = run.log(log, evaluated=bool(draw or epochs))
+            bar.set_description(f"epoch {run.epoch:.4g} loss {loss:.4f}")
+            if cfg.early_stop_loss_change and run.settled():
+                runtime.say(f"the loss has settled at step {run.step}: stopping early")
+                draw = save = done = True
+        if epochs:
+            run.meter.sums[1] = 0
+        if save and runtime.is_main:
+            path = save_checkpoint(run.state(), cfg)
+        if draw and runtime.is_main:
+            picture = run.draw_grid(folder, loss)
+            log.track(run.step, {"samples": picture})
+            runtime.say(f"epoch {run.epoch:.4g}, step {run.step}: loss {loss:.4f}, {picture}")
+        if draw or save:
+            run.clock = (run.step, time.perf_counter())                      # drawing and saving are not training
+        if stopping and not done:
+            raise Interrupted(runtime.stop_signal, path)
+    return path
+
+
+# ------------------------------------------------------------------------------------------------
+# 10  Commands
+# What the two modes do, and the questions they ask where flags leave something open.
+
+
+class Interrupted(Exception):
+    """A signal stopped the run after it had saved its checkpoint."""
+
+    def __init__(self, number: int, path: Path):
+        super().__init__(f"interrupted: saved {path}; the same command goes on from there")
+        self.code = 128 + number
+
+
+def ask(question: str, flag: str, parse: Callable[[str], object], default: str = ""):
+    """Ask until parse accepts the answer; Enter takes the default. Raises UserError at the end of input."""
+    while True:
+        try:
+            answer = input(f"{question}{f' [{default}]' if default else ''}: ").strip()
+        except EOFError:
+            print()
+            raise UserError(f"no answer to {question.split(' (')[0]!r}: answer with {flag}, or take defaults with --yes") from None
+        try:
+            return parse(answer or default)
+        except (ValueError, UserError) as error:
+            print(error)
+
+
+def ask_option(name: str, given: dict, default) -> dict:
+    """`given` with the answer for one option added, if it differs from the default."""
+    meta = FIELDS[name].metadata
+    choices = f"; {', '.join(meta['choices']())}" if meta["choices"] else ""
+    shown = ",".join(map(str, default)) if isinstance(default, tuple) else str(default)
+
+    def parse(text: str) -> dict:
+        value = parse_value(name, text)
+        answers = given if value == default else {**given, name: value}
+        if name != "mode":
+            configure(**answers)                                             # refuses what contradicts the rest
+        return answers
+
+    return ask(f"{name} ({meta['ask']}{choices})", f"--{name}", parse, shown)
+
+
+def ask_training(given: dict) -> dict:
+    """Ask for the dataset and then for every option that has a question and was not given."""
+    given = ask_option("dataset", given, "") if given.get("yes") is not True else {**given, "dataset": "digits"}
+    if given["dataset"] == "folder" and "path_to_data" not in given:
+        given = {**given, "path_to_data": ask("path_to_data (a folder or ZIP file of images)", "--path_to_data",
+                                              lambda text: ImageFiles(text) and text)}
+    for name in FIELDS if not given.get("yes") else ():
+        if FIELDS[name].metadata["ask"] and name not in ("mode", "dataset") and name not in given:
+            given = ask_option(name, given, getattr(configure(**given), name))
+    return given
+
+
+def run_training(given: dict) -> None:
+    """--mode train."""
+    given = given_values(given)
+    if "dataset" not in given and not given.get("resume_from_checkpoint"):
+        if int(os.environ.get("WORLD_SIZE", 1)) > 1:
+            raise UserError("name the data with --dataset: under torchrun nobody can be asked")
+        given = ask_training(given)
+    cfg = configure(**given)
+    path, state = find_checkpoint(cfg), None
+    if path:
+        state = load_checkpoint(path)
+        check_fits(path, given, state["config"])
+        cfg = configure(state["config"], **given)
+    runtime = Runtime(cfg)
+    try:
+        if cfg.dry_run:
+            runtime.say("\n".join(dry_run_report(cfg, runtime)))
+            return
+        started = time.perf_counter()
+        path = train(cfg, state, runtime)
+        runtime.say(f"trained in {time.perf_counter() - started:.0f} s: {path}\nsamples and metrics: {samples_path(cfg)}\n"
+                    f"draw with it: python diffuser.py --mode inference --model_path {path}")
+    finally:
+        runtime.close()
+
+
+def run_report(cfg: Config, runtime: Runtime, network: nn.Module, shape, diffusion: Diffusion, images: int,
+               total: int) -> list[str]:
+    """What is about to happen, in a few lines."""
+    name = torch.cuda.get_device_name(runtime.device) if runtime.device.type == "cuda" else f"{torch.get_num_threads()} threads"
+    devices = f" x {runtime.num_devices}" if runtime.num_devices > 1 else ""
+    signal_left, parameters = diffusion.terminal_signal, sum(p.numel() for p in network.parameters())
+    lines = [f"device   {runtime.device.type}{devices} ({name}), {runtime.precision}{', compiled' if cfg.compile else ''}",
+             f"data     {cfg.dataset}: {images:,} images {shape[1]}x{shape[2]}x{shape[0]}, "
+             f"{f'{network.num_classes} classes' if network.num_classes else 'no classes'}",
+             f"network  {parameters:,} parameters",
+             f"training {total:,} steps of {cfg.batch_size * cfg.gradient_accumulation_steps} images "
+             f"({total * cfg.batch_size * cfg.gradient_accumulation_steps / max(images, 1):.4g} epochs)",
+             f"noise    {cfg.schedule_type}, T = {cfg.timesteps}, {signal_left:.2%} of the signal is left at T"]
+    if signal_left > 0.01:
+        lines.append(f"         that is above 1%: sampling from pure noise would shift brightness, so --start {cfg.start} "
+                     + ("starts from the mean and variance of the data" if cfg.start == "matched" else "needs care"))
+    return lines
+
+
+def dry_run_report(cfg: Config, runtime: Runtime) -> list[str]:
+    """Settings, sizes and memory, without reading an image."""
+    dataset, files = DATASETS[cfg.dataset], ImageFiles(cfg.path_to_data) if cfg.dataset == "folder" else None
+    classes = list(dataset.classes) if files is None else files.class_names
+    images = len(files) if files else dataset.num_images
+    shape = (files.guess_channels(), *image_shape(cfg)[1:]) if files and not cfg.channels else image_shape(cfg)
+    check_image_size(*shape[1:], len(cfg.channel_mults))
+    images -= min(int(images * cfg.val_fraction), 1000)
+    with torch.device("meta"):
+        network = build_unet(cfg, shape[0], 0 if cfg.use_labels is False else len(classes))
+    batch = cfg.batch_size * cfg.gradient_accumulation_steps
+    total = cfg.iterations or cfg.epochs * max(1, images // batch)
+    lines = [f"{name} = {getattr(cfg, name)}" for name in FIELDS if name not in LOCAL]
+    lines += run_report(cfg, runtime, network, shape, Diffusion(alpha_bar_table(cfg)), images, total)
+    need = training_memory(network, shape, math.ceil(cfg.batch_size / runtime.num_devices), cfg.use_ema)
+    return [*lines, f"memory   about {need / 2**30:.2g} GiB for training on each device"]
+
+
+def training_memory(network: UNet, shape, batch: int, ema: bool) -> float:
+    """Bytes for weights, gradients, Adam's two moments, the average, and one step's activations."""
+    outputs = []
+    for module in network.modules():
+        if not list(module.children()):
+            module.register_forward_hook(lambda module, inputs, output: outputs.append(output.numel()))
+    network(torch.zeros(1, *shape, device="meta"), torch.zeros(1, dtype=torch.long, device="meta"))
+    return 4 * (sum(p.numel() for p in network.parameters()) * (4 + ema) + 2 * batch * sum(outputs))
+
+
+def set_aside(*paths: Path, say: Callable[[str], None]) -> None:
+    """Rename what an earlier run left, so that a run from the start overwrites nothing."""
+    for path in paths:
+        if path.is_file() or (path.is_dir() and any(path.iterdir())):
+            old = next(p for i in range(1, 10**6) if not (p := path.with_stem(f"{path.stem}.old{i}")).exists())
+            path.rename(old)
+            say(f"kept an earlier run's {path} as {old.name}")
+
+
+def run_inference(given: dict) -> None:
+    """--mode inference."""
+    given = given_values(given)
+    asked = not (given.get("yes") or given.get("dry_run") or any(k in given for k in ("classes", "num_images", "save_dir")))
+    path = Path(given["model_path"]) if given.get("model_path") else choose_checkpoint(given)
+    state = load_checkpoint(path)
+    wants_labels = given.pop("use_labels", None)
+    check_fits(path, given, state["config"])
+    cfg = configure(state["config"], **{k: v for k, v in given.items() if k != "dataset"})
+    model = restore(state, cfg)
+    if wants_labels and not model.class_names:
+        raise UserError(f"--use_labels: {path} was trained without classes")
+    print(f"{path}: {cfg.dataset}, epoch {state['epoch']:.4g}, on {model.device}, {cfg.sampler} {len(sampling_grid(cfg))} steps")
+    if cfg.dry_run:
+        print("\n".join(f"{name} = {getattr(cfg, name)}" for name in FIELDS if name not in LOCAL))
+    elif asked:
+        converse(model, cfg, path)
+    else:
+        everything = None if wants_labels is False or not model.class_names else list(range(len(model.class_names)))
+        numbers = parse_classes(cfg.classes, model.class_names) if cfg.classes else everything
+        folder = Path(cfg.save_dir) if cfg.save_dir else free_folder(cfg)
+        save_images(model, cfg, numbers, cfg.num_images or 10 * len(numbers or [0]), folder, path)
+
+
+def choose_checkpoint(given: dict) -> Path:
+    """The checkpoint that the user picks from those below the working directory; --yes takes the newest."""
+    home, found = Path(given.get("working_directory") or "checkpoints"), []
+    for path in by_age(home.glob("**/*.pt")):
+        try:
+            state = load_checkpoint(path)
+        except UserError as error:
+            print(f"passed over: {error}", file=sys.stderr)
+            continue
+        if given.get("dataset") in (None, state["config"]["dataset"]):
+            found.append((path, state))
+    if not found:
+        raise UserError(f"no checkpoint in {home}: train first (python diffuser.py --mode train), or give --model_path")
+    if len(found) == 1 or given.get("yes"):
+        return found[0][0]
+    for i, (path, state) in enumerate(found, 1):
+        loss = f"loss {state['loss_history'][-1][1]:.4f}" if state["loss_history"] else "no loss yet"
+        print(f"{i:3}  {state['config']['dataset']}, epoch {state['epoch']:.4g}, {loss}  {path}")
+
+    def parse(text: str) -> Path:
+        if not text.isdigit() or not 1 <= int(text) <= len(found):
+            raise ValueError(f"a number from 1 to {len(found)}, please")
+        return found[int(text) - 1][0]
+
+    return ask("which checkpoint (the newest is first)", "--model_path", parse, "1")
+
+
+def converse(model: Model, cfg: Config, path: Path) -> None:
+    """Ask for classes and numbers of images, draw, save and show, until the user quits."""
+    quits = ("-1", "q", "quit", "exit")
+    if model.class_names:
+        print("classes: " + ", ".join(f"{i} {n}" if n != str(i) else n for i, n in enumerate(model.class_names)))
+    while True:
+        numbers = None
+        if model.class_names:
+            numbers = ask("classes (names or numbers, separated by commas; all; -1 or q quits)", "--classes",
+                          lambda text: None if text.lower() in quits else parse_classes(text, model.class_names))
+            if numbers is None:
+                return
+        count = ask(f"how many images{' of each' if numbers else ''} (-1 or q quits)", "--num_images",
+                    lambda text: None if text.lower() in quits else parse_value("num_images", text), "8")
+        if count is None:
+            return
+        folder = free_folder(cfg)
+        save_images(model, cfg, numbers, count * len(numbers or [0]), folder, path)
+        if sys.stdout.isatty() and (os.environ.get("DISPLAY") or os.environ.get("WAYLAND_DISPLAY")
+                                    or sys.platform in ("darwin", "win32")):
+            Image.open(folder / "grid.png").show()
+
+
+def free_folder(cfg: Config) -> Path:
+    """A new folder for images, numbered."""
+    parent = Path(cfg.generated_directory)
+    return next(p for i in range(1, 10**6) if not (p := parent / f"inference_{cfg.dataset}_{i:03}").exists())
+
+
+def save_images(model: Model, cfg: Config, numbers: list[int] | None, count: int, folder: Path, path: Path) -> None:
+    """Draw `count` images of the classes in turn into folder/images, with grid.png and samples.json."""
+    if (folder / "images").exists() and any((folder / "images").iterdir()):
+        raise UserError(f"{folder / 'images'} already holds images: give another --save_dir or remove it")
+    (folder / "images").mkdir(parents=True, exist_ok=True)
+    labels, shown, i = model.labels(numbers, count), [], 0
+    names = [*(re.sub(r"[^\w.-]+", "_", n).strip(".") or "class" for n in model.class_names), "image"]
+    batches = math.ceil(count / (1 if cfg.sequential else cfg.sample_batch_size))
+    with tqdm(total=batches * len(sampling_grid(cfg)), desc="sampling", unit="step", disable=None) as bar:
+        for batch in model.draw(labels, cfg, bar.update):
+            for image in batch:
+                to_pil(image).save(folder / "images" / f"{i:06}_{names[labels[i]]}.png")
+                i += 1
+            shown.append(batch[: max(0, 100 - sum(map(len, shown)))])
+    save_grid(torch.cat(shown), folder / "grid.png", [model.class_names[n] for n in numbers or []])
+    if cfg.trajectory:
+        save_strip(model, labels[:10], cfg, folder / "trajectory.png")
+    settings = dict(checkpoint=str(path), sha256=hashlib.sha256(path.read_bytes()).hexdigest(), images=count,
+                    classes=[model.class_names[n] for n in numbers or []], config=dataclasses.asdict(cfg))
+    write_json(folder / "samples.json", settings)
+    print(f"{count} images in {folder / 'images'}, grid {folder / 'grid.png'}")
+
+
+# ------------------------------------------------------------------------------------------------
+# 11  Command line
+# Flags made from the fields of Config; no logic.
+
+COMMANDS = {"train": run_training, "inference": run_inference}
+
+
+class Parser(argparse.ArgumentParser):
+    """argparse, but a mistake is one line, with the nearest flag where one is unknown."""
+
+    def error(self, message: str):
+        raise UserError(message)
+
+    def parse(self, argv: list[str] | None) -> dict:
+        """The options given, by name."""
+        options, unknown = self.parse_known_args(argv)
+        if unknown:
+            near = difflib.get_close_matches(unknown[0].split("=")[0], self._option_string_actions, 1)
+            raise UserError(f"unknown option {unknown[0]}{f': did you mean {near[0]}?' if near else ', see --help'}")
+        return vars(options)
+
+
+def argument_type(name: str) -> Callable[[str], object]:
+    """parse_value for argparse."""
+
+    def convert(text: str):
+        try:
+            return parse_value(name, text)
+        except ValueError as error:
+            raise UserError(str(error)) from None
+
+    return convert
+
+
+def build_parser() -> Parser:
+    """One flag per field; only those given end up in the result."""
+    intro, _, rest = __doc__.partition("\n")
+    parser = Parser("diffuser.py", description=intro, epilog=rest.split("\nChapters")[0], allow_abbrev=False,
+                    argument_default=argparse.SUPPRESS, formatter_class=argparse.RawDescriptionHelpFormatter)
+    for name, spec in FIELDS.items():
+        if name in GROUPS:
+            group = parser.add_argument_group(GROUPS[name])
+        flags = [f"--{name}", *spec.metadata["aliases"]]
+        choices = f" ({', '.join(map(str, spec.metadata['choices']()))})" if spec.metadata["choices"] else ""
+        default = "" if spec.default in ("", None) else f" [{spec.default}]"
+        text = f"{spec.metadata['help']}{choices}{default}".replace("%", "%%")
+        if KINDS[name] is bool:
+            group.add_argument(*flags, dest=name, nargs="?", const=True, type=argument_type(name), help=text, metavar="BOOL")
+            group.add_argument(f"--no-{name}", dest=name, action="store_const", const=False, help=argparse.SUPPRESS)
+        else:
+            group.add_argument(*flags, dest=name, type=argument_type(name), help=text, metavar=name.upper()[:12])
+    return parser
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run the command line; returns the exit status."""
+    given = {}
+    try:
+        given = build_parser().parse(argv)
+        if "mode" not in given:
+            given = ask_option("mode", given, "train")
+        COMMANDS[given.get("mode", "train")](given)
+        return 0
+    except (UserError, Interrupted) as error:
+        if given.get("debug") and isinstance(error, UserError):
+            raise
+        print(f"diffuser: {error}", file=sys.stderr)
+        return error.code
+    except OSError as error:
+        if given.get("debug"):
+            raise
+        print(f"diffuser: {error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print("\ndiffuser: interrupted", file=sys.stderr)
+        return 130
+
+
+if __name__ == "__main__":
+    sys.exit(main())

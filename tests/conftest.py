@@ -1,0 +1,70 @@
+"""What the tests share: a small network, a few small images, the real command line, real data where it is."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+import diffuser
+
+ROOT = Path(diffuser.__file__).resolve().parent
+REAL_DATA = Path(os.environ.get("DIFFUSER_TEST_DATA", ROOT.parent / "shared" / "data"))
+
+# A network small enough to train in a second.
+TINY = dict(base_channels=8, channel_mults=(1, 2), num_res_blocks=1, emb_dim=8, num_heads=2)
+TINY_FLAGS = ["--base_channels", "8", "--channel_mults", "1,2", "--num_res_blocks", "1", "--emb_dim", "8",
+              "--num_heads", "2", "--preview_steps", "2", "--device", "cpu"]
+
+
+@pytest.fixture
+def folder(tmp_path, monkeypatch):
+    """A temporary folder that is also the current one, so that outputs land there."""
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+@pytest.fixture
+def real_data():
+    """The folder with real MNIST and CIFAR-10, or a skip."""
+    if not (REAL_DATA / "MNIST").is_dir():
+        pytest.skip(f"no real data in {REAL_DATA}: set DIFFUSER_TEST_DATA to a folder with MNIST in torchvision's layout")
+    return REAL_DATA
+
+
+@pytest.fixture
+def image_folder(tmp_path):
+    """Two classes of small colour images that are not square, in the formats people have."""
+    random = np.random.default_rng(0)
+    for c, name in enumerate(("cat", "dog")):
+        (tmp_path / "pictures" / name).mkdir(parents=True)
+        for i, ending in enumerate(("png", "jpg", "jpeg", "bmp", "gif", "webp")):
+            pixels = random.integers(0, 100, (20, 30, 3), dtype=np.uint8) + np.uint8(100 * c)
+            Image.fromarray(pixels).save(tmp_path / "pictures" / name / f"{i}.{ending}")
+    return tmp_path / "pictures"
+
+
+def cli(*arguments, cwd, stdin="", script="diffuser.py", env=None, timeout=300):
+    """The real command line in a process of its own."""
+    return subprocess.run([sys.executable, str(ROOT / script), *map(str, arguments)], cwd=cwd, input=stdin, text=True,
+                          capture_output=True, timeout=timeout, env={**os.environ, **(env or {})})
+
+
+def tiny_training(**more):
+    """Settings of a run of a few steps on the digits."""
+    return diffuser.configure(**{**dict(dataset="digits", device="cpu", batch_size=16, iterations=4, preview_steps=2,
+                                        timesteps=20, log_every=2, num_generations=1), **TINY, **more})
+
+
+def tiny_unet(channels=1, classes=3, **more):
+    """A network whose output is not zero everywhere."""
+    torch.manual_seed(0)
+    network = diffuser.UNet(channels, classes, **{**TINY, **more}).eval()
+    with torch.no_grad():
+        for p in network.parameters():
+            p.add_(0.05 * torch.randn_like(p))
+    return network

@@ -1,0 +1,327 @@
+"""Chapters 10 and 11: the real command line, its questions answered by a pipe and a terminal, its errors."""
+
+import json
+import os
+import pty
+import select
+import shlex
+import signal
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pytest
+import torch
+from conftest import ROOT, TINY_FLAGS, cli, tiny_training
+from PIL import Image
+
+import diffuser
+from diffuser import main
+
+TRAIN = ["--mode", "train", "--dataset", "digits", "--iterations", "2", "--batch_size", "8", "--timesteps", "20", *TINY_FLAGS]
+
+
+@pytest.fixture
+def trained(folder):
+    """A folder with one trained checkpoint in it; gives the checkpoint."""
+    return diffuser.train(tiny_training())
+
+
+def fails(capsys, *arguments, code=2):
+    """The one line (or two) that a bad command prints."""
+    assert main(list(arguments)) == code
+    out, err = capsys.readouterr()
+    assert err.startswith("diffuser: ") and "Traceback" not in err and len(err.strip().splitlines()) <= 2
+    return err
+
+
+# Every command line of the five systems that this program replaces, script names replaced.
+OTHERS = [
+    "--mode train --dataset cifar10 --timesteps 500 --beta_start 1e-5 --beta_end 0.012 --epochs 500 --batch_size 32 "
+    "--learning_rate 1e-4 --schedule_type linear --emb_dim 128 --use_attention True",
+    "--mode train --dataset cifar10 --iterations 800000 --batch_size 256 --log_to_wandb True",
+    "--mode train --dataset cifar10 --learning_rate 2e-4 --batch_size 256 --iterations 800000 --schedule DNS "
+    "--schedule_low 1e-4 --schedule_high 0.02 --use_ema True --log_to_wandb True --project_name ddpm-cifar10",
+    "--mode train --experiment_name celebA_diffusion_m3_ultra --path_to_data ./celeb_hq_128 --working_directory ./working "
+    "--generated_directory ./generated --batch_size 16 --img_size 128 --starting_channels 96 --num_training_steps 100000 "
+    "--evaluation_interval 5000 --learning_rate 0.0001 --warmup_steps 5000 --num_workers 4 --loss_fn mse --max_grad_norm 1.0 "
+    "--weight_decay 0.0001 --num_keep_checkpoints 2 --num_generations 5 --plot_freq_interval 100",
+    "--mode train --experiment_name ddpm_experiment --path_to_data ./celeb_hq_128 --working_directory ./checkpoints "
+    "--generated_directory ./samples --num_diffusion_timesteps 1000 --num_training_steps 200000 --batch_size 32 "
+    "--gradient_accumulation_steps 2 --learning_rate 1e-4 --warmup_steps 5000 --evaluation_interval 5000 --img_size 128 "
+    "--starting_channels 128 --loss_fn mse --use_wandb",
+    "--mode train --dataset cifar10",
+]
+SMALL = "--base_channels 8 --channel_mults 1,2 --num_res_blocks 1 --num_heads 2 --preview_steps 2 --device cpu --img_size 16"
+
+
+@pytest.fixture
+def others_folder(folder, image_folder):
+    """The folders that those command lines name, with a few images in each."""
+    (folder / "celeb_hq_128").symlink_to(image_folder)
+    return folder
+
+
+@pytest.mark.parametrize("line", OTHERS)
+def test_command_lines_of_other_systems_start(others_folder, line, capsys):
+    """Each of them resolves with --dry_run, which reads no image and needs no download."""
+    assert main([*shlex.split(line), "--dry_run"]) == 0
+    out = capsys.readouterr().out
+    assert "parameters" in out and "signal is left at T" in out and "GiB" in out
+
+
+@pytest.mark.parametrize("line", OTHERS)
+def test_command_lines_of_other_systems_train(others_folder, line, image_folder, monkeypatch):
+    """Each of them trains two steps on a few images and leaves a checkpoint."""
+    line = line.replace("--dataset cifar10", f"--dataset folder --path_to_data {image_folder}")
+    monkeypatch.setitem(sys.modules, "wandb", None)
+    flags = [*shlex.split(f"{line} {SMALL}"), "--iterations", "2", "--batch_size", "4", "--timesteps", "20"]
+    assert main(flags) == 0
+    assert len(list(others_folder.rglob("*.pt"))) == 1
+
+
+def test_resuming_by_name_as_documented_elsewhere(others_folder):
+    """--resume_from_checkpoint checkpoint_2 goes on from that step."""
+    flags = shlex.split(f"--mode train --experiment_name ddpm_celeba --path_to_data ./celeb_hq_128 {SMALL} --timesteps 20 "
+                        "--batch_size 4 --evaluation_interval 2 --num_keep_checkpoints 5")
+    assert main([*flags, "--iterations", "4"]) == 0
+    assert main([*flags, "--iterations", "6", "--resume_from_checkpoint", "checkpoint_2"]) == 0
+    assert sorted(os.listdir("checkpoints/ddpm_celeba")) == ["checkpoint_2", "checkpoint_4", "checkpoint_6"]
+
+
+@pytest.mark.parametrize("flags, expected", [
+    (["--use_ema"], True), (["--use_ema", "True"], True), (["--use_ema", "false"], False), (["--no-use_ema"], False)])
+def test_booleans_in_four_spellings(flags, expected):
+    """--flag, --flag True, --flag false and --no-flag."""
+    assert diffuser.build_parser().parse(flags) == {"use_ema": expected}
+
+
+@pytest.mark.parametrize("flags, words", [
+    (["--dataset", "imagenet"], "digits, mnist"), (["--epochs", "0"], "--epochs"), (["--learning_rate", "-1"], "--learning_rate"),
+    (["--bach_size", "4"], "did you mean --batch_size"), (["--beta_end", "1e-9"], "beta_end"), (["--dataset"], "--dataset"),
+    (["--attention_levels", "9"], "levels 0 to"), (["--num_heads", "3"], "divide"), (["--img_size", "9"], "8 or 10"),
+    (["--precision", "fp16", "--device", "cpu"], "fp16"), (["--dataset", "folder", "--path_to_data", "nowhere"], "nowhere"),
+    (["--dataset", "folder"], "--path_to_data"), (["--resume_from_checkpoint", "x"], "x: not found")])
+def test_bad_flags_are_one_line_and_exit_2(folder, capsys, flags, words):
+    """A bad option is told in a line that names it, before anything is made."""
+    assert words in fails(capsys, "--mode", "train", "--dataset", "digits", *flags)
+    assert not list(folder.iterdir())
+
+
+def test_every_option_is_read_somewhere():
+    """No flag is read and never used: each field is named in the code outside the dataclass."""
+    source = (ROOT / "diffuser.py").read_text()
+    body = source[source.index("FIELDS = "):]
+    unused = [n for n in diffuser.FIELDS if f".{n}" not in body and f'"{n}"' not in body.split("PRESETS = ")[1].split("RECIPES = ")[1]]
+    assert unused == []
+
+
+def test_help_names_every_flag_and_alias():
+    """--help is complete."""
+    done = cli("--help", cwd=ROOT)
+    assert done.returncode == 0
+    for spec in diffuser.FIELDS.values():
+        assert all(flag in done.stdout for flag in (f"--{spec.name}", *spec.metadata["aliases"]))
+
+
+def test_training_through_the_real_command_line(folder):
+    """A run leaves checkpoint, grid, metrics and config where the design says, and tells where they are."""
+    done = cli(*TRAIN, cwd=folder)
+    assert done.returncode == 0, done.stderr
+    assert (folder / "checkpoints/diffusion_checkpoint_digits_20_8_attention.pt").exists()
+    run = folder / "samples/samples_digits_cosine_20_8_attention"
+    assert {"metrics.csv", "config.json"} < set(os.listdir(run)) and len(list(run.glob("epoch_*_loss_*.png"))) == 1
+    assert json.loads((run / "config.json").read_text())["config"]["timesteps"] == 20
+    assert "checkpoints/diffusion_checkpoint" in done.stdout and str(run.relative_to(folder)) in done.stdout
+
+
+def test_inference_without_questions(trained, folder, capsys):
+    """--save_dir: numbered, class-named PNGs, a grid, and samples.json with the checkpoint's hash."""
+    flags = ["--mode", "inference", "--model_path", str(trained), "--classes", "3,7", "--num_images", "5", "--save_dir", "out",
+             "--steps", "3", "--guidance_scale", "1.5", "--trajectory"]
+    assert main(flags) == 0
+    assert sorted(os.listdir("out/images")) == ["000000_3.png", "000001_7.png", "000002_3.png", "000003_7.png", "000004_3.png"]
+    with Image.open("out/images/000001_7.png") as image:
+        assert image.size == (8, 8) and image.mode == "L"
+    record = json.loads((folder / "out/samples.json").read_text())
+    assert record["sha256"] == diffuser.hashlib.sha256(trained.read_bytes()).hexdigest() and record["config"]["steps"] == 3
+    assert (folder / "out/grid.png").exists() and (folder / "out/trajectory.png").exists()
+    assert "already holds images" in fails(capsys, *flags)                   # and nothing is overwritten
+
+
+def test_all_classes_by_default_and_none_on_request(trained, folder):
+    """Without --classes every class gets its share; --use_labels False draws without labels."""
+    flags = ["--mode", "inference", "--model_path", str(trained), "--num_images", "20", "--steps", "2"]
+    assert main([*flags, "--use_labels", "True", "--save_dir", "a"]) == 0
+    assert [n[7] for n in sorted(os.listdir("a/images"))] == list("01234567890123456789")
+    assert main([*flags, "--use_labels", "False", "--save_dir", "b"]) == 0
+    assert {n[7:] for n in os.listdir("b/images")} == {"image.png"}
+
+
+def test_sequential_and_batch_give_the_same_files(trained, folder):
+    """--sequential draws the images of batch generation, to one grey level."""
+    flags = ["--mode", "inference", "--model_path", str(trained), "--num_images", "4", "--steps", "4", "--save_dir"]
+    assert main([*flags, "one", "--sequential"]) == 0 and main([*flags, "many"]) == 0
+    for file in os.listdir("one/images"):
+        one, many = (np.asarray(Image.open(f"{d}/images/{file}"), dtype=int) for d in ("one", "many"))
+        assert abs(one - many).max() <= 1
+
+
+@pytest.mark.parametrize("flags, words", [
+    (["--model_path", "gone.pt"], "no checkpoint gone.pt"), (["--classes", "cat"], "unknown class cat"),
+    (["--timesteps", "30"], "timesteps is 20 there, 30 asked for"), (["--steps", "50"], "steps 50")])
+def test_bad_inference_requests(trained, capsys, flags, words):
+    """A checkpoint, class or schedule that is not there: exit 2, no output folder."""
+    flags = flags if "--model_path" in flags else ["--model_path", str(trained), *flags]
+    assert words in fails(capsys, "--mode", "inference", "--save_dir", "out", *flags)
+    assert not os.path.exists("out/images")
+
+
+def test_unconditional_models(folder, capsys):
+    """A model without classes is asked only for a number, and asking it for classes is an error."""
+    path = diffuser.train(tiny_training(use_labels=False))
+    assert "without classes" in fails(capsys, "--mode", "inference", "--model_path", str(path), "--classes", "3")
+    done = cli("--mode", "inference", "--model_path", path, "--steps", 2, cwd=folder, stdin="2\nq\n")
+    assert done.returncode == 0 and len(os.listdir("samples/inference_digits_001/images")) == 2
+
+
+def test_conversation_through_a_pipe(trained, folder):
+    """Choose a checkpoint, draw twice, with wrong answers in between, and quit."""
+    diffuser.train(tiny_training(experiment_name="other"))
+    answers = "9\nx\n2\n11\nthree\n3, 7\n0\n2\nall\n1\n-1\n"
+    done = cli("--mode", "inference", "--steps", 2, "--yes", "false", cwd=folder, stdin=answers)
+    assert done.returncode == 0, done.stderr
+    assert "digits, epoch" in done.stdout and "a number from 1 to 2" in done.stdout
+    assert "unknown class 11" in done.stdout and "unknown class three" in done.stdout and "--num_images" in done.stdout
+    assert len(os.listdir("samples/inference_digits_001/images")) == 4 and len(os.listdir("samples/inference_digits_002/images")) == 10
+    assert str(trained) in json.loads((folder / "samples/inference_digits_001/samples.json").read_text())["checkpoint"]
+
+
+def test_training_conversation_through_a_pipe(folder):
+    """--mode train asks for the dataset and then for each setting; a wrong answer is asked again."""
+    asked = [n for n, s in diffuser.FIELDS.items() if s.metadata["ask"] and n not in ("mode", "dataset")]
+    given = {"epochs": "1", "batch_size": "600", "timesteps": "many\n30", "schedule_type": "linear", "emb_dim": "8", "base_channels": "8"}
+    answers = "\n".join(["imagenet", "digits", *(given.get(n, "") for n in asked)])
+    done = cli("--mode", "train", "--channel_mults", "1,2", "--num_res_blocks", "1", "--preview_steps", "2", cwd=folder,
+               stdin=f"{answers}\n")
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "--dataset is one of digits" in done.stdout and "--timesteps wants a whole number" in done.stdout
+    config = json.loads(next(folder.rglob("config.json")).read_text())["config"]
+    assert (config["timesteps"], config["emb_dim"], config["epochs"], config["batch_size"]) == (30, 8, 1, 600)
+    assert config["learning_rate"] == diffuser.PRESETS["digits"]["learning_rate"]  # Enter took the preset's
+
+
+@pytest.mark.parametrize("arguments, flag", [
+    ([], "--mode"), (["--mode", "train"], "--dataset"), (["--mode", "train", "--path_to_data", "nowhere"], "nowhere")])
+def test_end_of_input_names_the_flag(folder, arguments, flag):
+    """When nobody answers the program exits 2 and names the flag that would have."""
+    done = cli(*arguments, cwd=folder)
+    assert done.returncode == 2 and flag in done.stderr and "Traceback" not in done.stderr
+
+
+def test_end_of_input_in_a_conversation(trained, folder):
+    """The same when input ends at the question for classes."""
+    done = cli("--mode", "inference", "--model_path", trained, cwd=folder)
+    assert done.returncode == 2 and "--classes" in done.stderr
+
+
+def test_no_checkpoint_says_how_to_make_one(folder, capsys):
+    """Inference before training: exit 2 and what to do."""
+    assert "train first" in fails(capsys, "--mode", "inference")
+
+
+def test_yes_asks_nothing(trained, folder):
+    """--yes draws from the newest checkpoint without a question."""
+    done = cli("--mode", "inference", "--yes", "--num_images", 3, "--steps", 2, cwd=folder)
+    assert done.returncode == 0 and len(os.listdir("samples/inference_digits_001/images")) == 3
+
+
+def terminal(command, cwd, steps, timeout=60):
+    """Drive a program through a pseudo-terminal: wait for each text, then send the answer. (output, status)"""
+    pid, master = pty.fork()
+    if pid == 0:
+        os.chdir(cwd)
+        os.execvpe(command[0], command, {**os.environ, "TERM": "dumb"})
+    output, deadline = "", time.time() + timeout
+    for wanted, answer in [*steps, (None, None)]:
+        while (wanted is None or wanted not in output) and time.time() < deadline:
+            if select.select([master], [], [], 0.2)[0]:
+                try:
+                    piece = os.read(master, 4096).decode(errors="replace")
+                except OSError:
+                    break
+                if not piece:
+                    break
+                output += piece
+        if answer is not None:
+            assert wanted in output, output
+            output = ""
+            os.write(master, answer)
+    _, status = os.waitpid(pid, 0)
+    os.close(master)
+    return output, os.waitstatus_to_exitcode(status)
+
+
+def test_conversation_in_a_terminal(trained, folder):
+    """The same questions with a person at a terminal: an answer, a wrong one, quit."""
+    command = [sys.executable, str(ROOT / "diffuser.py"), "--mode", "inference", "--steps", "2"]
+    output, status = terminal(command, folder, [("classes (names", b"elephant\n"), ("unknown class", b"5\n"),
+                                                ("how many", b"2\n"), ("classes (names", b"q\n")])
+    assert status == 0 and len(os.listdir(folder / "samples/inference_digits_001/images")) == 2
+
+
+@pytest.mark.parametrize("arguments, question", [
+    ([], "mode"), (["--mode", "train"], "dataset"), (["--mode", "inference"], "classes (names")])
+@pytest.mark.parametrize("key, code", [(b"\x03", 130), (b"\x04", 2)])
+def test_ctrl_c_and_ctrl_d_at_a_question(trained, folder, arguments, question, key, code):
+    """Ctrl-C leaves with 130 and Ctrl-D with 2, without a traceback."""
+    output, status = terminal([sys.executable, str(ROOT / "diffuser.py"), *arguments], folder, [(question, key)])
+    assert status == code and "Traceback" not in output
+
+
+def test_interrupted_sampling_keeps_what_is_drawn(trained, folder):
+    """Ctrl-C while drawing: exit 130, no traceback, and every picture that is there is whole."""
+    command = [sys.executable, str(ROOT / "diffuser.py"), "--mode", "inference", "--model_path", str(trained), "--num_images", "5000",
+               "--sample_batch_size", "5", "--save_dir", "out"]
+    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
+    deadline = time.time() + 60
+    while time.time() < deadline and not (os.path.isdir("out/images") and len(os.listdir("out/images")) > 10):
+        time.sleep(0.02)
+    process.send_signal(signal.SIGINT)
+    _, errors = process.communicate(timeout=30)
+    assert process.returncode == 130 and "Traceback" not in errors
+    for file in os.listdir("out/images"):
+        Image.open(f"out/images/{file}").load()
+
+
+def test_the_api_in_the_readme(folder):
+    """The ten lines of Python in the README run as they stand there."""
+    text = (ROOT / "README.md").read_text()
+    code = text.split("```python\n")[1].split("```")[0]
+    assert "diffuser.train" in code and "diffuser.load" in code
+    code = code.replace("epochs=50", "iterations=3, preview_steps=2, base_channels=8, batch_size=16")
+    exec(compile(code, "README.md", "exec"), {})
+
+
+def test_generate_returns_uint8_images(trained):
+    """The API gives tensors of images and refuses what it cannot do."""
+    model = diffuser.load(trained)
+    assert model.generate(["3", 7], num_images=3, steps=2).dtype == torch.uint8
+    assert model.generate(steps=2).shape == (1, 1, 8, 8)
+    with pytest.raises(diffuser.UserError):
+        model.generate(["3"], steps=0)
+
+
+def test_mnist_end_to_end(real_data, folder):
+    """Real MNIST: 30 steps, interrupted, resumed, sampled and plotted through the command lines."""
+    flags = ["--mode", "train", "--dataset", "mnist", "--data_dir", real_data, "--batch_size", "32", "--log_every", "5",
+             "--checkpoint_rate", "10", *TINY_FLAGS, "--channel_mults", "1,2,2"]
+    assert cli(*flags, "--iterations", "10", cwd=folder).returncode == 0
+    done = cli(*flags, "--iterations", "30", cwd=folder)
+    assert done.returncode == 0 and "resuming" in done.stdout and "29" in done.stdout
+    path = next(folder.rglob("*.pt"))
+    assert cli("--mode", "inference", "--model_path", path, "--num_images", 10, "--steps", 3, "--save_dir", "out", cwd=folder).returncode == 0
+    assert len(os.listdir("out/images")) == 10
+    run = next((folder / "samples").iterdir())
+    assert cli(run, "--no-show", cwd=folder, script="plot_loss.py").returncode == 0 and (run / "loss.png").exists()

@@ -1,0 +1,91 @@
+"""Chapter 1: options, their precedence, their checks."""
+
+import dataclasses
+
+import pytest
+
+import diffuser
+from diffuser import UserError, configure
+
+
+def test_precedence_flag_checkpoint_preset_default():
+    """An explicit flag beats the checkpoint, which beats the preset, which beats the default."""
+    assert configure(dataset="mnist").timesteps == 500                       # preset
+    assert configure(dataset="mnist").cosine_s == 0.008                      # default
+    saved = dataclasses.asdict(configure(dataset="mnist", timesteps=300, epochs=7))
+    assert configure(saved).timesteps == 300 and configure(saved).epochs == 7
+    assert configure(saved, epochs=9).epochs == 9
+
+
+def test_a_checkpoint_does_not_bring_its_paths_along():
+    """A checkpoint from elsewhere must not choose where files are written or which device is used."""
+    saved = dataclasses.asdict(configure(dataset="mnist", generated_directory="/elsewhere", device="cpu"))
+    assert configure(saved).generated_directory == "samples" and configure(saved).device == "auto"
+
+
+def test_a_recipe_counts_as_asked_for():
+    """--recipe sets a whole configuration, and a flag beside it still wins."""
+    cfg = configure(**diffuser.given_values({"dataset": "cifar10", "recipe": "ho2020", "batch_size": 16}))
+    assert (cfg.num_heads, cfg.batch_size, cfg.conditioning, cfg.timesteps) == (1, 16, "add", 1000)
+
+
+def test_path_to_data_means_dataset_folder(image_folder):
+    """Giving a folder of images is enough to train on it."""
+    assert diffuser.given_values({"path_to_data": str(image_folder)})["dataset"] == "folder"
+
+
+@pytest.mark.parametrize("text, value", [("True", True), ("false", False), ("1", True), ("off", False)])
+def test_booleans_are_read_as_words(text, value):
+    """`--flag False` means False, which type=bool would get wrong."""
+    assert diffuser.parse_value("use_ema", text) is value
+
+
+@pytest.mark.parametrize("name, text, value", [
+    ("channel_mults", "1,2,2", (1, 2, 2)), ("channel_mults", "[1, 2, 2, 2]", (1, 2, 2, 2)), ("img_size", "64", (64, 64)),
+    ("img_size", "48x64", (48, 64)), ("schedule_type", "DNS", "dns"), ("schedule_type", "cos", "cosine"),
+    ("loss_fn", "l2", "mse"), ("attention_levels", "", ()), ("learning_rate", "1e-4", 1e-4)])
+def test_values_are_read_in_every_spelling(name, text, value):
+    """Lists, sizes and the other names of choices are understood."""
+    assert diffuser.parse_value(name, text) == value
+
+
+@pytest.mark.parametrize("name, text", [
+    ("epochs", "0"), ("epochs", "ten"), ("epochs", "1.5"), ("learning_rate", "-1"), ("learning_rate", "nan"),
+    ("dropout", "1.5"), ("schedule_type", "quadratic"), ("img_size", "1x2x3"), ("img_size", "0"), ("use_ema", "maybe"),
+    ("channel_mults", "1,-2"), ("seed", "-1")])
+def test_bad_values_are_refused_by_name(name, text):
+    """A value out of range or of the wrong kind is an error that names the flag."""
+    with pytest.raises(ValueError, match=f"--{name}"):
+        diffuser.parse_value(name, text)
+
+
+@pytest.mark.parametrize("settings, words", [
+    (dict(beta_start=0.02, beta_end=0.01), "beta_end"), (dict(attention_levels=(5,)), "attention_levels 5"),
+    (dict(num_heads=7), "num_heads 7 does not divide"), (dict(head_dim=7), "head_dim 7 does not divide"),
+    (dict(steps=600, timesteps=500), "steps 600"), (dict(channel_mults=()), "channel_mults"),
+    (dict(img_size=(30, 30), channel_mults=(1, 2, 2)), "28 or 32"), (dict(epochs="5"), "epochs"),
+    (dict(base_channels=10**9), "base_channels"), (dict(nonsense=1), "nonsense")])
+def test_contradictions_are_refused(settings, words):
+    """Options that cannot hold together, or come from a file with wrong types, are one clear error."""
+    with pytest.raises(UserError, match=words):
+        configure(**{"dataset": "mnist", **settings})
+
+
+def test_every_preset_and_recipe_is_valid():
+    """No preset or recipe sets an unknown option or contradicts itself."""
+    for dataset in diffuser.PRESETS:
+        configure(dataset=dataset)
+    for recipe in diffuser.RECIPES:
+        configure(**diffuser.given_values({"dataset": "cifar10", "recipe": recipe}))
+
+
+def test_recommended_settings_are_the_documented_ones():
+    """The recommended hyperparameters stay the defaults of their datasets."""
+    table = {"mnist": (500, "linear", 1e-5, 0.01, 128, 1e-3, 32), "cifar10": (500, "linear", 1e-5, 0.012, 32, 1e-4, 128),
+             "cifar10_optimized": (500, "linear", 1e-5, 0.012, 128, 1e-4, 128),
+             "celeba": (1000, "cosine", 1e-4, 0.02, 8, 1e-4, 256), "folder": (1000, "linear", 1e-4, 0.02, 32, 1e-4, 128)}
+    for dataset, row in table.items():
+        cfg = configure(dataset=dataset)
+        assert row == (cfg.timesteps, cfg.schedule_type, cfg.beta_start, cfg.beta_end, cfg.batch_size, cfg.learning_rate,
+                       cfg.emb_dim)
+    assert configure(dataset="cifar10").num_heads == 8 and configure(dataset="cifar10_optimized").num_heads == 4

@@ -1,0 +1,436 @@
+"""plot_loss.py: its pure functions against closed forms, and the real command line."""
+
+import math
+import os
+import re
+import select
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+import plot_loss
+
+SCRIPT = Path(plot_loss.__file__)
+
+
+# ---- helpers ------------------------------------------------------------------------------------
+
+def make_run(folder, *names, age=0):
+    """Make a folder of empty sample files, `age` seconds old; '3:0.5' is epoch 3, loss 0.5."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for name in names:
+        path = folder / "epoch_{}_loss_{}.png".format(*name.split(":"))
+        path.touch()
+        os.utime(path, (time.time() - age,) * 2)
+    return folder
+
+
+def environment(**changes):
+    """Return this environment without a display, and with `changes`."""
+    hidden = ("DISPLAY", "WAYLAND_DISPLAY", "MPLBACKEND")
+    kept = {name: value for name, value in os.environ.items() if name not in hidden}
+    return {**kept, **changes}
+
+
+def command(cwd, *args, answers="", **changes):
+    """Run plot_loss.py as a user would, with `answers` piped to its questions."""
+    return subprocess.run([sys.executable, str(SCRIPT), *args], cwd=cwd, input=answers, text=True,
+                          capture_output=True, timeout=120, env=environment(**changes))
+
+
+def is_png(path):
+    """Say whether a file starts as a PNG does."""
+    return path.read_bytes().startswith(b"\x89PNG\r\n\x1a\n")
+
+
+def assert_refused(result, *words):
+    """Check for exit code 2 and a single line on stderr that holds `words`."""
+    assert result.returncode == 2
+    assert result.stderr.startswith("plot_loss: ") and result.stderr.count("\n") == 1
+    for word in words:
+        assert word in result.stderr
+
+
+@pytest.fixture
+def three_runs(tmp_path):
+    """Three runs in the places that are searched: old, new, and of middle age beside samples/."""
+    make_run(tmp_path / "samples" / "old", "1:0.9", age=3000)
+    make_run(tmp_path / "samples" / "new", "1:0.8", "2:0.4", age=1000)
+    make_run(tmp_path / "samples_middle", "1:0.7", age=2000)
+    (tmp_path / "samples" / "empty").mkdir()
+    (tmp_path / "samples" / "note.txt").touch()
+    return tmp_path
+
+
+# ---- names --------------------------------------------------------------------------------------
+
+def test_names_become_points_in_order_of_epoch(tmp_path):
+    """Epochs sort as numbers, and decimals and exponents are read."""
+    make_run(tmp_path, "100:0.5", "20:1e-05", "3:2.5E+3", "0.21:1.5", "7:3")
+    assert plot_loss.parse_losses(tmp_path) == [
+        (0.21, 1.5), (3, 2500), (7, 3), (20, 1e-5), (100, 0.5)]
+
+
+def test_losses_that_are_no_numbers_are_parsed_too(tmp_path):
+    """A run that diverged still shows its points, nan and infinity included."""
+    make_run(tmp_path, "1:0.5", "2:nan", "3:inf", "4:-inf")
+    losses = [loss for _, loss in plot_loss.parse_losses(tmp_path)]
+    assert losses[0] == 0.5 and math.isnan(losses[1]) and losses[2:] == [math.inf, -math.inf]
+
+
+@pytest.mark.parametrize("name", [
+    "step_50.png", "epoch_5.png", "epoch_5_loss_.png", "epoch_5_loss_abc.png", "loss.png",
+    "epoch_5_loss_0.1.png.tmp", "epoch_5_loss_0.1.jpg", "old_epoch_5_loss_0.1.png",
+    "epoch_x_loss_0.1.png", "epoch_5_loss_0.1e.png", "epoch_5_loss_1.2.3.png"])
+def test_other_files_are_ignored(tmp_path, name):
+    """Files beside the samples never become points, nor do they stop the program."""
+    (tmp_path / name).touch()
+    assert plot_loss.parse_losses(tmp_path) == []
+
+
+# ---- sliding average ----------------------------------------------------------------------------
+
+def test_average_of_a_line_is_the_line_half_a_window_late():
+    """With loss = epoch at every epoch, the mean over (e-10, e] is e - 4.5 once it is full."""
+    averages = plot_loss.sliding_average([(e, float(e)) for e in range(1, 41)], 10)
+    assert averages[0] == (1, 1.0)
+    assert averages[3] == (4, 2.5)
+    assert averages[9:] == [(e, e - 4.5) for e in range(10, 41)]
+
+
+def test_window_counts_epochs_not_points():
+    """A sample every 5 epochs puts two points in a window of 10; every half epoch, twenty."""
+    sparse = plot_loss.sliding_average([(e, float(e)) for e in range(5, 55, 5)], 10)
+    assert sparse[1:] == [(e, e - 2.5) for e in range(10, 55, 5)]
+    dense = plot_loss.sliding_average([(i / 2, i / 2) for i in range(1, 101)], 10)
+    assert dense[19:] == [(i / 2, pytest.approx(i / 2 - 4.75)) for i in range(20, 101)]
+
+
+def test_window_is_open_at_its_start():
+    """The point exactly 10 epochs back is out, also where 10.1 - 10 is not 0.1 in floats."""
+    assert plot_loss.sliding_average([(0, 100.0), (10, 1.0)], 10)[1] == (10, 1.0)
+    assert plot_loss.sliding_average([(0.1, 100.0), (10.1, 1.0)], 10)[1] == (10.1, 1.0)
+    assert plot_loss.sliding_average([(0.2, 100.0), (10.1, 1.0)], 10)[1] == (10.1, 50.5)
+
+
+def test_points_of_one_epoch_share_one_average():
+    """Two losses at one epoch (a repeated run) are averaged with each other."""
+    assert plot_loss.sliding_average([(1, 2.0), (1, 4.0)], 10) == [(1, 3.0), (1, 3.0)]
+
+
+def test_average_does_not_drift():
+    """One huge loss leaves no rounding error behind, as it would in a running sum."""
+    averages = plot_loss.sliding_average([(0, 1e18)] + [(e, 0.1) for e in range(1, 5000)], 10)
+    assert averages[-1][1] == pytest.approx(0.1, rel=1e-15)
+
+
+# ---- axis, labels, summary, answers -------------------------------------------------------------
+
+@pytest.mark.parametrize("losses, log", [
+    ([1.0, 0.05], False), ([1.0, 0.049], True), ([1.0, 0.5], False), ([0.3], False), ([], False),
+    ([1.0, 0.001, math.nan], False), ([math.inf, 0.1], False), ([1.0, 0.0], False),
+    ([1.0, -0.01], False)])
+def test_log_axis_needs_a_ratio_above_twenty_and_finite_positive_losses(losses, log):
+    """A log axis is drawn where it helps, and never where a loss has no logarithm."""
+    assert plot_loss.wants_log_axis(list(enumerate(losses))) is log
+
+
+def test_runs_that_share_a_name_are_told_apart():
+    """Two runs never carry the same label in the legend."""
+    paths = [Path("a/samples"), Path("b/samples"), Path("c/other")]
+    assert plot_loss.label_runs(paths) == [str(paths[0]), str(paths[1]), "other"]
+
+
+def test_summary_names_range_best_and_final():
+    """The printed summary holds each figure it promises."""
+    text = plot_loss.summary("runs/a", [(1, 0.5), (2.5, 0.125), (4, 0.25), (9, math.nan)])
+    for part in ("runs/a\n", "points  4, epoch 1 to 9", "loss    0.125 to 0.5",
+                 "best    0.125 at epoch 2.5", "final   nan at epoch 9", "1 non-finite"):
+        assert part in text
+
+
+def test_summary_of_a_finite_run_mentions_nothing_left_out():
+    """The line about nan and infinity stands only where there are some."""
+    assert "non-finite" not in plot_loss.summary("a", [(1, 0.5)])
+
+
+@pytest.mark.parametrize("answer, places", [
+    ("", [0]), ("2", [1]), ("2, 1", [1, 0]), ("3,3", [2]), ("q", []), ("Q", []), ("quit", []),
+    ("0", None), ("4", None), ("1,4", None), ("-1", None), ("1.5", None), ("x", None),
+    ("1,", None), ("1 2", None), ("²", None)])
+def test_answers(answer, places):
+    """An answer is understood in full or not at all."""
+    assert plot_loss.parse_answer(answer, 3) == places
+
+
+@pytest.mark.parametrize("display, terminal, expected", [
+    ({}, True, False), ({"DISPLAY": ":0"}, True, True), ({"WAYLAND_DISPLAY": "w"}, True, True),
+    ({"DISPLAY": ":0"}, False, False), ({"DISPLAY": ""}, True, False)])
+def test_windows_need_a_display_and_a_terminal(monkeypatch, display, terminal, expected):
+    """A batch job or a machine without a screen never waits for a window to be closed."""
+    monkeypatch.setattr(sys, "platform", "linux")
+    monkeypatch.setattr(os, "environ", display)
+    monkeypatch.setattr(sys.stdout, "isatty", lambda: terminal, raising=False)
+    assert plot_loss.can_open_windows() is expected
+
+
+# ---- figure -------------------------------------------------------------------------------------
+
+def panels_of(monkeypatch, tmp_path, runs, window=10):
+    """Return the two panels of the figure that plot() draws."""
+    import matplotlib.pyplot as plt
+
+    kept = []
+    monkeypatch.setattr(plt, "close", kept.append)
+    plot_loss.plot(runs, tmp_path / "loss.png", window)
+    monkeypatch.undo()
+    plt.close(kept[0])
+    return kept[0].axes
+
+
+def test_figure_shows_raw_and_averaged_curves(monkeypatch, tmp_path):
+    """Left the losses as they are, right their average, each run in a colour of its own."""
+    runs = [("a", [(5.0, 1.0), (10.0, 0.5), (15.0, math.nan)]), ("b", [(1.0, 0.2)])]
+    raw, smooth = panels_of(monkeypatch, tmp_path, runs)
+    assert [list(line.get_ydata()) for line in raw.lines] == [[1.0, 0.5], [0.2]]
+    assert [list(line.get_ydata()) for line in smooth.lines] == [[1.0, 0.75], [0.2]]
+    assert list(raw.lines[0].get_xdata()) == [5.0, 10.0]
+    assert raw.lines[0].get_color() != raw.lines[1].get_color()
+    assert [text.get_text() for text in raw.figure.legends[0].get_texts()] == ["a", "b"]
+    assert "10 epochs" in smooth.get_title() and raw.get_xlabel() == "epoch"
+
+
+def test_figure_axis_is_log_only_where_losses_span_much(monkeypatch, tmp_path):
+    """The scale of both panels follows the ratio of the losses."""
+    wide = panels_of(monkeypatch, tmp_path, [("a", [(1.0, 1.0), (2.0, 0.01)])])
+    assert [axes.get_yscale() for axes in wide] == ["log", "log"]
+    flat = panels_of(monkeypatch, tmp_path, [("a", [(1.0, 1.0), (2.0, 0.5)])])
+    assert [axes.get_yscale() for axes in flat] == ["linear", "linear"]
+
+
+def test_twenty_runs_look_different(monkeypatch, tmp_path):
+    """However many runs are overlaid, no two share both colour and line style."""
+    runs = [(str(number), [(1.0, 0.5), (2.0, 0.4)]) for number in range(20)]
+    lines = panels_of(monkeypatch, tmp_path, runs)[0].lines
+    assert len({(line.get_color(), line.get_linestyle()) for line in lines}) == 20
+
+
+# ---- command line -------------------------------------------------------------------------------
+
+def test_importing_loads_neither_torch_nor_matplotlib():
+    """The script starts fast and alone: it needs nothing of the trainer, and draws only later."""
+    code = ("import sys, plot_loss; "
+            "print([m for m in ('torch', 'diffuser', 'matplotlib') if m in sys.modules])")
+    result = subprocess.run([sys.executable, "-c", code], cwd=SCRIPT.parent, text=True,
+                            capture_output=True, stdin=subprocess.DEVNULL, timeout=60)
+    assert result.stdout == "[]\n"
+
+
+def test_one_directory_gets_its_figure_inside(tmp_path):
+    """One DIR: summary on stdout, DIR/loss.png written and announced; nothing else is left."""
+    make_run(tmp_path / "run", "1:0.5", "2:0.25")
+    result = command(tmp_path, "run")
+    assert result.returncode == 0 and "points  2, epoch 1 to 2" in result.stdout
+    assert f"saved {Path('run/loss.png')}" in result.stdout
+    assert is_png(tmp_path / "run" / "loss.png")
+    assert [path.name for path in tmp_path.iterdir()] == ["run"]
+    assert len(list((tmp_path / "run").iterdir())) == 3
+
+
+def test_several_directories_get_one_figure_here(tmp_path):
+    """Several DIRs: one summary each, one figure in the current directory."""
+    make_run(tmp_path / "a", "1:0.5")
+    make_run(tmp_path / "b", "1:0.25")
+    result = command(tmp_path, "a", "b")
+    assert result.returncode == 0 and "saved loss.png" in result.stdout
+    assert "a\n  points  1" in result.stdout and "b\n  points  1" in result.stdout
+    assert is_png(tmp_path / "loss.png") and not (tmp_path / "a" / "loss.png").exists()
+
+
+def test_drawing_again_replaces_the_figure_and_counts_the_same(tmp_path):
+    """loss.png inside a run is not taken for a sample the next time."""
+    make_run(tmp_path / "run", "1:0.5")
+    assert command(tmp_path, "run").stdout == command(tmp_path, "run").stdout
+
+
+@pytest.mark.parametrize("name, written", [
+    ("new/folder/curve.png", "new/folder/curve.png"), ("curve", "curve.png")])
+def test_save_writes_where_it_says(tmp_path, name, written):
+    """--save makes missing folders, and the printed path is the file that exists."""
+    make_run(tmp_path / "run", "1:0.5")
+    result = command(tmp_path, "run", "--save", name)
+    assert f"saved {Path(written)}" in result.stdout and is_png(tmp_path / written)
+
+
+def test_save_with_an_ending_that_is_no_picture(tmp_path):
+    """An unknown format is one line that names --save."""
+    make_run(tmp_path / "run", "1:0.5")
+    assert_refused(command(tmp_path, "run", "--save", "curve.xyz"), "curve.xyz", "--save")
+
+
+def test_window_is_an_option(tmp_path):
+    """--window reaches the averaging; 0 epochs are refused."""
+    make_run(tmp_path / "run", "1:0.5")
+    assert command(tmp_path, "run", "--window", "2.5").returncode == 0
+    assert_refused(command(tmp_path, "run", "--window", "0"), "--window")
+    assert_refused(command(tmp_path, "run", "--window", "nan"), "--window")
+
+
+def test_losses_without_a_single_number_still_draw(tmp_path):
+    """A run that was nan from its first epoch is reported, not a crash."""
+    make_run(tmp_path / "run", "1:nan", "2:inf")
+    result = command(tmp_path, "run")
+    assert result.returncode == 0 and "2 non-finite" in result.stdout
+
+
+def test_backend_of_the_environment_does_no_harm(tmp_path):
+    """Where no window opens Agg draws; a notebook names a backend that need not be installed."""
+    make_run(tmp_path / "run", "1:0.5")
+    result = command(tmp_path, "run", MPLBACKEND="module://no_such_module.backend_inline")
+    assert result.returncode == 0 and is_png(tmp_path / "run" / "loss.png")
+
+
+def test_folder_name_that_looks_like_a_formula(tmp_path):
+    """Dollar signs in a folder's name are text, not TeX."""
+    make_run(tmp_path / r"a_$\frac$", "1:0.5")
+    assert command(tmp_path, r"a_$\frac$").returncode == 0
+
+
+def test_missing_directory_file_and_empty_directory_are_each_one_line(tmp_path):
+    """Bad input is one line on stderr that names the path and what to give instead."""
+    (tmp_path / "file").touch()
+    (tmp_path / "empty").mkdir()
+    assert_refused(command(tmp_path, "nowhere"), "nowhere", "give")
+    assert_refused(command(tmp_path, "file"), "file", "give")
+    assert_refused(command(tmp_path, "empty"), "empty", "epoch_50_loss_0.1234.png", "give")
+
+
+def test_parent_of_the_runs_is_met_with_a_suggestion(three_runs):
+    """`plot_loss.py samples` names a run inside it that would work."""
+    assert_refused(command(three_runs, "samples"), str(Path("samples/new")))
+
+
+def test_without_matplotlib_the_line_says_what_to_install(tmp_path):
+    """A bare Python gets one line with the command to run, exit 1, not a traceback."""
+    make_run(tmp_path / "run", "1:0.5")
+    code = ("import sys; sys.modules['matplotlib'] = None; "
+            "import plot_loss; sys.exit(plot_loss.main([sys.argv[1]]))")
+    result = subprocess.run([sys.executable, "-c", code, str(tmp_path / "run")], cwd=SCRIPT.parent,
+                            capture_output=True, stdin=subprocess.DEVNULL, text=True, timeout=60)
+    assert result.returncode == 1
+    assert "pip install" in result.stderr and result.stderr.count("\n") == 1
+
+
+# ---- the prompt, through a pipe -----------------------------------------------------------------
+
+def test_runs_are_listed_newest_first(three_runs):
+    """samples/* and ./samples_* are found, dated by their samples, and only if they hold some."""
+    lines = command(three_runs, answers="q\n").stdout.splitlines()
+    listed = [line.split()[1] for line in lines if re.match(r"  \d", line)]
+    assert listed == [str(Path("samples/new")), "samples_middle", str(Path("samples/old"))]
+
+
+def test_enter_takes_the_newest(three_runs):
+    """An empty answer draws the first run of the list."""
+    result = command(three_runs, answers="\n")
+    assert result.returncode == 0 and is_png(three_runs / "samples" / "new" / "loss.png")
+
+
+def test_several_numbers_are_overlaid(three_runs):
+    """'3, 1' draws those two runs into one figure here."""
+    result = command(three_runs, answers="3, 1\n")
+    assert result.returncode == 0 and is_png(three_runs / "loss.png")
+    assert "old\n  points  1" in result.stdout and "new\n  points  2" in result.stdout
+    assert "middle\n" not in result.stdout
+
+
+def test_wrong_answers_are_asked_again(three_runs):
+    """Each answer that makes no sense is named, and the question comes back."""
+    result = command(three_runs, answers="x\n0\n9\n1,9\n2\n")
+    assert result.returncode == 0 and "samples_middle\n  points  1" in result.stdout
+    assert result.stdout.count("Not understood") == 4 and result.stdout.count("Which?") == 5
+    assert "from 1 to 3" in result.stdout
+
+
+def test_q_quits_without_a_figure(three_runs):
+    """Quitting is no error and writes nothing."""
+    assert command(three_runs, answers="q\n").returncode == 0
+    assert not list(three_runs.rglob("loss.png"))
+
+
+@pytest.mark.parametrize("answers", ["", "x\n"])
+def test_end_of_input_names_the_way_to_answer(three_runs, answers):
+    """Where nobody can answer the program stops, and says to give a directory."""
+    assert_refused(command(three_runs, answers=answers), "command line", "samples/new")
+
+
+def test_nothing_to_list(tmp_path):
+    """Without runs and without a display the user is told where it looked and what to give."""
+    assert_refused(command(tmp_path), "samples", "DIR")
+
+
+def test_samples_dir_is_an_option(three_runs):
+    """--samples_dir moves the search."""
+    make_run(three_runs / "elsewhere" / "run", "1:0.5")
+    result = command(three_runs, "--samples_dir", "elsewhere", answers="\n")
+    assert result.returncode == 0 and is_png(three_runs / "elsewhere" / "run" / "loss.png")
+
+
+# ---- the prompt, at a terminal ------------------------------------------------------------------
+
+def at_terminal(cwd, keys):
+    """Run plot_loss.py at a pseudo-terminal, type `keys` at its question; return code and text."""
+    pty = pytest.importorskip("pty")
+    import fcntl
+    import termios
+
+    def own_terminal():  # in the child: make it the terminal whose Ctrl-C reaches the process
+        os.setsid()
+        fcntl.ioctl(0, termios.TIOCSCTTY, 0)
+
+    ours, theirs = pty.openpty()
+    child = subprocess.Popen([sys.executable, str(SCRIPT)], cwd=cwd, env=environment(),
+                             stdin=theirs, stdout=theirs, stderr=theirs, preexec_fn=own_terminal)
+    os.close(theirs)
+    text, type_at, deadline = b"", None, time.monotonic() + 120
+    try:
+        while time.monotonic() < deadline:
+            if select.select([ours], [], [], 0.1)[0]:
+                try:
+                    chunk = os.read(ours, 4096)
+                except OSError:  # how Linux says that the other end was closed
+                    break
+                if not chunk:
+                    break
+                text += chunk
+            if type_at is None and b"q quits: " in text:
+                type_at = time.monotonic() + 0.3  # the question is out before the reading begins
+            if type_at is not None and time.monotonic() > type_at:
+                os.write(ours, keys)
+                type_at += 5
+        return child.wait(timeout=max(1, deadline - time.monotonic())), text.decode()
+    finally:
+        child.kill()
+        child.wait()
+        os.close(ours)
+
+
+def test_answer_typed_at_a_terminal(three_runs):
+    """A person at a terminal without a display gets the figure, and no window is waited for."""
+    code, text = at_terminal(three_runs, b"3\n")
+    assert code == 0 and "saved" in text and is_png(three_runs / "samples" / "old" / "loss.png")
+
+
+def test_ctrl_c_at_the_prompt(three_runs):
+    """Ctrl-C leaves with 130 and without a traceback."""
+    code, text = at_terminal(three_runs, b"\x03")
+    assert code == 130 and "Traceback" not in text and "KeyboardInterrupt" not in text
+
+
+def test_ctrl_d_at_the_prompt(three_runs):
+    """Ctrl-D is the end of input, as in a pipe."""
+    code, text = at_terminal(three_runs, b"\x04")
+    assert code == 2 and "Traceback" not in text and "command line" in text

@@ -1,0 +1,289 @@
+"""Chapter 9: the step, resuming, signals, processes."""
+
+import csv
+import dataclasses
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+from conftest import ROOT, TINY_FLAGS, tiny_training
+
+import diffuser
+from diffuser import Runtime, Training, UserError, load_checkpoint, train
+
+
+def weights(path):
+    state = load_checkpoint(path)
+    return {k: state[k] for k in ("model", "ema", "optimizer", "loss_history", "step", "meter", "lr_schedule")}
+
+
+def same(a, b, exact=True):
+    if isinstance(a, torch.Tensor):
+        return torch.equal(a, b) if exact else torch.allclose(a, b, atol=1e-5)
+    if isinstance(a, dict):
+        return a.keys() == b.keys() and all(same(a[k], b[k], exact) for k in a)
+    if isinstance(a, (list, tuple)):
+        return len(a) == len(b) and all(same(x, y, exact) for x, y in zip(a, b))
+    return a == b if exact or not isinstance(a, float) else abs(a - b) < 1e-4
+
+
+def rows(folder="."):
+    path = next(p for p in sorted(diffuser.Path(folder).rglob("metrics.csv")) if ".old" not in str(p))
+    return list(csv.DictReader(open(path)))
+
+
+def test_the_loss_falls(folder):
+    """Training learns: the loss of the last quarter is well below that of the first."""
+    train(tiny_training(iterations=120, batch_size=64, learning_rate=5e-3, log_every=10, timesteps=100))
+    losses = [float(r["loss"]) for r in rows()]
+    assert sum(losses[-3:]) < 0.6 * sum(losses[:3])
+
+
+def test_metrics_have_every_column_and_each_step_once(folder):
+    """metrics.csv: losses with quartiles, learning rate, gradient norm, speed, and validation at the end."""
+    train(tiny_training(iterations=6))
+    table = rows()
+    assert [int(r["step"]) for r in table] == [2, 4, 6] and tuple(table[0]) == diffuser.RunLog.COLUMNS
+    assert all(float(table[-1][c]) > 0 for c in ("loss", "loss_q1", "val_loss", "grad_norm", "images_per_second"))
+    mean = sum(float(table[-1][f"loss_q{i}"]) for i in range(1, 5)) / 4
+    assert float(table[-1]["loss"]) == pytest.approx(mean, rel=0.7)
+
+
+@pytest.mark.parametrize("options", [
+    {}, dict(dropout=0.2, flip=True, gradient_accumulation_steps=3), dict(lr_schedule="cosine", optimizer="adam"),
+    dict(lr_schedule="constant", use_ema=False, warmup_steps=3), dict(use_labels=False, dataset="digits", conditioning="concat")])
+def test_a_resumed_run_equals_an_undisturbed_one_bit_for_bit(folder, options):
+    """Stopped in the middle of an epoch and run again, everything ends as if it had not been."""
+    whole = weights(train(tiny_training(iterations=130, experiment_name="whole", log_every=7, **options)))
+    parts = tiny_training(iterations=130, experiment_name="parts", log_every=7, checkpoint_rate=33, num_keep_checkpoints=9, **options)
+    train(parts)
+    train(dataclasses.replace(parts, resume_from_checkpoint="checkpoint_66"))
+    resumed = weights(diffuser.checkpoint_path(parts, 130))
+    for part in ("model", "ema", "optimizer", "step", "lr_schedule"):
+        assert (whole[part] is None and resumed[part] is None) or same(whole[part], resumed[part]), part
+
+
+def test_metrics_continue_after_a_resume(folder):
+    """Rows after the checkpoint are written again, not twice; losses are those of the first time."""
+    cfg = tiny_training(iterations=12, checkpoint_rate=6, num_keep_checkpoints=5, experiment_name="m")
+    train(cfg)
+    first = [(r["step"], r["loss"]) for r in rows()]
+    train(dataclasses.replace(cfg, resume_from_checkpoint="checkpoint_6"))
+    assert [(r["step"], r["loss"]) for r in rows()] == first
+
+
+def test_accumulation_and_one_big_batch_are_the_same_step(folder):
+    """Three micro-batches of 8 are one batch of 24, to float tolerance."""
+    big = weights(train(tiny_training(batch_size=24, experiment_name="big")))
+    small = weights(train(tiny_training(batch_size=8, gradient_accumulation_steps=3, experiment_name="small")))
+    assert same(big["model"], small["model"], exact=False)
+
+
+def test_running_again_after_the_end_changes_nothing(folder):
+    """A finished run is finished; with more iterations it goes on."""
+    cfg = tiny_training()
+    before = weights(train(cfg))
+    assert same(before, weights(train(cfg)))
+    assert load_checkpoint(train(dataclasses.replace(cfg, iterations=6)))["step"] == 6
+
+
+def test_a_checkpoint_that_does_not_fit_is_an_error_that_names_the_settings(folder):
+    """Another network or schedule than the checkpoint's is refused, never a silent fresh start."""
+    train(tiny_training())
+    with pytest.raises(UserError, match="schedule_type is linear there, cosine asked for|schedule_type is cosine there"):
+        train(tiny_training(schedule_type="linear"))
+    with pytest.raises(UserError, match="base_channels is 8 there, 16 asked for"):
+        train(tiny_training(base_channels=16))
+
+
+def test_starting_over_keeps_what_the_earlier_run_made(folder):
+    """--resume never trains anew and renames the old checkpoint and samples instead of overwriting them."""
+    path = train(tiny_training())
+    old = path.read_bytes()
+    train(tiny_training(resume="never", seed=1))
+    assert path.with_stem(f"{path.stem}.old1").read_bytes() == old != path.read_bytes()
+    assert len([p for p in os.listdir("samples") if ".old1" in p]) == 1
+
+
+def test_label_dropout_and_null_class(folder):
+    """label_dropout 1 trains the null class alone: no class row of the embedding gets a gradient."""
+    run = Training(tiny_training(label_dropout=1.0, weight_decay=0.0), Runtime(tiny_training()))
+    before = run.network.class_embedding.weight.detach().clone()
+    for _ in range(3):
+        run.train_step()
+    changed = (run.network.class_embedding.weight != before).any(1)
+    assert changed.tolist() == [False] * 10 + [True]
+
+
+def test_gradients_are_clipped(folder):
+    """max_grad_norm bounds the step of plain gradient descent; 0 leaves gradients alone."""
+    norms = {}
+    for limit in (1e-3, 0.0):
+        run = Training(tiny_training(max_grad_norm=limit, use_ema=False), Runtime(tiny_training()))
+        run.optimizer.step, kept = lambda *a, **k: None, []
+        run.optimizer.zero_grad = lambda set_to_none: kept.append(
+            torch.stack([p.grad.norm() for p in run.network.parameters()]).norm().item())
+        run.train_step()
+        norms[limit] = kept[0], run.grad_norm.item()
+    assert norms[1e-3][0] == pytest.approx(1e-3, rel=0.01) and norms[0.0][0] == pytest.approx(norms[0.0][1], rel=1e-4)
+
+
+@pytest.mark.parametrize("name, at", [
+    ("onecycle", {0: 1e-3 / 25, 10: 1e-3, 99: 1e-3 / 25 / 1e4}), ("constant", {0: 1e-3 / 11, 10: 1e-3, 99: 1e-3}),
+    ("cosine", {0: 1e-3 / 11, 10: 1e-3, 55: 5e-4, 99: 3e-7})])
+def test_learning_rate_schedules(name, at):
+    """Warm-up over the first steps, then the named curve."""
+    optimizer = torch.optim.Adam([torch.nn.Parameter(torch.zeros(1))], 1e-3)
+    schedule, rates = diffuser.LR_SCHEDULES[name](optimizer, 1e-3, 10, 100), []
+    for _ in range(100):
+        rates.append(optimizer.param_groups[0]["lr"])
+        optimizer.step()
+        schedule.step()
+    for step, rate in at.items():
+        nearby = rates[max(0, step - 1) : step + 2]
+        assert min(nearby) <= rate * 1.01 + 1e-9 and max(nearby) >= rate * 0.99, (step, nearby)
+
+
+def test_scale_lr_multiplies_by_the_devices(folder):
+    """--scale_lr: the learning rate times the number of devices."""
+    runtime = Runtime(tiny_training())
+    runtime.num_devices = 3
+    rates = [Training(tiny_training(scale_lr=s, lr_schedule="constant", warmup_steps=0), runtime).optimizer.param_groups[0]["lr"]
+             for s in (False, True)]
+    assert rates[1] == pytest.approx(3 * rates[0])
+
+
+def test_early_stopping_as_documented(folder):
+    """The run stops when the mean absolute change of the last ten logged losses is below the threshold."""
+    run = Training(tiny_training(early_stop_loss_change=0.1), Runtime(tiny_training()))
+    run.history = [[i, 1.0 + 0.05 * (i % 2)] for i in range(9)]
+    assert not run.settled()
+    run.history.append([9, 1.05])
+    assert run.settled()
+    run.history[-1][1] = 9.0
+    assert not run.settled()
+    path = train(tiny_training(iterations=1000, early_stop_loss_change=100.0, log_every=1))
+    assert load_checkpoint(path)["step"] == 10
+
+
+def test_validation_is_the_same_every_time(folder):
+    """Fixed noise and timesteps: the same weights give the same held-out loss."""
+    run = Training(tiny_training(), Runtime(tiny_training()))
+    assert run.validate() == run.validate() > 0
+
+
+def test_a_loss_that_is_not_finite_is_an_error(folder):
+    """A diverged run ends with advice, exit status 1, and leaves the last good checkpoint."""
+    cfg = tiny_training(iterations=10, checkpoint_rate=2, log_every=1)
+    run = Training(cfg, Runtime(cfg))
+    with torch.no_grad():
+        run.network.conv_out.weight.fill_(float("nan"))
+    run.train_step()
+    with pytest.raises(UserError, match="learning_rate") as error:
+        run.log(None, False)
+    assert error.value.code == 1
+
+
+def test_drawing_does_not_change_training(folder):
+    """With and without sample grids on the way the weights are the same, also without EMA."""
+    results = []
+    for name, rate in (("with", 1), ("without", 0)):
+        cfg = tiny_training(iterations=4, use_ema=False, dropout=0.3, experiment_name=name, checkpoint_rate=rate)
+        results.append(weights(train(cfg)))
+    assert same(results[0]["model"], results[1]["model"])
+
+
+def test_grids_and_strips_come_at_the_cadence_asked_for(folder):
+    """Epoch grids with epoch and loss in the name, strips beside them where asked for."""
+    train(tiny_training(batch_size=352, iterations=0, epochs=4, sample_every=2, plot_freq_interval=5))
+    names = sorted(p.name for p in diffuser.Path("samples").rglob("*.png"))
+    assert [n[:8] for n in names] == ["epoch_2_", "epoch_4_", "step_10.", "step_20."]
+
+
+@pytest.mark.parametrize("number, code", [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_a_signal_saves_and_the_same_command_goes_on(folder, number, code):
+    """Interrupted while training: exit 130 or 143 after saving; run again, it ends as if undisturbed."""
+    flags = ["--mode", "train", "--dataset", "digits", "--batch_size", "16", "--iterations", "300", "--log_every", "10",
+             "--timesteps", "50", *TINY_FLAGS]
+    command = [sys.executable, str(ROOT / "diffuser.py"), *flags]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    deadline = time.time() + 60
+    while time.time() < deadline and not any(len(p.read_text().splitlines()) > 3 for p in folder.rglob("metrics.csv")):
+        time.sleep(0.02)
+    process.send_signal(number)
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode == code and "the same command goes on" in errors and "Traceback" not in errors
+    path = next(folder.rglob("*.pt"))
+    assert 0 < load_checkpoint(path)["step"] < 300
+    assert subprocess.run(command, capture_output=True, text=True).returncode == 0
+    resumed = weights(path)
+    assert subprocess.run([*command, "--experiment_name", "whole"], capture_output=True).returncode == 0
+    whole = weights(folder / "checkpoints/whole/checkpoint_300/model.pt")
+    assert same(whole["model"], resumed["model"]) and same(whole["ema"], resumed["ema"])
+    assert [r["step"] for r in rows(next(folder.glob("samples/samples_digits_*")))] == sorted(
+        {r["step"] for r in rows(next(folder.glob("samples/samples_digits_*")))}, key=int)
+
+
+def torchrun(arguments, cwd, processes=2):
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", str(processes), "--master_port", "0",
+               "--rdzv_backend", "c10d", "--rdzv_endpoint", "localhost:0", str(ROOT / "diffuser.py"), *arguments]
+    return subprocess.run(command, cwd=cwd, capture_output=True, text=True, timeout=240, env={**os.environ, "OMP_NUM_THREADS": "1"})
+
+
+def test_two_processes_equal_one(folder):
+    """torchrun with two CPU processes ends with the weights of one process, on an odd global batch too."""
+    flags = ["--mode", "train", "--dataset", "digits", "--batch_size", "13", "--gradient_accumulation_steps", "2",
+             "--iterations", "6", "--timesteps", "50", "--log_every", "3", "--flip", *TINY_FLAGS]
+    done = torchrun([*flags, "--experiment_name", "two"], folder)
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert diffuser.main([*flags, "--experiment_name", "one"]) == 0
+    one, two = (weights(folder / f"checkpoints/{n}/checkpoint_6/model.pt") for n in ("one", "two"))
+    assert same(one["model"], two["model"], exact=False) and same(one["loss_history"], two["loss_history"], exact=False)
+    assert done.stdout.count("device   cpu") == 1                            # one rank speaks
+
+
+def test_data_parallel_keeps_plain_names(folder):
+    """nn.DataParallel wraps the call, not the parameters; without GPUs it is not used and asking for it is refused."""
+    runtime = Runtime(tiny_training())
+    runtime.replicas = 2
+    network = torch.nn.Linear(2, 2)
+    wrapped = runtime.parallel(network, tiny_training())
+    assert isinstance(wrapped, torch.nn.DataParallel) and wrapped.module is network
+    if not torch.cuda.is_available():
+        with pytest.raises(UserError, match="num_gpus"):
+            Runtime(tiny_training(num_gpus=2))
+
+
+@pytest.mark.parametrize("precision", ["bf16", "fp32"])
+def test_precisions_train(folder, precision):
+    """bf16 autocast trains to about the loss of fp32; weights stay float32."""
+    path = train(tiny_training(precision=precision, iterations=30, batch_size=32, learning_rate=3e-3))
+    state = load_checkpoint(path)
+    assert state["model"]["conv_in.weight"].dtype == torch.float32
+    assert state["loss_history"][-1][1] < state["loss_history"][0][1]
+
+
+def test_devices_are_picked_in_order(monkeypatch):
+    """cuda before mps before cpu; one that is not there is refused by name."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: True)
+    assert diffuser.pick_device("auto").type == "mps" and diffuser.pick_device("cpu").type == "cpu"
+    with pytest.raises(UserError, match="--device cuda"):
+        diffuser.pick_device("cuda")
+
+
+def test_a_tracker_that_is_missing_or_fails_does_not_stop_training(folder, monkeypatch, capsys):
+    """Without wandb installed the run says so in one line and goes on; a failing tracker is dropped."""
+    monkeypatch.setitem(sys.modules, "wandb", None)
+    train(tiny_training(use_wandb=True))
+    assert "pip install wandb" in capsys.readouterr().err
+
+    def broken(step, values):
+        raise RuntimeError("server gone")
+    monkeypatch.setattr(diffuser, "start_trackers", lambda *a: {"broken": broken})
+    train(tiny_training(experiment_name="b"))
+    assert capsys.readouterr().err.count("server gone") == 1
