@@ -47,7 +47,6 @@ from __future__ import annotations
 
 import argparse
 import copy
-import csv
 import dataclasses
 import difflib
 import hashlib
@@ -82,7 +81,7 @@ from tqdm import tqdm
 
 
 class UserError(Exception):
-    """An expected failure, told in a line or two. `code` is the exit status: 2 bad usage, 1 failed."""
+    """An expected end, told in a line or two. `code`: exit status, 2 bad usage, 1 failed, 128 + n signal n."""
 
     def __init__(self, message: str, code: int = 2):
         super().__init__(message)
@@ -101,7 +100,7 @@ def opt(default, help, *aliases, choices=None, spelled=None, lo=None, hi=None, a
 class Config:
     """Every setting of a run. Fields that are None take the dataset's or the device's own value."""
 
-    # fmt: off
+    # ruff: disable[E501]  (one line per option)
     mode: str = opt("", "what to do", choices=lambda: COMMANDS, ask="train a model, or draw with one")
     dataset: str = opt("", "what to train on", choices=lambda: DATASETS, fixed=True, ask="digits is shipped and trains in a minute or two")
     recipe: str = opt("", "a whole measured configuration", choices=lambda: RECIPES)
@@ -168,7 +167,7 @@ class Config:
     generated_directory: str = opt("samples", "where sample grids, metrics.csv and config.json go")
     sample_every: int = opt(1, "epochs between sample grids", lo=1, hi=10**7, ask="a grid shows how far training is")
     checkpoint_every: int = opt(1, "epochs between checkpoints", lo=1, hi=10**7)
-    checkpoint_rate: int = opt(0, "steps between checkpoints with a grid; 0: go by epochs", "--evaluation_interval", lo=0, hi=10**9)
+    checkpoint_rate: int = opt(0, "steps between checkpoints, each with a grid, instead of going by epochs; 0: go by epochs", "--evaluation_interval", lo=0, hi=10**9)
     num_keep_checkpoints: int = opt(1, "checkpoints to keep", lo=1, hi=10**6)
     num_generations: int = opt(0, "images per class in a grid and rows of a denoising strip; 0: choose", lo=0, hi=1000)
     plot_freq_interval: int = opt(0, "timesteps between the pictures of a denoising strip; 0: no strips in training", lo=0, hi=100_000)
@@ -197,7 +196,7 @@ class Config:
     sequential: bool = opt(False, "draw one image at a time: the same images, slower")
     sample_batch_size: int = opt(250, "images drawn at a time", lo=1, hi=10**6)
     trajectory: bool = opt(False, "also save trajectory.png: rows images, columns from noise to image")
-    # fmt: on
+    # ruff: enable[E501]
 
 
 FIELDS = {f.name: f for f in dataclasses.fields(Config)}
@@ -214,9 +213,9 @@ LOCAL = {"mode", "device", "yes", "dry_run", "debug", "data_dir", "path_to_data"
 
 # The recommended settings of each dataset.
 PRESETS = {
-    "digits": dict(timesteps=1000, schedule_type="cosine", batch_size=128, learning_rate=2e-3, emb_dim=64,
-                   base_channels=32, channel_mults=(1, 2), num_res_blocks=2, norm_groups=8, num_heads=2,
-                   epochs=60, sample_every=10, checkpoint_every=10, ema_decay=0.995, num_gpus=1),
+    "digits": dict(timesteps=1000, schedule_type="cosine", prediction="v", batch_size=64, learning_rate=4e-3,
+                   emb_dim=32, base_channels=16, channel_mults=(1, 3), num_res_blocks=1, num_heads=2, norm_groups=8,
+                   epochs=25, sample_every=5, checkpoint_every=5, ema_decay=0.995, num_gpus=1),
     "mnist": dict(timesteps=500, beta_start=1e-5, beta_end=0.01, batch_size=128, learning_rate=1e-3, emb_dim=32,
                   base_channels=32, channel_mults=(1, 2, 2), num_res_blocks=2, norm_groups=8, num_heads=4,
                   epochs=20, ema_decay=0.999, num_gpus=1),
@@ -247,7 +246,7 @@ RECIPES = {
 
 
 def parse_value(name: str, text: str):
-    """The value of option `name` written as `text`, checked. Raises ValueError with a plain message."""
+    """The value of option `name` written as `text`, checked. Raises UserError."""
     meta, kind, text = FIELDS[name].metadata, KINDS[name], text.strip()
     try:
         if kind is bool:
@@ -262,15 +261,15 @@ def parse_value(name: str, text: str):
             value = value * 2 if kind == tuple[int, int] and len(value) == 1 else value
     except (KeyError, ValueError):
         wanted = {bool: "True or False", int: "a whole number", float: "a number"}.get(kind, "numbers such as 1,2,2")
-        raise ValueError(f"--{name} wants {wanted}, not {text!r}") from None
+        raise UserError(f"--{name} wants {wanted}, not {text!r}") from None
     check_value(name, value)
     return value
 
 
 def check_value(name: str, value) -> None:
-    """Type, choices and range of one option. Raises ValueError with a plain message."""
+    """Type, choices and range of one option. Raises UserError."""
     meta, kind, default = FIELDS[name].metadata, KINDS[name], FIELDS[name].default
-    if value is None and default is None or value == default == "":
+    if (value is None and default is None) or value == default == "":
         return
     entries = value if isinstance(value, tuple) else (value,)
     numeric = float if kind is float else int
@@ -280,21 +279,18 @@ def check_value(name: str, value) -> None:
         fits = isinstance(value, tuple) == (kind not in (int, float)) and all(
             isinstance(e, (int, numeric)) and not isinstance(e, bool) for e in entries)
     if not fits or (kind == tuple[int, int] and len(entries) != 2):
-        raise ValueError(f"--{name} cannot be {value!r}")
+        raise UserError(f"--{name} cannot be {value!r}")
     if meta["choices"] and value not in meta["choices"]():
-        raise ValueError(f"--{name} is one of {', '.join(map(str, meta['choices']()))}, not {value!r}")
+        raise UserError(f"--{name} is one of {', '.join(map(str, meta['choices']()))}, not {value!r}")
     if meta["lo"] is not None and not all(meta["lo"] <= e <= meta["hi"] for e in entries):
-        raise ValueError(f"--{name} lies between {meta['lo']:g} and {meta['hi']:g}, not {value!r}")
+        raise UserError(f"--{name} lies between {meta['lo']:g} and {meta['hi']:g}, not {value!r}")
 
 
 def check(cfg: Config) -> None:
     """Raise UserError for an option out of range or for options that contradict each other."""
     levels = len(cfg.channel_mults)
-    try:
-        for name in FIELDS:
-            check_value(name, getattr(cfg, name))
-    except ValueError as error:
-        raise UserError(str(error)) from None
+    for name in FIELDS:
+        check_value(name, getattr(cfg, name))
     if cfg.beta_end < cfg.beta_start:
         raise UserError(f"--beta_end {cfg.beta_end:g} is below --beta_start {cfg.beta_start:g}: noise has to grow")
     if levels == 0:
@@ -389,7 +385,7 @@ def alpha_bar_table(cfg: Config) -> Tensor:
     """alpha_bar of the configured schedule, float64 [T], falling: the one curve all else is derived from."""
     scale = 1000 / cfg.timesteps if cfg.scale_betas else 1.0
     beta = SCHEDULES[cfg.schedule_type](cfg.timesteps, cfg.beta_start * scale, cfg.beta_end * scale, cfg.cosine_s)
-    if not (0 <= beta.min() and beta.max() < 1):
+    if beta.min() < 0 or beta.max() >= 1:
         raise UserError(f"--scale_betas makes betas up to {beta.max():g} with T = {cfg.timesteps}: lower --beta_end")
     return torch.cumprod(1 - beta, 0)
 
@@ -666,13 +662,12 @@ def ddim(denoise: Denoiser, xT: Tensor, ts: list[int], alpha_bar: Tensor, draw_n
         yield t, x, x0_hat
 
 
-# A sampler is its function with the options it takes from the settings.
-SAMPLERS = {
-    "ddpm": lambda cfg: partial(ddim, eta=1.0, variance=cfg.variance, noise_scale=cfg.noise_scale,
-                                fade=cfg.use_noise_scaling),
-    "ddim": lambda cfg: partial(ddim, eta=cfg.eta, variance=cfg.variance, noise_scale=cfg.noise_scale,
-                                fade=cfg.use_noise_scaling),
-}
+def configured_ddim(cfg: Config, eta: float) -> Callable:
+    return partial(ddim, eta=eta, variance=cfg.variance, noise_scale=cfg.noise_scale, fade=cfg.use_noise_scaling)
+
+
+# To add a sampler: write its function and name it here, with the options it takes from the settings.
+SAMPLERS = {"ddpm": lambda cfg: configured_ddim(cfg, 1.0), "ddim": lambda cfg: configured_ddim(cfg, cfg.eta)}
 
 
 def sampling_grid(cfg: Config) -> list[int]:
@@ -699,9 +694,17 @@ def make_denoiser(network: Callable, diffusion: Diffusion, y: Tensor | None, nul
     return denoise
 
 
+STREAM_BATCH, STREAM_STEP, STREAM_DROPOUT, STREAM_SAMPLE, STREAM_VALIDATION = range(5)  # independent uses of a seed
+
+
 def mix(*numbers: int) -> int:
     """One well-spread 63-bit seed from several numbers."""
-    return int(np.random.SeedSequence([n % 2**64 for n in numbers]).generate_state(1, np.uint64)[0]) >> 1
+    return int(np.random.SeedSequence(numbers).generate_state(1, np.uint64)[0]) >> 1
+
+
+def generator(*numbers: int, device="cpu") -> torch.Generator:
+    """A random generator seeded by the numbers."""
+    return torch.Generator(device).manual_seed(mix(*numbers))
 
 
 class ImageNoise:
@@ -710,13 +713,10 @@ class ImageNoise:
 
     def __init__(self, seed: int, indices: range, shape: tuple[int, ...], device):
         self.shape, self.device = shape, device
-        self.generators = [torch.Generator().manual_seed(mix(seed, STREAM_SAMPLE, i)) for i in indices]
+        self.generators = [generator(seed, STREAM_SAMPLE, i) for i in indices]
 
     def __call__(self) -> Tensor:
         return torch.stack([torch.randn(self.shape, generator=g) for g in self.generators]).to(self.device)
-
-
-STREAM_BATCH, STREAM_STEP, STREAM_DROPOUT, STREAM_SAMPLE, STREAM_VALIDATION = range(5)  # independent uses of a seed
 
 
 @dataclass(frozen=True)
@@ -780,7 +780,7 @@ class Model:
         """Images for labels in batches, uint8 [n, C, H, W] each; progress() after every network step."""
         size = 1 if cfg.sequential else cfg.sample_batch_size
         for first in range(0, len(labels), size):
-            for _, x, _ in self.sample(labels[first : first + size], cfg, first):
+            for _, x, _ in self.sample(labels[first : first + size], cfg, first):  # noqa: B007 (the last x counts)
                 progress()
             yield to_uint8(x)
 
@@ -848,7 +848,7 @@ def load_digits(cfg: Config) -> ImageData:
     places = Path(cfg.data_dir, "digits.npz"), Path(__file__).parent / "data" / "digits.npz"
     path = next((p for p in places if p.exists()), None)
     if path is None:
-        raise UserError(f"digits.npz is neither in {cfg.data_dir} nor beside diffuser.py: fetch the repository's data/")
+        raise UserError(f"digits.npz is neither in {cfg.data_dir} nor in data/ beside diffuser.py: copy it there")
     with np.load(path) as file:
         images, labels = file["images"], file["labels"].tolist()
     source = [(Image.fromarray(image), label) for image, label in zip(images, labels, strict=True)]
@@ -942,11 +942,11 @@ class ImageFiles(torch.utils.data.Dataset):
         if not self.names:
             raise UserError(f"--path_to_data {path} holds no {', '.join(e[1:].upper() for e in self.ENDINGS)} image")
         folders = [n.rpartition("/")[0] for n in self.names]
-        self.class_names = [os.path.basename(f) or "unsorted" for f in sorted(set(folders))] if len(set(folders)) > 1 else []
-        if len(set(self.class_names)) < len(self.class_names):      # same name in two places: tell them apart
-            self.class_names = sorted(set(folders))
-        order = {f: i for i, f in enumerate(sorted(set(folders)))}
-        self.labels = [order[f] for f in folders] if self.class_names else [0] * len(folders)
+        classes = sorted(set(folders))
+        short = [os.path.basename(c) or "unsorted" for c in classes]
+        self.class_names = [] if len(classes) == 1 else short if len(set(short)) == len(short) else classes
+        number = {c: i for i, c in enumerate(classes)}
+        self.labels = [number[f] if self.class_names else 0 for f in folders]
 
     def __len__(self) -> int:
         return len(self.names)
@@ -1043,7 +1043,7 @@ def build_cache(index: Path, decoder: Decoder, workers: int) -> None:
                 bar.update(len(items))
         names = [getattr(decoder.source, "names", range(len(decoder)))[i] for i in bad]
         if len(bad) > len(decoder) / 10 or not labels:
-            raise UserError(f"{len(bad)} of {len(decoder)} images cannot be read, {names[0]} among them: mend or remove them")
+            raise UserError(f"{len(bad)} of {len(decoder)} images cannot be read, {names[0]} for one: remove them")
         if bad:
             print(f"skipped {len(bad)} unreadable images, listed in {index}: {', '.join(map(str, names[:3]))} ...")
         os.replace(temporary, index.with_suffix(".bin"))
@@ -1058,7 +1058,9 @@ def load_data(cfg: Config) -> ImageData:
     check_image_size(*data.images.shape[2:], len(cfg.channel_mults))
     if cfg.use_labels and not data.class_names:
         raise UserError(f"--use_labels: dataset {cfg.dataset} has no classes (in a folder, subfolders make them)")
-    return data if cfg.use_labels is not False else dataclasses.replace(data, class_names=[])
+    if cfg.use_labels is False:
+        data = ImageData(data.images, torch.zeros_like(data.labels), [])
+    return data
 
 
 def split(data: ImageData, fraction: float) -> tuple[Tensor, Tensor]:
@@ -1079,9 +1081,9 @@ def image_moments(data: ImageData, indices: Tensor, flip: bool, limit: int = 20_
         x, y = from_uint8(data.images[chunk]), data.labels[chunk]
         for power in (1, 2):
             pooled = F.adaptive_avg_pool2d(x**power, small[1:]).double()
-            sums[power - 1].index_add_(0, y.clamp(max=classes), pooled)
+            sums[power - 1].index_add_(0, y, pooled)
             sums[power - 1, -1] += pooled.sum(0) if classes else 0
-        counts.index_add_(0, y.clamp(max=classes), torch.ones(len(y), dtype=torch.float64))
+        counts.index_add_(0, y, torch.ones(len(y), dtype=torch.float64))
         counts[-1] += len(y) if classes else 0
     sums = (sums + sums.flip(-1)) / 2 if flip else sums
     mean, square = sums / counts.clamp(min=1).view(-1, 1, 1, 1)
@@ -1118,11 +1120,6 @@ class Batches:
             mirror = torch.rand(self.size, generator=generator(self.seed, STREAM_BATCH, step, 1))[self.share] < 0.5
             x0 = torch.where(mirror.to(self.device).view(-1, 1, 1, 1), x0.flip(-1), x0)
         return x0, self.data.labels[chosen].to(self.device, non_blocking=True)
-
-
-def generator(*numbers: int, device="cpu") -> torch.Generator:
-    """A random generator seeded by the numbers."""
-    return torch.Generator(device).manual_seed(mix(*numbers))
 
 
 # ------------------------------------------------------------------------------------------------
@@ -1244,20 +1241,19 @@ class RunLog:
 
     def __init__(self, folder: Path, cfg: Config, step: int):
         folder.mkdir(parents=True, exist_ok=True)
-        path, text = folder / "metrics.csv", io.StringIO(newline="")
-        table = csv.DictWriter(text, self.COLUMNS)
-        table.writeheader()
-        table.writerows(read_rows(path, step))
-        write_atomically(path, lambda file: file.write(text.getvalue().encode()))
-        self.file = open(path, "a", newline="")                              # noqa: SIM115 (open for the whole run)
-        self.writer = csv.DictWriter(self.file, self.COLUMNS)
+        path = folder / "metrics.csv"
+        rows = path.read_text().splitlines()[1:] if step and path.exists() else []
+        whole = [row.split(",") for row in rows if row.count(",") == len(self.COLUMNS) - 1]
+        kept = [row for row in whole if int(row[0]) <= step]                 # what came after is trained again
+        text = "".join(",".join(row) + "\n" for row in (self.COLUMNS, *kept))
+        write_atomically(path, lambda file: file.write(text.encode()))
+        self.file = open(path, "a")                                          # noqa: SIM115 (open for the whole run)
         write_json(folder / "config.json", dict(config=dataclasses.asdict(cfg), torch=torch.__version__))
         self.trackers = start_trackers(cfg, folder)
 
     def row(self, values: dict) -> None:
         """One line of metrics.csv, and the same numbers to the trackers."""
-        self.writer.writerow(values)
-        self.file.flush()
+        print(*(values[column] for column in self.COLUMNS), sep=",", file=self.file, flush=True)
         self.track(values["step"], {k: v for k, v in values.items() if k != "step" and v != ""})
 
     def track(self, step: int, values: dict) -> None:
@@ -1268,15 +1264,6 @@ class RunLog:
             except Exception as error:
                 print(f"{name} failed ({error}): going on without it", file=sys.stderr)
                 del self.trackers[name]
-
-
-def read_rows(path: Path, step: int) -> list[dict]:
-    """The rows of metrics.csv up to `step`: what came after the checkpoint is trained again."""
-    if not path.exists() or step == 0:
-        return []
-    with open(path, newline="") as file:
-        return [row for row in csv.DictReader(file) if (row.get("step") or "").isdigit() and int(row["step"]) <= step
-                and None not in row]
 
 
 def start_trackers(cfg: Config, folder: Path) -> dict[str, Callable[[int, dict], None]]:
@@ -1515,10 +1502,16 @@ def after_warmup(curve: Callable[[float], float], optimizer, lr: float, warmup: 
         1.0, (step + 1) / (warmup + 1)) * curve(max(0, step - warmup) / max(1, total - warmup)))
 
 
+def one_cycle(optimizer, lr: float, warmup: int, total: int):
+    """torch's OneCycleLR, which divides by zero when a phase has a single step."""
+    warmup = min(warmup, total - 2)
+    return torch.optim.lr_scheduler.OneCycleLR(optimizer, lr, total_steps=total, cycle_momentum=False,
+                                               pct_start=warmup / total if warmup > 1 else 0.0)
+
+
 # (optimizer, highest lr, warm-up steps, all steps) -> scheduler
 LR_SCHEDULES = {
-    "onecycle": lambda optimizer, lr, warmup, total: torch.optim.lr_scheduler.OneCycleLR(
-        optimizer, lr, total_steps=total, pct_start=min(1.0, warmup / total), cycle_momentum=False),
+    "onecycle": one_cycle,
     "cosine": partial(after_warmup, lambda part: (1 + math.cos(math.pi * part)) / 2),
     "constant": partial(after_warmup, lambda part: 1.0),
 }
@@ -1629,18 +1622,16 @@ class Training:
             torch.manual_seed(mix(cfg.seed, STREAM_DROPOUT, self.step, self.runtime.rank))
         x0, y = self.batches(self.step)
         t, eps, drop = self.draws()
-        y = torch.where(drop, self.null, y) if self.null else None
-        pieces = torch.arange(len(x0)).chunk(cfg.gradient_accumulation_steps)
-        for i, piece in enumerate(pieces):
-            part = slice(piece[0], piece[-1] + 1)
-            last = i == len(pieces) - 1
+        y = torch.where(drop, self.null, y)
+        micro_batches = list(zip(*(v.chunk(cfg.gradient_accumulation_steps) for v in (x0, t, eps, y)), strict=True))
+        for i, (x0, t, eps, y) in enumerate(micro_batches, 1):
+            last = i == len(micro_batches)
             with nullcontext() if last or self.runtime.world == 1 else self.forward.no_sync():
                 with self.runtime.autocast():
-                    losses = self.diffusion.loss(self.forward, x0[part], t[part], eps[part],
-                                                 None if y is None else y[part])
+                    losses = self.diffusion.loss(self.forward, x0, t, eps, y)
                 # DistributedDataParallel averages over processes: sum / size * world is the batch's mean
                 self.scaler.scale(losses.sum() * self.runtime.world / self.size).backward()
-            self.meter.add(losses.detach(), t[part] * 4 // self.diffusion.T)
+            self.meter.add(losses.detach(), t * 4 // self.diffusion.T)
         self.scaler.unscale_(self.optimizer)
         self.grad_norm = nn.utils.clip_grad_norm_(self.network.parameters(), cfg.max_grad_norm or math.inf)
         self.scaler.step(self.optimizer)
@@ -1651,27 +1642,29 @@ class Training:
         if self.ema:
             self.ema.update(self.network, self.step)
 
-    def model(self) -> Model:
-        """The network to draw and validate with: the average where there is one."""
-        return Model(self.ema.network if self.ema else self.network, self.diffusion, Moments(
-            self.moments.mean.to(self.runtime.device), self.moments.var.to(self.runtime.device)), self.cfg,
-            self.shape, self.data.class_names, self.runtime.autocast)
+    @contextmanager
+    def evaluating(self):
+        """Gives the model to draw and validate with: the average where there is one."""
+        network, device = self.ema.network if self.ema else self.network, self.runtime.device
+        moments = Moments(self.moments.mean.to(device), self.moments.var.to(device))
+        try:
+            yield Model(network.eval(), self.diffusion, moments, self.cfg, self.shape, self.data.class_names,
+                        self.runtime.autocast)
+        finally:
+            self.network.train()
 
     @torch.no_grad()
     def validate(self) -> float | str:
         """Mean loss over the held-out images, with the same noise and evenly spread timesteps every time."""
-        if not len(self.held_out):
-            return ""
-        random, total = generator(self.cfg.seed, STREAM_VALIDATION), 0.0
-        t = (torch.arange(len(self.held_out)) * self.diffusion.T // len(self.held_out))
-        for piece in torch.arange(len(self.held_out)).split(self.cfg.batch_size):
-            x0 = from_uint8(self.data.images[self.held_out[piece]])
-            eps = torch.randn(x0.shape, generator=random)
-            y = self.data.labels[self.held_out[piece]]
-            x0, ts, eps, y = (v.to(self.runtime.device) for v in (x0, t[piece], eps, y))
-            with self.runtime.autocast():
-                total += self.diffusion.loss(self.model().network, x0, ts, eps, y if self.null else None).sum().item()
-        return total / len(self.held_out)
+        n, total = len(self.held_out), 0.0
+        random, t = generator(self.cfg.seed, STREAM_VALIDATION), torch.arange(n) * self.diffusion.T // max(n, 1)
+        with self.evaluating() as model, self.runtime.autocast():
+            for piece in torch.arange(n).split(self.cfg.batch_size):
+                chosen = self.held_out[piece]
+                x0 = from_uint8(self.data.images[chosen])
+                batch = x0, t[piece], torch.randn(x0.shape, generator=random), self.data.labels[chosen]
+                total += self.diffusion.loss(model.network, *(v.to(self.runtime.device) for v in batch)).sum().item()
+        return total / n if n else ""
 
     def log(self, log: RunLog | None, evaluated: bool) -> float:
         """Write a row of metrics and return the epoch's mean loss. Raises UserError if the loss is not finite."""
@@ -1683,7 +1676,7 @@ class Training:
         now = time.perf_counter()
         self.history.append([self.step, mean])
         self.meter.sums[0] = 0
-        if log:
+        if log:                                                              # only rank 0 has one
             numbers = dict(zip(("loss_q1", "loss_q2", "loss_q3", "loss_q4"), quartiles, strict=True), loss=mean,
                            val_loss=self.validate() if evaluated else "", lr=self.lr_schedule.get_last_lr()[0],
                            grad_norm=self.grad_norm.item(), seconds=now - start,
@@ -1695,24 +1688,22 @@ class Training:
 
     def draw_grid(self, folder: Path, loss: float) -> Path:
         """A grid of samples, epoch and loss in its name; a denoising strip beside it where asked for."""
-        cfg, model = self.cfg, self.model()
-        classes = list(range(min(self.null, 10)))
+        cfg, classes = self.cfg, list(range(min(self.null, 10)))
         rows = cfg.num_generations or (4 if classes else 16)
         preview = dataclasses.replace(cfg, sampler="ddim", eta=0.0, steps=min(cfg.preview_steps, cfg.timesteps))
-        labels = model.labels(classes, rows * max(1, len(classes)))
-        model.network.eval()
-        images = torch.cat(list(model.draw(labels, preview)))
         path = folder / f"epoch_{round(self.epoch, 2):g}_loss_{loss:.4f}.png"
-        save_grid(images, path, [self.data.class_names[c] for c in classes])
-        if cfg.plot_freq_interval:
-            save_strip(model, labels[:rows], dataclasses.replace(preview, steps=cfg.timesteps), folder / f"step_{self.step}.png")
-        self.network.train()
+        with self.evaluating() as model:
+            labels = model.labels(classes, rows * max(1, len(classes)))
+            save_grid(torch.cat(list(model.draw(labels, preview))), path, [self.data.class_names[c] for c in classes])
+            if cfg.plot_freq_interval:
+                every_step = dataclasses.replace(preview, steps=cfg.timesteps)
+                save_strip(model, labels[:rows], every_step, folder / f"step_{self.step}.png")
         return path
 
     def settled(self) -> bool:
         """Whether the mean absolute change of the last ten logged losses is below the one asked for."""
         recent = [loss for _, loss in self.history[-10:]]
-        changes = [abs(b - a) for a, b in zip(recent, recent[1:])]  # noqa: B905 (the second is one shorter)
+        changes = [abs(b - a) for a, b in zip(recent, recent[1:])]
         return len(recent) == 10 and sum(changes) / len(changes) < self.cfg.early_stop_loss_change
 
 
@@ -1730,7 +1721,8 @@ def train(cfg: Config, state: dict | None = None, runtime: Runtime | None = None
     folder = samples_path(cfg)
     if runtime.is_main and not run.step:
         set_aside(folder, *kept_checkpoints(cfg), say=runtime.say)
-    runtime.say("\n".join(run_report(run.cfg, runtime, run.network, run.shape, run.diffusion, len(run.batches.indices), run.total)))
+    images = len(run.batches.indices)
+    runtime.say(run_report(run.cfg, runtime, run.network, run.shape, run.diffusion, images, run.total))
     if run.step:
         runtime.say(f"resuming from {path} at step {run.step} of {run.total}")
     log = RunLog(folder, run.cfg, run.step) if runtime.is_main else None
@@ -1746,13 +1738,16 @@ def training_loop(run: Training, log: RunLog | None, folder: Path, bar: tqdm) ->
     while not done:
         run.train_step()
         bar.update()
-        epochs = run.step // per_epoch if run.step % per_epoch == 0 else 0   # 0: in the middle of one
-        every = cfg.checkpoint_rate and run.step % cfg.checkpoint_rate == 0
         stopping, done = runtime.stopping(run.step), run.step >= run.total
-        draw = done or every or (epochs and epochs % cfg.sample_every == 0)
-        save = draw or stopping or (epochs and epochs % cfg.checkpoint_every == 0)
+        epochs = run.step // per_epoch if run.step % per_epoch == 0 else 0   # 0: in the middle of one
+        if cfg.checkpoint_rate:
+            draw = save = done or run.step % cfg.checkpoint_rate == 0
+        else:
+            draw = done or (epochs > 0 and epochs % cfg.sample_every == 0)
+            save = draw or (epochs > 0 and epochs % cfg.checkpoint_every == 0)
+        save = save or stopping
         if save or epochs or run.step % cfg.log_every == 0:
-            loss = run.log(log, evaluated=bool(draw or epochs))
+            loss = run.log(log, evaluated=draw or epochs > 0)
             bar.set_description(f"epoch {run.epoch:.4g} loss {loss:.4f}")
             if cfg.early_stop_loss_change and run.settled():
                 runtime.say(f"the loss has settled at step {run.step}: stopping early")
@@ -1768,21 +1763,13 @@ def training_loop(run: Training, log: RunLog | None, folder: Path, bar: tqdm) ->
         if draw or save:
             run.clock = (run.step, time.perf_counter())                      # drawing and saving are not training
         if stopping and not done:
-            raise Interrupted(runtime.stop_signal, path)
+            raise UserError(f"interrupted: saved {path}; the same command goes on", code=128 + runtime.stop_signal)
     return path
 
 
 # ------------------------------------------------------------------------------------------------
 # 10  Commands
 # What the two modes do, and the questions they ask where flags leave something open.
-
-
-class Interrupted(Exception):
-    """A signal stopped the run after it had saved its checkpoint."""
-
-    def __init__(self, number: int, path: Path):
-        super().__init__(f"interrupted: saved {path}; the same command goes on from there")
-        self.code = 128 + number
 
 
 def ask(question: str, flag: str, parse: Callable[[str], object], default: str = ""):
@@ -1792,10 +1779,10 @@ def ask(question: str, flag: str, parse: Callable[[str], object], default: str =
             answer = input(f"{question}{f' [{default}]' if default else ''}: ").strip()
         except EOFError:
             print()
-            raise UserError(f"no answer to {question.split(' (')[0]!r}: answer with {flag}, or take defaults with --yes") from None
+            raise UserError(f"input ended at a question: answer it with {flag}, or all with --yes") from None
         try:
             return parse(answer or default)
-        except (ValueError, UserError) as error:
+        except UserError as error:
             print(error)
 
 
@@ -1843,36 +1830,37 @@ def run_training(given: dict) -> None:
     runtime = Runtime(cfg)
     try:
         if cfg.dry_run:
-            runtime.say("\n".join(dry_run_report(cfg, runtime)))
+            runtime.say(dry_run_report(cfg, runtime))
             return
         started = time.perf_counter()
         path = train(cfg, state, runtime)
-        runtime.say(f"trained in {time.perf_counter() - started:.0f} s: {path}\nsamples and metrics: {samples_path(cfg)}\n"
+        runtime.say(f"trained in {time.perf_counter() - started:.0f} s: {path}\n"
+                    f"samples and metrics: {samples_path(cfg)}\n"
                     f"draw with it: python diffuser.py --mode inference --model_path {path}")
     finally:
         runtime.close()
 
 
 def run_report(cfg: Config, runtime: Runtime, network: nn.Module, shape, diffusion: Diffusion, images: int,
-               total: int) -> list[str]:
+               total: int) -> str:
     """What is about to happen, in a few lines."""
-    name = torch.cuda.get_device_name(runtime.device) if runtime.device.type == "cuda" else f"{torch.get_num_threads()} threads"
-    devices = f" x {runtime.num_devices}" if runtime.num_devices > 1 else ""
-    signal_left, parameters = diffusion.terminal_signal, sum(p.numel() for p in network.parameters())
-    lines = [f"device   {runtime.device.type}{devices} ({name}), {runtime.precision}{', compiled' if cfg.compile else ''}",
-             f"data     {cfg.dataset}: {images:,} images {shape[1]}x{shape[2]}x{shape[0]}, "
-             f"{f'{network.num_classes} classes' if network.num_classes else 'no classes'}",
+    cuda = runtime.device.type == "cuda"
+    name = torch.cuda.get_device_name(runtime.device) if cuda else f"{torch.get_num_threads()} threads"
+    batch, parameters = cfg.batch_size * cfg.gradient_accumulation_steps, sum(p.numel() for p in network.parameters())
+    size, left = "x".join(map(str, (*shape[1:], shape[0]))), diffusion.terminal_signal
+    lines = [f"device   {runtime.device.type} x {runtime.num_devices} ({name}), {runtime.precision}"
+             + (", compiled" if cfg.compile else ""),
+             f"data     {cfg.dataset}: {images:,} images {size}, {network.num_classes} classes",
              f"network  {parameters:,} parameters",
-             f"training {total:,} steps of {cfg.batch_size * cfg.gradient_accumulation_steps} images "
-             f"({total * cfg.batch_size * cfg.gradient_accumulation_steps / max(images, 1):.4g} epochs)",
-             f"noise    {cfg.schedule_type}, T = {cfg.timesteps}, {signal_left:.2%} of the signal is left at T"]
-    if signal_left > 0.01:
-        lines.append(f"         that is above 1%: sampling from pure noise would shift brightness, so --start {cfg.start} "
-                     + ("starts from the mean and variance of the data" if cfg.start == "matched" else "needs care"))
-    return lines
+             f"training {total:,} steps of {batch} images ({total / max(1, images // batch):.4g} epochs)",
+             f"noise    {cfg.schedule_type}, T = {cfg.timesteps}, {left:.2%} of the signal is left at T"]
+    if left > 0.01:
+        lines.append("         above 1%, so pure noise is the wrong start; " + (
+            "sampling starts from the data's mean and variance" if cfg.start == "matched" else "use --start matched"))
+    return "\n".join(lines)
 
 
-def dry_run_report(cfg: Config, runtime: Runtime) -> list[str]:
+def dry_run_report(cfg: Config, runtime: Runtime) -> str:
     """Settings, sizes and memory, without reading an image."""
     dataset, files = DATASETS[cfg.dataset], ImageFiles(cfg.path_to_data) if cfg.dataset == "folder" else None
     classes = list(dataset.classes) if files is None else files.class_names
@@ -1885,9 +1873,9 @@ def dry_run_report(cfg: Config, runtime: Runtime) -> list[str]:
     batch = cfg.batch_size * cfg.gradient_accumulation_steps
     total = cfg.iterations or cfg.epochs * max(1, images // batch)
     lines = [f"{name} = {getattr(cfg, name)}" for name in FIELDS if name not in LOCAL]
-    lines += run_report(cfg, runtime, network, shape, Diffusion(alpha_bar_table(cfg)), images, total)
+    lines.append(run_report(cfg, runtime, network, shape, Diffusion(alpha_bar_table(cfg)), images, total))
     need = training_memory(network, shape, math.ceil(cfg.batch_size / runtime.num_devices), cfg.use_ema)
-    return [*lines, f"memory   about {need / 2**30:.2g} GiB for training on each device"]
+    return "\n".join([*lines, f"memory   about {need / 2**30:.2g} GiB for training on each device"])
 
 
 def training_memory(network: UNet, shape, batch: int, ema: bool) -> float:
@@ -1912,7 +1900,7 @@ def set_aside(*paths: Path, say: Callable[[str], None]) -> None:
 def run_inference(given: dict) -> None:
     """--mode inference."""
     given = given_values(given)
-    asked = not (given.get("yes") or given.get("dry_run") or any(k in given for k in ("classes", "num_images", "save_dir")))
+    asked = not any(given.get(name) for name in ("yes", "dry_run", "classes", "num_images", "save_dir"))
     path = Path(given["model_path"]) if given.get("model_path") else choose_checkpoint(given)
     state = load_checkpoint(path)
     wants_labels = given.pop("use_labels", None)
@@ -1921,7 +1909,8 @@ def run_inference(given: dict) -> None:
     model = restore(state, cfg)
     if wants_labels and not model.class_names:
         raise UserError(f"--use_labels: {path} was trained without classes")
-    print(f"{path}: {cfg.dataset}, epoch {state['epoch']:.4g}, on {model.device}, {cfg.sampler} {len(sampling_grid(cfg))} steps")
+    print(f"{path}: {cfg.dataset}, epoch {state['epoch']:.4g}")
+    print(f"{cfg.sampler}, {len(sampling_grid(cfg))} steps, {model.device}")
     if cfg.dry_run:
         print("\n".join(f"{name} = {getattr(cfg, name)}" for name in FIELDS if name not in LOCAL))
     elif asked:
@@ -1954,7 +1943,7 @@ def choose_checkpoint(given: dict) -> Path:
 
     def parse(text: str) -> Path:
         if not text.isdigit() or not 1 <= int(text) <= len(found):
-            raise ValueError(f"a number from 1 to {len(found)}, please")
+            raise UserError(f"a number from 1 to {len(found)}, please")
         return found[int(text) - 1][0]
 
     return ask("which checkpoint (the newest is first)", "--model_path", parse, "1")
@@ -2034,18 +2023,6 @@ class Parser(argparse.ArgumentParser):
         return vars(options)
 
 
-def argument_type(name: str) -> Callable[[str], object]:
-    """parse_value for argparse."""
-
-    def convert(text: str):
-        try:
-            return parse_value(name, text)
-        except ValueError as error:
-            raise UserError(str(error)) from None
-
-    return convert
-
-
 def build_parser() -> Parser:
     """One flag per field; only those given end up in the result."""
     intro, _, rest = __doc__.partition("\n")
@@ -2058,11 +2035,12 @@ def build_parser() -> Parser:
         choices = f" ({', '.join(map(str, spec.metadata['choices']()))})" if spec.metadata["choices"] else ""
         default = "" if spec.default in ("", None) else f" [{spec.default}]"
         text = f"{spec.metadata['help']}{choices}{default}".replace("%", "%%")
+        parse = partial(parse_value, name)
         if KINDS[name] is bool:
-            group.add_argument(*flags, dest=name, nargs="?", const=True, type=argument_type(name), help=text, metavar="BOOL")
+            group.add_argument(*flags, nargs="?", const=True, type=parse, help=text, metavar="BOOL")
             group.add_argument(f"--no-{name}", dest=name, action="store_const", const=False, help=argparse.SUPPRESS)
         else:
-            group.add_argument(*flags, dest=name, type=argument_type(name), help=text, metavar=name.upper()[:12])
+            group.add_argument(*flags, type=parse, help=text, metavar=name.upper()[:12])
     return parser
 
 
@@ -2075,16 +2053,11 @@ def main(argv: list[str] | None = None) -> int:
             given = ask_option("mode", given, "train")
         COMMANDS[given.get("mode", "train")](given)
         return 0
-    except (UserError, Interrupted) as error:
-        if given.get("debug") and isinstance(error, UserError):
-            raise
-        print(f"diffuser: {error}", file=sys.stderr)
-        return error.code
-    except OSError as error:
+    except (UserError, OSError) as error:
         if given.get("debug"):
             raise
         print(f"diffuser: {error}", file=sys.stderr)
-        return 1
+        return getattr(error, "code", 1)
     except KeyboardInterrupt:
         print("\ndiffuser: interrupted", file=sys.stderr)
         return 130

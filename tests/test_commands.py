@@ -53,7 +53,7 @@ OTHERS = [
     "--starting_channels 128 --loss_fn mse --use_wandb",
     "--mode train --dataset cifar10",
 ]
-SMALL = "--base_channels 8 --channel_mults 1,2 --num_res_blocks 1 --num_heads 2 --preview_steps 2 --device cpu --img_size 16"
+SMALL = "--base_channels 8 --channel_mults 1,2 --attention_levels 1 --num_res_blocks 1 --num_heads 2 --preview_steps 2 --device cpu --img_size 16"
 
 
 @pytest.fixture
@@ -100,7 +100,7 @@ def test_booleans_in_four_spellings(flags, expected):
 @pytest.mark.parametrize("flags, words", [
     (["--dataset", "imagenet"], "digits, mnist"), (["--epochs", "0"], "--epochs"), (["--learning_rate", "-1"], "--learning_rate"),
     (["--bach_size", "4"], "did you mean --batch_size"), (["--beta_end", "1e-9"], "beta_end"), (["--dataset"], "--dataset"),
-    (["--attention_levels", "9"], "levels 0 to"), (["--num_heads", "3"], "divide"), (["--img_size", "9"], "8 or 10"),
+    (["--attention_levels", "9"], "levels 0 to"), (["--num_heads", "5"], "divide"), (["--img_size", "9"], "8 or 10"),
     (["--precision", "fp16", "--device", "cpu"], "fp16"), (["--dataset", "folder", "--path_to_data", "nowhere"], "nowhere"),
     (["--dataset", "folder"], "--path_to_data"), (["--resume_from_checkpoint", "x"], "x: not found")])
 def test_bad_flags_are_one_line_and_exit_2(folder, capsys, flags, words):

@@ -55,7 +55,7 @@ def test_values_are_read_in_every_spelling(name, text, value):
     ("channel_mults", "1,-2"), ("seed", "-1")])
 def test_bad_values_are_refused_by_name(name, text):
     """A value out of range or of the wrong kind is an error that names the flag."""
-    with pytest.raises(ValueError, match=f"--{name}"):
+    with pytest.raises(UserError, match=f"--{name}"):
         diffuser.parse_value(name, text)
 
 
