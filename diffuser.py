@@ -1657,14 +1657,16 @@ class Training:
     def validate(self) -> float | str:
         """Mean loss over the held-out images, with the same noise and evenly spread timesteps every time."""
         n, total = len(self.held_out), 0.0
-        random, t = generator(self.cfg.seed, STREAM_VALIDATION), torch.arange(n) * self.diffusion.T // max(n, 1)
+        if n == 0:
+            return ""
+        random, t = generator(self.cfg.seed, STREAM_VALIDATION), torch.arange(n) * self.diffusion.T // n
         with self.evaluating() as model, self.runtime.autocast():
             for piece in torch.arange(n).split(self.cfg.batch_size):
                 chosen = self.held_out[piece]
                 x0 = from_uint8(self.data.images[chosen])
                 batch = x0, t[piece], torch.randn(x0.shape, generator=random), self.data.labels[chosen]
                 total += self.diffusion.loss(model.network, *(v.to(self.runtime.device) for v in batch)).sum().item()
-        return total / n if n else ""
+        return total / n
 
     def log(self, log: RunLog | None, evaluated: bool) -> float:
         """Write a row of metrics and return the epoch's mean loss. Raises UserError if the loss is not finite."""

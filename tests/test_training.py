@@ -23,7 +23,7 @@ def weights(path):
 
 def same(a, b, exact=True):
     if isinstance(a, torch.Tensor):
-        return torch.equal(a, b) if exact else torch.allclose(a, b, atol=1e-4)  # Adam enlarges rounding where gradients are near 0
+        return torch.equal(a, b) if exact else torch.allclose(a, b, atol=1e-4)
     if isinstance(a, dict):
         return a.keys() == b.keys() and all(same(a[k], b[k], exact) for k in a)
     if isinstance(a, (list, tuple)):
@@ -78,8 +78,8 @@ def test_metrics_continue_after_a_resume(folder):
 
 def test_accumulation_and_one_big_batch_are_the_same_step(folder):
     """Three micro-batches of 8 are one batch of 24, to float tolerance."""
-    big = weights(train(tiny_training(batch_size=24, experiment_name="big")))
-    small = weights(train(tiny_training(batch_size=8, gradient_accumulation_steps=3, experiment_name="small")))
+    big = weights(train(tiny_training(batch_size=24, experiment_name="big", learning_rate=1e-3)))
+    small = weights(train(tiny_training(batch_size=8, gradient_accumulation_steps=3, experiment_name="small", learning_rate=1e-3)))
     assert same(big["model"], small["model"], exact=False)
 
 
@@ -207,7 +207,7 @@ def test_grids_and_strips_come_at_the_cadence_asked_for(folder):
 @pytest.mark.parametrize("number, code", [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
 def test_a_signal_saves_and_the_same_command_goes_on(folder, number, code):
     """Interrupted while training: exit 130 or 143 after saving; run again, it ends as if undisturbed."""
-    flags = ["--mode", "train", "--dataset", "digits", "--batch_size", "16", "--iterations", "300", "--log_every", "10",
+    flags = ["--mode", "train", "--dataset", "digits", "--batch_size", "16", "--iterations", "200", "--log_every", "10",
              "--timesteps", "50", *TINY_FLAGS]
     command = [sys.executable, str(ROOT / "diffuser.py"), *flags]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
@@ -218,11 +218,11 @@ def test_a_signal_saves_and_the_same_command_goes_on(folder, number, code):
     _, errors = process.communicate(timeout=60)
     assert process.returncode == code and "the same command goes on" in errors and "Traceback" not in errors
     path = next(folder.rglob("*.pt"))
-    assert 0 < load_checkpoint(path)["step"] < 300
+    assert 0 < load_checkpoint(path)["step"] < 200
     assert subprocess.run(command, capture_output=True, text=True).returncode == 0
     resumed = weights(path)
     assert subprocess.run([*command, "--experiment_name", "whole"], capture_output=True).returncode == 0
-    whole = weights(folder / "checkpoints/whole/checkpoint_300/model.pt")
+    whole = weights(folder / "checkpoints/whole/checkpoint_200/model.pt")
     assert same(whole["model"], resumed["model"]) and same(whole["ema"], resumed["ema"])
     assert [r["step"] for r in rows(next(folder.glob("samples/samples_digits_*")))] == sorted(
         {r["step"] for r in rows(next(folder.glob("samples/samples_digits_*")))}, key=int)
@@ -242,7 +242,11 @@ def test_two_processes_equal_one(folder):
     assert done.returncode == 0, done.stderr[-2000:]
     assert diffuser.main([*flags, "--experiment_name", "one"]) == 0
     one, two = (weights(folder / f"checkpoints/{n}/checkpoint_6/model.pt") for n in ("one", "two"))
-    assert same(one["model"], two["model"], exact=False) and same(one["loss_history"], two["loss_history"], exact=False)
+    difference = sum((one["model"][k] - two["model"][k]).abs().sum() for k in one["model"])
+    assert difference / sum(v.abs().sum() for v in one["model"].values()) < 1e-5
+    for a, b in zip(*(rows(next((folder / "samples").glob(f"samples_{n}_*"))) for n in ("one", "two"))):
+        for column in ("loss", "loss_q1", "grad_norm"):                      # Adam would not notice a wrong scale
+            assert float(a[column]) == pytest.approx(float(b[column]), rel=1e-4)
     assert done.stdout.count("device   cpu x 2") == 1                            # one rank speaks
 
 
