@@ -217,7 +217,7 @@ PRESETS = {
                    emb_dim=32, base_channels=16, channel_mults=(1, 3), num_res_blocks=1, num_heads=2, norm_groups=8,
                    epochs=25, sample_every=5, checkpoint_every=5, ema_decay=0.995, num_gpus=1),
     "mnist": dict(timesteps=500, beta_start=1e-5, beta_end=0.01, batch_size=128, learning_rate=1e-3, emb_dim=32,
-                  base_channels=32, channel_mults=(1, 2, 2), num_res_blocks=2, norm_groups=8, num_heads=4,
+                  base_channels=32, channel_mults=(1, 2, 2), num_res_blocks=1, norm_groups=8, num_heads=4,
                   epochs=20, ema_decay=0.999, num_gpus=1),
     "cifar10": dict(timesteps=500, beta_start=1e-5, beta_end=0.012, batch_size=32, learning_rate=1e-4, emb_dim=128,
                     base_channels=128, channel_mults=(1, 2, 2, 2), attention_levels=(1,), num_heads=8,
@@ -308,8 +308,6 @@ def check(cfg: Config) -> None:
         raise UserError(f"--steps {cfg.steps} is more than the {cfg.timesteps} timesteps of the schedule")
     if cfg.img_size:
         check_image_size(*cfg.img_size, levels)
-    if cfg.dataset == "folder" and cfg.mode == "train" and not cfg.path_to_data:
-        raise UserError("dataset folder needs --path_to_data: a folder or ZIP file of images")
 
 
 def check_image_size(height: int, width: int, levels: int) -> None:
@@ -871,7 +869,7 @@ def load_celeba(cfg: Config) -> ImageData:
     """CelebA, 162,770 faces for training (Liu et al. 2015), without labels."""
     raw = torchvision_dataset("CelebA", cfg, "img_align_celeba.zip (unpacked) and the five list_*.txt and "
                               "identity_CelebA.txt files of CelebA", "celeba", split="train")
-    return cached(cfg, Decoder(raw, image_shape(cfg)), ("celeba", len(raw)))
+    return cached(cfg, Decoder(raw, image_shape(cfg)), ("celeba", len(raw)), [])
 
 
 def load_folder(cfg: Config) -> ImageData:
@@ -930,6 +928,8 @@ class ImageFiles(torch.utils.data.Dataset):
 
     def __init__(self, path: str):
         self.path, self.archive = Path(path), None
+        if not path:
+            raise UserError("dataset folder needs --path_to_data: a folder or ZIP file of images")
         if self.path.is_dir():
             names = [p.relative_to(self.path).as_posix() for p in self.path.rglob("*") if p.is_file()]
         elif zipfile.is_zipfile(self.path):
@@ -967,7 +967,7 @@ class ImageFiles(torch.utils.data.Dataset):
             try:
                 if self[i][0].mode not in ("1", "L", "LA", "I", "I;16", "I;16B", "F"):
                     return 3
-            except (OSError, ValueError):
+            except Exception:                                       # unreadable: skipped later, and listed
                 continue
         return 1
 
@@ -995,7 +995,7 @@ class Decoder(torch.utils.data.Dataset):
             if image.width * image.height > self.MAX_PIXELS:
                 return None
             return torch.from_numpy(self.decode(image)), label if isinstance(label, int) else 0
-        except (OSError, ValueError, SyntaxError, EOFError, zipfile.BadZipFile, Image.DecompressionBombError):
+        except Exception:                                           # broken files raise errors of every kind
             return None
 
     def decode(self, image: Image.Image) -> np.ndarray:
@@ -1012,7 +1012,7 @@ class Decoder(torch.utils.data.Dataset):
         return np.array(image).reshape(height, width, channels).transpose(2, 0, 1).copy()
 
 
-def cached(cfg: Config, decoder: Decoder, key: tuple, class_names: list[str] = []) -> ImageData:  # noqa: B006
+def cached(cfg: Config, decoder: Decoder, key: tuple, class_names: list[str]) -> ImageData:
     """The decoded images, memory-mapped from a cache file that is built the first time. Raises UserError
     when more than a tenth of the images cannot be read."""
     digest = hashlib.sha256(repr((key, decoder.shape, "v1")).encode()).hexdigest()[:16]
@@ -1162,6 +1162,15 @@ class Runtime:
             return nn.parallel.DistributedDataParallel(forward, device_ids=devices)
         return nn.DataParallel(forward, list(range(self.replicas))) if self.replicas > 1 else forward
 
+    @contextmanager
+    def main_first(self):
+        """Rank 0 goes through the block before the others do, so that downloads and caches are made once."""
+        if not self.is_main:
+            torch.distributed.barrier()
+        yield
+        if self.is_main and self.world > 1:
+            torch.distributed.barrier()
+
     def all_sum(self, x: Tensor) -> Tensor:
         """Sum of x over all processes."""
         if self.world > 1:
@@ -1266,41 +1275,44 @@ class RunLog:
                 del self.trackers[name]
 
 
+def tensorboard_tracker(cfg: Config, folder: Path) -> Callable[[int, dict], None]:
+    from torch.utils.tensorboard import SummaryWriter
+
+    writer = SummaryWriter(str(folder / "tensorboard"))
+
+    def track(step: int, values: dict) -> None:
+        for name, value in values.items():
+            if isinstance(value, Path):
+                writer.add_image(name, np.asarray(Image.open(value).convert("RGB")), step, dataformats="HWC")
+            else:
+                writer.add_scalar(name, value, step)
+        writer.flush()
+
+    return track
+
+
+def wandb_tracker(cfg: Config, folder: Path) -> Callable[[int, dict], None]:
+    import wandb
+
+    identity = hashlib.sha256(str(folder.resolve()).encode()).hexdigest()[:16]  # the same when resumed
+    run = wandb.init(project=cfg.project_name, name=cfg.experiment_name or folder.name, id=identity, resume="allow",
+                     config=dataclasses.asdict(cfg), dir=str(folder))
+    return lambda step, values: run.log({name: wandb.Image(str(v)) if isinstance(v, Path) else v
+                                         for name, v in values.items()}, step=step)
+
+
 def start_trackers(cfg: Config, folder: Path) -> dict[str, Callable[[int, dict], None]]:
-    """Functions (step, {name: number or path of a picture}) by tracker; one that cannot start is reported."""
-
-    def tensorboard():
-        from torch.utils.tensorboard import SummaryWriter
-
-        writer = SummaryWriter(str(folder / "tensorboard"))
-
-        def track(step, values):
-            for name, value in values.items():
-                if isinstance(value, Path):
-                    writer.add_image(name, np.asarray(Image.open(value).convert("RGB")), step, dataformats="HWC")
-                else:
-                    writer.add_scalar(name, value, step)
-            writer.flush()
-
-        return track
-
-    def wandb():
-        import wandb
-
-        identity = hashlib.sha256(str(folder.resolve()).encode()).hexdigest()[:16]
-        run = wandb.init(project=cfg.project_name, name=cfg.experiment_name or folder.name, id=identity,
-                         resume="allow", config=dataclasses.asdict(cfg), dir=str(folder))
-        return lambda step, values: run.log({name: wandb.Image(str(v)) if isinstance(v, Path) else v
-                                             for name, v in values.items()}, step=step)
-
+    """The trackers asked for: functions of (step, {name: number or path of a picture}). One that cannot
+    start is reported, and training goes on without it."""
     trackers = {}
-    for start, wanted in ((tensorboard, cfg.use_tensorboard), (wandb, cfg.use_wandb)):
+    for name, wanted, start in (("tensorboard", cfg.use_tensorboard, tensorboard_tracker),
+                                ("wandb", cfg.use_wandb, wandb_tracker)):
         try:
             if wanted:
-                trackers[start.__name__] = start()
-        except Exception as error:
-            hint = f"pip install {start.__name__}" if isinstance(error, ImportError) else str(error)
-            print(f"no {start.__name__}: {hint}; training goes on without it", file=sys.stderr)
+                trackers[name] = start(cfg, folder)
+        except Exception as error:                                           # a tracker never stops a run
+            hint = f"pip install {name}" if isinstance(error, ImportError) else str(error)
+            print(f"no {name}: {hint}; training goes on without it", file=sys.stderr)
     return trackers
 
 
@@ -1421,15 +1433,20 @@ def kept_checkpoints(cfg: Config) -> list[Path]:
     return by_age([path, *path.parent.glob(f"{path.stem}_step*.pt")])
 
 
+def own_files(cfg: Config) -> list[Path]:
+    """The checkpoint files, or the folder of them, that a run of these settings writes."""
+    return [Path(cfg.working_directory, cfg.experiment_name)] if cfg.experiment_name else kept_checkpoints(cfg)
+
+
 def save_checkpoint(state: dict, cfg: Config) -> Path:
     """Write the state and let go of the oldest beyond num_keep_checkpoints."""
     path = checkpoint_path(cfg, state["step"])
     if not cfg.experiment_name and cfg.num_keep_checkpoints > 1 and path.exists():
-        os.replace(path, path.with_stem(f"{path.stem}_step{load_checkpoint(path)['step']}"))
+        os.replace(path, path.with_stem(f"{path.stem}_step{load_checkpoint(path, peek=True)['step']}"))
     write_atomically(path, lambda file: torch.save(state, file))
     for old in kept_checkpoints(cfg)[cfg.num_keep_checkpoints :]:
         old.unlink()
-        if cfg.experiment_name:
+        if cfg.experiment_name and not any(old.parent.iterdir()):
             old.parent.rmdir()
     return path
 
@@ -1448,10 +1465,11 @@ def find_checkpoint(cfg: Config) -> Path | None:
     return next(iter(kept_checkpoints(cfg)), None) if cfg.resume == "auto" else None
 
 
-def load_checkpoint(path: str | Path) -> dict:
-    """A checkpoint's content, tensors on the CPU. Nothing in the file is executed. Raises UserError."""
+def load_checkpoint(path: str | Path, peek: bool = False) -> dict:
+    """A checkpoint's content, tensors on the CPU (read only when used, for a peek). Nothing in the file is
+    executed. Raises UserError."""
     try:
-        state = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+        state = torch.load(path, map_location="cpu", weights_only=True, mmap=peek)
     except FileNotFoundError:
         raise UserError(f"there is no checkpoint {path}") from None
     except Exception as error:                                               # torch raises many kinds here
@@ -1540,7 +1558,8 @@ class Training:
     """The state of a run: network, average, optimizer, schedules, losses; and what is done with them."""
 
     def __init__(self, cfg: Config, runtime: Runtime, state: dict | None = None):
-        data = load_data(cfg)
+        with runtime.main_first():
+            data = load_data(cfg)
         flip = DATASETS[cfg.dataset].flip if cfg.flip is None else cfg.flip
         shape = tuple(data.images.shape[1:])
         cfg = dataclasses.replace(cfg, flip=flip, use_labels=bool(data.class_names), channels=shape[0],
@@ -1578,6 +1597,7 @@ class Training:
 
     def state(self) -> dict:
         """Everything that a run needs to go on and a model needs to draw: tensors and plain values."""
+        self.require_finite(*self.network.parameters())
         return dict(
             format=FORMAT, config=dataclasses.asdict(self.cfg), step=self.step, epoch=self.epoch,
             shape=list(self.shape), class_names=self.data.class_names, loss_history=self.history,
@@ -1604,6 +1624,12 @@ class Training:
         with warnings.catch_warnings():                                      # it expects the optimizer to go first
             warnings.simplefilter("ignore")
             self.lr_schedule.step()
+
+    def require_finite(self, *values: Tensor) -> None:
+        """Raise UserError where training has diverged: no checkpoint is made of that."""
+        if not all(value.isfinite().all() for value in values):
+            raise UserError(f"training has diverged by step {self.step} (not finite): lower --learning_rate or use "
+                            "--precision fp32; the last checkpoint is as it was", code=1)
 
     def draws(self) -> tuple[Tensor, Tensor, Tensor]:
         """This process's share of a step's randomness, a function of (seed, step): t, eps, labels to drop."""
@@ -1669,11 +1695,9 @@ class Training:
         return total / n
 
     def log(self, log: RunLog | None, evaluated: bool) -> float:
-        """Write a row of metrics and return the epoch's mean loss. Raises UserError if the loss is not finite."""
+        """Write a row of metrics and return the epoch's mean loss."""
         mean, quartiles, epoch_mean = self.meter.read(self.runtime)
-        if not math.isfinite(mean):
-            raise UserError(f"the loss is {mean} at step {self.step}: lower --learning_rate (or try --precision fp32); "
-                            "the last checkpoint is as it was", code=1)
+        self.require_finite(torch.tensor(mean))
         since, start = self.clock
         now = time.perf_counter()
         self.history.append([self.step, mean])
@@ -1721,8 +1745,8 @@ def train(cfg: Config, state: dict | None = None, runtime: Runtime | None = None
         check_fits(path, dataclasses.asdict(cfg), state["config"])
     run = Training(cfg, runtime, state)
     folder = samples_path(cfg)
-    if runtime.is_main and not run.step:
-        set_aside(folder, *kept_checkpoints(cfg), say=runtime.say)
+    if runtime.is_main and not (path and path.resolve() in [p.resolve() for p in kept_checkpoints(cfg)]):
+        set_aside(folder, *own_files(cfg), say=runtime.say)                  # another run's: not to be overwritten
     images = len(run.batches.indices)
     runtime.say(run_report(run.cfg, runtime, run.network, run.shape, run.diffusion, images, run.total))
     if run.step:
@@ -1747,8 +1771,7 @@ def training_loop(run: Training, log: RunLog | None, folder: Path, bar: tqdm) ->
         else:
             draw = done or (epochs > 0 and epochs % cfg.sample_every == 0)
             save = draw or (epochs > 0 and epochs % cfg.checkpoint_every == 0)
-        save = save or stopping
-        if save or epochs or run.step % cfg.log_every == 0:
+        if draw or save or epochs or run.step % cfg.log_every == 0:
             loss = run.log(log, evaluated=draw or epochs > 0)
             bar.set_description(f"epoch {run.epoch:.4g} loss {loss:.4f}")
             if cfg.early_stop_loss_change and run.settled():
@@ -1756,7 +1779,7 @@ def training_loop(run: Training, log: RunLog | None, folder: Path, bar: tqdm) ->
                 draw = save = done = True
         if epochs:
             run.meter.sums[1] = 0
-        if save and runtime.is_main:
+        if (save or stopping) and runtime.is_main:
             path = save_checkpoint(run.state(), cfg)
         if draw and runtime.is_main:
             picture = run.draw_grid(folder, loss)
@@ -1929,7 +1952,7 @@ def choose_checkpoint(given: dict) -> Path:
     home, found = Path(given.get("working_directory") or "checkpoints"), []
     for path in by_age(home.glob("**/*.pt")):
         try:
-            state = load_checkpoint(path)
+            state = load_checkpoint(path, peek=True)
         except UserError as error:
             print(f"passed over: {error}", file=sys.stderr)
             continue
