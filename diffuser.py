@@ -57,13 +57,15 @@ import os
 import re
 import signal
 import sys
+import threading
 import time
 import warnings
 import zipfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
-from functools import partial
+from datetime import timedelta
+from functools import lru_cache, partial
 from pathlib import Path
 from types import UnionType
 from typing import get_args, get_type_hints
@@ -121,14 +123,14 @@ class Config:
 
     timesteps: int = opt(1000, "diffusion steps T", "--num_timesteps", "--num_diffusion_timesteps", lo=2, hi=100_000, fixed=True, ask="more steps: finer noise levels; 500 to 1000 is usual")
     schedule_type: str = opt("linear", "noise schedule", "--schedule", choices=lambda: SCHEDULES, spelled={"l": "linear", "cos": "cosine", "DNS": "dns"}, fixed=True, ask="cosine is gentler on small images")
-    beta_start: float = opt(1e-4, "first beta (linear, dns)", "--schedule_low", lo=0, hi=1, fixed=True, ask="variance of the first step")
-    beta_end: float = opt(0.02, "last beta (linear, dns)", "--schedule_high", lo=0, hi=1, fixed=True, ask="variance of the last step")
+    beta_start: float = opt(1e-4, "first beta (linear, dns)", "--schedule_low", lo=1e-9, hi=0.999, fixed=True, ask="variance of the first step")
+    beta_end: float = opt(0.02, "last beta (linear, dns)", "--schedule_high", lo=1e-9, hi=0.999, fixed=True, ask="variance of the last step")
     cosine_s: float = opt(0.008, "offset s of the cosine schedule", lo=0, hi=1, fixed=True)
     scale_betas: bool = opt(False, "multiply beta_start and beta_end by 1000/T", fixed=True)
     prediction: str = opt("eps", "what the network predicts", choices=lambda: PREDICTIONS, fixed=True)
     loss_fn: str = opt("mse", "loss", "--loss_type", choices=lambda: LOSSES, spelled={"l2": "mse", "l1": "mae"})
 
-    base_channels: int = opt(64, "channels of the first level", "--starting_channels", lo=1, hi=4096, fixed=True, ask="wider is better and slower")
+    base_channels: int = opt(64, "channels of the first level", "--starting_channels", lo=2, hi=4096, fixed=True, ask="wider is better and slower")
     channel_mults: tuple[int, ...] = opt((1, 2, 2), "channel multiplier of each level", lo=1, hi=64, fixed=True)
     num_res_blocks: int = opt(2, "residual blocks per level", lo=1, hi=16, fixed=True)
     use_attention: bool = opt(True, "self-attention at --attention_levels and in the bottleneck", fixed=True, ask="better structure for some time")
@@ -206,10 +208,11 @@ GROUPS = {"mode": "run", "data_dir": "data", "timesteps": "diffusion", "base_cha
           "epochs": "training", "experiment_name": "output", "model_path": "sampling"}
 
 # Options of one invocation: never taken from a checkpoint.
-LOCAL = {"mode", "device", "yes", "dry_run", "debug", "data_dir", "path_to_data", "experiment_name", "recipe",
-         "working_directory", "generated_directory", "resume", "resume_from_checkpoint", "use_wandb",
-         "use_tensorboard", "project_name", "num_gpus", "num_workers", "model_path", "classes", "num_images",
-         "save_dir", "trajectory"}
+LOCAL = {
+    "mode", "device", "yes", "dry_run", "debug", "data_dir", "path_to_data", "experiment_name", "recipe",
+    "working_directory", "generated_directory", "resume", "resume_from_checkpoint", "use_wandb", "use_tensorboard",
+    "project_name", "num_gpus", "num_workers", "precision", "compile", "channels_last", "model_path", "classes",
+    "num_images", "save_dir", "trajectory"}
 
 # The recommended settings of each dataset.
 PRESETS = {
@@ -272,13 +275,10 @@ def check_value(name: str, value) -> None:
     if (value is None and default is None) or value == default == "":
         return
     entries = value if isinstance(value, tuple) else (value,)
-    numeric = float if kind is float else int
-    if kind in (bool, str):
-        fits = isinstance(value, kind)
-    else:
-        fits = isinstance(value, tuple) == (kind not in (int, float)) and all(
-            isinstance(e, (int, numeric)) and not isinstance(e, bool) for e in entries)
-    if not fits or (kind == tuple[int, int] and len(entries) != 2):
+    allowed = {bool: bool, str: str, float: (int, float)}.get(kind, int)
+    fits = all(isinstance(e, allowed) and (kind is bool or not isinstance(e, bool)) for e in entries)
+    if (not fits or isinstance(value, tuple) != (kind not in (bool, str, int, float))
+            or (kind == tuple[int, int] and len(entries) != 2)):
         raise UserError(f"--{name} cannot be {value!r}")
     if meta["choices"] and value not in meta["choices"]():
         raise UserError(f"--{name} is one of {', '.join(map(str, meta['choices']()))}, not {value!r}")
@@ -306,8 +306,8 @@ def check(cfg: Config) -> None:
                 raise UserError(f"--{flag} {getattr(cfg, flag)} does not divide the {width} channels of level {level}")
     if cfg.steps and cfg.steps > cfg.timesteps:
         raise UserError(f"--steps {cfg.steps} is more than the {cfg.timesteps} timesteps of the schedule")
-    if cfg.img_size:
-        check_image_size(*cfg.img_size, levels)
+    if cfg.dataset:
+        check_image_size(*image_shape(cfg)[1:], levels)
 
 
 def check_image_size(height: int, width: int, levels: int) -> None:
@@ -323,6 +323,8 @@ def check_image_size(height: int, width: int, levels: int) -> None:
 def given_values(given: dict) -> dict:
     """Options asked for: a recipe's, overridden by flags. A path to images means dataset folder."""
     given = dict(given)
+    if "epochs" in given:
+        given.setdefault("iterations", 0)                                    # epochs asked for beat iterations stored
     if given.get("path_to_data") and not given.get("dataset"):
         given["dataset"] = "folder"
     return {**RECIPES.get(given.get("recipe", ""), {}), **given}
@@ -414,11 +416,6 @@ class Diffusion:
         self.loss_fn = LOSSES[loss_fn]
         self.signal = alpha_bar.sqrt().float().to(device)                    # [T]
         self.noise = (1 - alpha_bar).sqrt().float().to(device)               # [T]
-
-    @property
-    def terminal_signal(self) -> float:
-        """sqrt(alpha_bar_T): the part of the image that survives all the noise, 0 to 1."""
-        return self.alpha_bar[-1].sqrt().item()
 
     def scales(self, t: Tensor) -> tuple[Tensor, Tensor]:
         """sqrt(alpha_bar_t) and sqrt(1 - alpha_bar_t), each [N, 1, 1, 1]."""
@@ -621,9 +618,10 @@ class UNet(nn.Module):
 
 def build_unet(cfg: Config, image_channels: int, num_classes: int) -> UNet:
     """The configured network."""
-    names = ("base_channels", "channel_mults", "num_res_blocks", "use_attention", "attention_levels", "num_heads",
-             "head_dim", "emb_dim", "dropout", "norm_groups", "conditioning")
-    return UNet(image_channels, num_classes, **{name: getattr(cfg, name) for name in names})
+    return UNet(image_channels, num_classes, base_channels=cfg.base_channels, channel_mults=cfg.channel_mults,
+                num_res_blocks=cfg.num_res_blocks, use_attention=cfg.use_attention, num_heads=cfg.num_heads,
+                attention_levels=cfg.attention_levels, head_dim=cfg.head_dim, emb_dim=cfg.emb_dim, dropout=cfg.dropout,
+                norm_groups=cfg.norm_groups, conditioning=cfg.conditioning)
 
 
 # ------------------------------------------------------------------------------------------------
@@ -692,7 +690,7 @@ def make_denoiser(network: Callable, diffusion: Diffusion, y: Tensor | None, nul
     return denoise
 
 
-STREAM_BATCH, STREAM_STEP, STREAM_DROPOUT, STREAM_SAMPLE, STREAM_VALIDATION = range(5)  # independent uses of a seed
+STREAM_BATCH, STREAM_STEP, STREAM_DROPOUT, STREAM_SAMPLE, STREAM_VALIDATION = range(1, 6)  # independent uses of a seed
 
 
 def mix(*numbers: int) -> int:
@@ -705,16 +703,11 @@ def generator(*numbers: int, device="cpu") -> torch.Generator:
     return torch.Generator(device).manual_seed(mix(*numbers))
 
 
-class ImageNoise:
-    """Noise [N, *shape] for images `indices`: image i draws from a generator of its own, seeded by
-    (seed, i), so that it looks the same in every batch and on every device."""
-
-    def __init__(self, seed: int, indices: range, shape: tuple[int, ...], device):
-        self.shape, self.device = shape, device
-        self.generators = [generator(seed, STREAM_SAMPLE, i) for i in indices]
-
-    def __call__(self) -> Tensor:
-        return torch.stack([torch.randn(self.shape, generator=g) for g in self.generators]).to(self.device)
+def image_noise(seed: int, indices: range, shape: tuple[int, ...], device) -> Callable[[], Tensor]:
+    """A source of noise [N, *shape] for images `indices`: image i draws from a generator of its own, seeded
+    by (seed, i), so that it looks the same in every batch and on every device."""
+    generators = [generator(seed, STREAM_SAMPLE, i) for i in indices]
+    return lambda: torch.stack([torch.randn(shape, generator=g) for g in generators]).to(device)
 
 
 @dataclass(frozen=True)
@@ -724,6 +717,9 @@ class Moments:
 
     mean: Tensor
     var: Tensor
+
+    def to(self, device) -> Moments:
+        return Moments(self.mean.to(device), self.var.to(device))
 
     def start(self, noise: Tensor, y: Tensor, alpha_bar_T: float) -> Tensor:
         """x_T from the Gaussian with the first two moments of q(x_T), given noise [N, C, H, W] and rows y [N]."""
@@ -761,7 +757,7 @@ class Model:
         """Draw one batch, image numbers first, first + 1, ...: yields (t, x, x0_hat), x [N, C, H, W] after
         each step; the last x is the result. Image i depends on (seed, i, its label, cfg) alone."""
         y = torch.tensor(labels, device=self.device)
-        noise = ImageNoise(cfg.seed, range(first, first + len(labels)), self.shape, self.device)
+        noise = image_noise(cfg.seed, range(first, first + len(labels)), self.shape, self.device)
         xT, alpha_bar = noise(), self.diffusion.alpha_bar
         if cfg.start == "matched":
             xT = self.moments.start(xT, y, alpha_bar[-1].item())
@@ -774,11 +770,12 @@ class Model:
                                 cfg.guidance_scale, cfg.clip_x0)
         yield from SAMPLERS[cfg.sampler](cfg)(denoise, xT, sampling_grid(cfg), alpha_bar, noise)
 
-    def draw(self, labels: list[int], cfg: Config, progress: Callable = lambda: None) -> Iterator[Tensor]:
-        """Images for labels in batches, uint8 [n, C, H, W] each; progress() after every network step."""
+    def draw(self, labels: list[int], cfg: Config, progress: Callable = lambda: None, first=0) -> Iterator[Tensor]:
+        """Images number first, first + 1, ... for labels in batches, uint8 [n, C, H, W] each; progress() after
+        every network step."""
         size = 1 if cfg.sequential else cfg.sample_batch_size
-        for first in range(0, len(labels), size):
-            for _, x, _ in self.sample(labels[first : first + size], cfg, first):  # noqa: B007 (the last x counts)
+        for i in range(0, len(labels), size):
+            for _, x, _ in self.sample(labels[i : i + size], cfg, first + i):  # noqa: B007 (the last x counts)
                 progress()
             yield to_uint8(x)
 
@@ -789,10 +786,23 @@ class Model:
         sampler, seed, guidance_scale. Raises UserError for an unknown class or option.
         """
         numbers = parse_classes(classes, self.class_names) if classes is not None else None
+        wrong = [name for name in settings if name not in FIELDS or FIELDS[name].metadata["fixed"]]
+        if wrong:
+            raise UserError(f"{wrong[0]} is no sampling option")
         cfg = dataclasses.replace(self.config, **settings)
         check(cfg)
         labels = self.labels(numbers, num_images or len(numbers or [0]))
         return torch.cat(list(self.draw(labels, cfg)))
+
+    @torch.no_grad()
+    def loss(self, images: Tensor, labels: Tensor | None = None, seed: int = 0) -> Tensor:
+        """Loss of each image, float [N], at a random timestep each. images: uint8 [N, C, H, W]; labels: int64
+        [N], by default none."""
+        random, x0 = generator(seed, STREAM_VALIDATION), from_uint8(images)
+        t = torch.randint(self.diffusion.T, (len(x0),), generator=random)
+        batch = x0, t, torch.randn(x0.shape, generator=random), labels
+        batch = (None if v is None else v.to(self.device) for v in batch)
+        return self.diffusion.loss(self.network, *batch)
 
 
 def to_uint8(x: Tensor) -> Tensor:
@@ -827,6 +837,11 @@ class ImageData:
     images: Tensor
     labels: Tensor
     class_names: list[str]
+
+    def digest(self) -> str:
+        """A fingerprint of the labels and of a hundred images, to tell one set from another."""
+        some = self.images[:: math.ceil(len(self.images) / 100)].contiguous()
+        return hashlib.sha256(self.labels.numpy().tobytes() + some.numpy().tobytes()).hexdigest()
 
 
 @dataclass(frozen=True)
@@ -921,13 +936,19 @@ def image_shape(cfg: Config) -> tuple[int, int, int]:
     return cfg.channels or channels, *(cfg.img_size or (height, width))
 
 
+@lru_cache(maxsize=1)
+def open_zip(path: Path, process: int) -> zipfile.ZipFile:
+    """The ZIP file, opened once in each process: a handle cannot be shared."""
+    return zipfile.ZipFile(path)
+
+
 class ImageFiles(torch.utils.data.Dataset):
     """The images below a folder or in a ZIP file, in order of name: item i is (PIL image, label)."""
 
     ENDINGS = (".png", ".jpg", ".jpeg", ".bmp", ".gif", ".webp")
 
     def __init__(self, path: str):
-        self.path, self.archive = Path(path), None
+        self.path = Path(path)
         if not path:
             raise UserError("dataset folder needs --path_to_data: a folder or ZIP file of images")
         if self.path.is_dir():
@@ -954,12 +975,7 @@ class ImageFiles(torch.utils.data.Dataset):
     def __getitem__(self, i: int) -> tuple[Image.Image, int]:
         if self.path.is_dir():
             return Image.open(self.path / self.names[i]), self.labels[i]
-        if self.archive is None or self.archive[0] != os.getpid():  # a ZIP handle cannot be shared by processes
-            self.archive = os.getpid(), zipfile.ZipFile(self.path)
-        return Image.open(io.BytesIO(self.archive[1].read(self.names[i]))), self.labels[i]
-
-    def __getstate__(self) -> dict:
-        return {**self.__dict__, "archive": None}
+        return Image.open(io.BytesIO(open_zip(self.path, os.getpid()).read(self.names[i]))), self.labels[i]
 
     def guess_channels(self, looks: int = 32) -> int:
         """1 if all of a few images spread over the set are grey, else 3."""
@@ -994,7 +1010,7 @@ class Decoder(torch.utils.data.Dataset):
             image, label = self.source[i]
             if image.width * image.height > self.MAX_PIXELS:
                 return None
-            return torch.from_numpy(self.decode(image)), label if isinstance(label, int) else 0
+            return self.decode(image), label if isinstance(label, int) else 0
         except Exception:                                           # broken files raise errors of every kind
             return None
 
@@ -1038,7 +1054,7 @@ def build_cache(index: Path, decoder: Decoder, workers: int) -> None:
                     if item is None:
                         bad.append(i)
                     else:
-                        file.write(item[0].numpy().tobytes())
+                        file.write(item[0].tobytes())
                         labels.append(int(item[1]))
                 bar.update(len(items))
         names = [getattr(decoder.source, "names", range(len(decoder)))[i] for i in bad]
@@ -1055,7 +1071,6 @@ def build_cache(index: Path, decoder: Decoder, workers: int) -> None:
 def load_data(cfg: Config) -> ImageData:
     """The training images as configured. Raises UserError where they are missing or do not fit."""
     data = DATASETS[cfg.dataset].load(cfg)
-    check_image_size(*data.images.shape[2:], len(cfg.channel_mults))
     if cfg.use_labels and not data.class_names:
         raise UserError(f"--use_labels: dataset {cfg.dataset} has no classes (in a folder, subfolders make them)")
     if cfg.use_labels is False:
@@ -1072,21 +1087,21 @@ def split(data: ImageData, fraction: float) -> tuple[Tensor, Tensor]:
 
 def image_moments(data: ImageData, indices: Tensor, flip: bool, limit: int = 20_000, side: int = 64) -> Moments:
     """Moments over at most `limit` images, pooled to at most side x side pixels."""
-    indices = indices[:: max(1, len(indices) // limit)]
+    indices = indices[:: math.ceil(len(indices) / limit)]
     classes, shape = len(data.class_names), data.images.shape[1:]
     small = (shape[0], *(min(n, side) for n in shape[1:]))
-    sums = torch.zeros(2, classes + 1, *small, dtype=torch.float64)          # of x and of x squared
-    counts = torch.zeros(classes + 1, dtype=torch.float64)
+    sums = torch.zeros(2, max(classes, 1), *small, dtype=torch.float64)      # of x and of x squared
     for chunk in indices.split(1000):
-        x, y = from_uint8(data.images[chunk]), data.labels[chunk]
-        for power in (1, 2):
-            pooled = F.adaptive_avg_pool2d(x**power, small[1:]).double()
-            sums[power - 1].index_add_(0, y, pooled)
-            sums[power - 1, -1] += pooled.sum(0) if classes else 0
-        counts.index_add_(0, y, torch.ones(len(y), dtype=torch.float64))
-        counts[-1] += len(y) if classes else 0
+        x = from_uint8(data.images[chunk])
+        pooled = torch.stack([F.adaptive_avg_pool2d(power, small[1:]).double() for power in (x, x**2)])
+        sums.index_add_(1, data.labels[chunk], pooled)
+    counts = torch.bincount(data.labels[indices], minlength=max(classes, 1)).double()
+    if classes:
+        sums, counts = (torch.cat([v, v.sum(d, keepdim=True)], d) for v, d in ((sums, 1), (counts, 0)))
+    empty = counts == 0                                                      # such a class starts as all images do
+    sums[:, empty], counts[empty] = sums[:, -1:].clone(), counts[-1].item()
     sums = (sums + sums.flip(-1)) / 2 if flip else sums
-    mean, square = sums / counts.clamp(min=1).view(-1, 1, 1, 1)
+    mean, square = sums / counts.view(-1, 1, 1, 1)
     return Moments(mean.float(), (square - mean**2).clamp(min=0).float())
 
 
@@ -1136,18 +1151,14 @@ class Runtime:
         gpus = torch.cuda.device_count() if self.device.type == "cuda" else 0
         if cfg.num_gpus > max(gpus, 1):
             raise UserError(f"--num_gpus {cfg.num_gpus}: this machine has {gpus}")
-        if self.world > 1:
-            torch.distributed.init_process_group("nccl" if gpus else "gloo")
+        if self.world > 1 and not torch.distributed.is_initialized():
+            torch.distributed.init_process_group("nccl" if gpus else "gloo", timeout=timedelta(hours=6))  # rank 0 draws
         self.replicas = 1 if self.world > 1 else cfg.num_gpus or max(gpus, 1)  # of DataParallel
         self.num_devices = self.world * self.replicas
         self.precision = pick_precision(cfg.precision, self.device)
-        self.stop_signal = 0
+        self.is_main, self.stop_signal = self.rank == 0, 0
         if self.device.type == "cuda":
             torch.set_float32_matmul_precision("high")                       # TF32 for what stays float32
-
-    @property
-    def is_main(self) -> bool:
-        return self.rank == 0
 
     def autocast(self):
         """The context the network runs in."""
@@ -1156,6 +1167,8 @@ class Runtime:
 
     def parallel(self, network: nn.Module, cfg: Config) -> Callable:
         """The network as training calls it: compiled, and spread over devices. Its parameters stay its own."""
+        if cfg.compile and self.replicas > 1:
+            raise UserError("--compile does not go with DataParallel: use torchrun, or --num_gpus 1")
         forward = torch.compile(network) if cfg.compile else network
         if self.world > 1:
             devices = [self.device.index] if self.device.type == "cuda" else None
@@ -1185,17 +1198,12 @@ class Runtime:
     @contextmanager
     def catching_signals(self):
         """Within: the first SIGINT or SIGTERM is noted in stop_signal, a second one acts as it always does."""
-        before = {}
-
         def note(number, frame):
             self.stop_signal = number
             signal.signal(number, before[number])
 
-        try:
-            for number in (signal.SIGINT, signal.SIGTERM):
-                before[number] = signal.signal(number, note)
-        except ValueError:                                                   # not in the main thread: no handlers
-            pass
+        alone = threading.current_thread() is threading.main_thread()        # elsewhere handlers are not allowed
+        before = {n: signal.signal(n, note) for n in (signal.SIGINT, signal.SIGTERM) if alone}
         try:
             yield
         finally:
@@ -1212,10 +1220,6 @@ class Runtime:
         torch.distributed.all_reduce(noted, torch.distributed.ReduceOp.MAX)
         self.stop_signal = int(noted)
         return self.stop_signal > 0
-
-    def close(self) -> None:
-        if self.world > 1:
-            torch.distributed.destroy_process_group()
 
 
 def pick_device(wanted: str) -> torch.device:
@@ -1257,8 +1261,11 @@ class RunLog:
         text = "".join(",".join(row) + "\n" for row in (self.COLUMNS, *kept))
         write_atomically(path, lambda file: file.write(text.encode()))
         self.file = open(path, "a")                                          # noqa: SIM115 (open for the whole run)
-        write_json(folder / "config.json", dict(config=dataclasses.asdict(cfg), torch=torch.__version__))
-        self.trackers = start_trackers(cfg, folder)
+        path = folder / "config.json"
+        known = json.loads(path.read_text()) if step and path.exists() else {}
+        run_id = known.get("run_id") or os.urandom(8).hex()                  # trackers go on under it
+        write_json(path, dict(config=dataclasses.asdict(cfg), torch=torch.__version__, run_id=run_id))
+        self.trackers = start_trackers(cfg, folder, run_id)
 
     def row(self, values: dict) -> None:
         """One line of metrics.csv, and the same numbers to the trackers."""
@@ -1275,7 +1282,7 @@ class RunLog:
                 del self.trackers[name]
 
 
-def tensorboard_tracker(cfg: Config, folder: Path) -> Callable[[int, dict], None]:
+def tensorboard_tracker(cfg: Config, folder: Path, run_id: str) -> Callable[[int, dict], None]:
     from torch.utils.tensorboard import SummaryWriter
 
     writer = SummaryWriter(str(folder / "tensorboard"))
@@ -1291,17 +1298,16 @@ def tensorboard_tracker(cfg: Config, folder: Path) -> Callable[[int, dict], None
     return track
 
 
-def wandb_tracker(cfg: Config, folder: Path) -> Callable[[int, dict], None]:
+def wandb_tracker(cfg: Config, folder: Path, run_id: str) -> Callable[[int, dict], None]:
     import wandb
 
-    identity = hashlib.sha256(str(folder.resolve()).encode()).hexdigest()[:16]  # the same when resumed
-    run = wandb.init(project=cfg.project_name, name=cfg.experiment_name or folder.name, id=identity, resume="allow",
-                     config=dataclasses.asdict(cfg), dir=str(folder))
+    run = wandb.init(project=cfg.project_name, name=cfg.experiment_name or folder.name, id=run_id, resume="allow",
+                     config=dataclasses.asdict(cfg), dir=str(folder), reinit=True)
     return lambda step, values: run.log({name: wandb.Image(str(v)) if isinstance(v, Path) else v
                                          for name, v in values.items()}, step=step)
 
 
-def start_trackers(cfg: Config, folder: Path) -> dict[str, Callable[[int, dict], None]]:
+def start_trackers(cfg: Config, folder: Path, run_id: str) -> dict[str, Callable[[int, dict], None]]:
     """The trackers asked for: functions of (step, {name: number or path of a picture}). One that cannot
     start is reported, and training goes on without it."""
     trackers = {}
@@ -1309,7 +1315,7 @@ def start_trackers(cfg: Config, folder: Path) -> dict[str, Callable[[int, dict],
                                 ("wandb", cfg.use_wandb, wandb_tracker)):
         try:
             if wanted:
-                trackers[name] = start(cfg, folder)
+                trackers[name] = start(cfg, folder, run_id)
         except Exception as error:                                           # a tracker never stops a run
             hint = f"pip install {name}" if isinstance(error, ImportError) else str(error)
             print(f"no {name}: {hint}; training goes on without it", file=sys.stderr)
@@ -1340,12 +1346,12 @@ def save_grid(images: Tensor, path: Path, column_names: list[str], columns: int 
     write_atomically(path, lambda file: grid.save(file, "PNG"))
 
 
-def save_strip(model: Model, labels: list[int], cfg: Config, path: Path) -> None:
+def save_strip(model: Model, labels: list[int], cfg: Config, path: Path, first: int = 0) -> None:
     """The way from noise to image: a row per label, columns every plot_freq_interval timesteps (or ten in all)."""
     every = cfg.plot_freq_interval or max(1, cfg.timesteps // 10)
-    frames, last = [], cfg.timesteps + every
-    for t, x, _ in model.sample(labels, cfg):
-        if last - t >= every or t == 0:
+    frames, last, final = [], cfg.timesteps + every, sampling_grid(cfg)[-1]
+    for t, x, _ in model.sample(labels, cfg, first):
+        if last - t >= every or t == final:
             frames.append(to_uint8(x))
             last = t
     save_grid(torch.stack(frames, 1).flatten(0, 1), path, [], columns=len(frames))
@@ -1489,6 +1495,15 @@ def check_fits(path: Path, given: dict, saved: dict) -> None:
                         "or start another run with --experiment_name NAME or --resume never.")
 
 
+def resume_point(cfg: Config, asked: dict) -> tuple[Path | None, dict | None]:
+    """The checkpoint that the run goes on from, and its content, checked against the settings asked for."""
+    path = find_checkpoint(cfg)
+    state = load_checkpoint(path) if path else None
+    if state:
+        check_fits(path, asked, state["config"])
+    return path, state
+
+
 def load(path: str | Path, device: str = "auto", **settings) -> Model:
     """The model in a checkpoint, with averaged weights where there are any. settings: options of Config
     such as precision and sampling options. Raises UserError."""
@@ -1500,16 +1515,15 @@ def restore(state: dict, cfg: Config, runtime: Runtime | None = None) -> Model:
     """The model in the content of a checkpoint."""
     runtime = runtime or Runtime(cfg)
     network = build_unet(cfg, state["shape"][0], len(state["class_names"]))
-    network.load_state_dict(state["ema"] or state["model"])
+    network.load_state_dict((cfg.use_ema and state["ema"]) or state["model"])
     diffusion = Diffusion(alpha_bar_table(cfg), cfg.prediction, cfg.loss_fn, runtime.device)
-    moments = Moments(*(state["moments"][k].to(runtime.device) for k in ("mean", "var")))
-    return Model(network.to(runtime.device).eval(), diffusion, moments, cfg, tuple(state["shape"]),
-                 state["class_names"], runtime.autocast)
+    return Model(network.to(runtime.device).eval(), diffusion, Moments(**state["moments"]).to(runtime.device), cfg,
+                 tuple(state["shape"]), state["class_names"], runtime.autocast)
 
 
 # ------------------------------------------------------------------------------------------------
 # 9  Training
-# One step, and the loop around it. Blind to the dataset, and to the rank but for what it writes.
+# One step, and the loop around it. Blind to which data it trains on, and to the rank but for what it writes.
 
 OPTIMIZERS = {"adamw": torch.optim.AdamW, "adam": torch.optim.Adam}
 
@@ -1521,7 +1535,7 @@ def after_warmup(curve: Callable[[float], float], optimizer, lr: float, warmup: 
 
 
 def one_cycle(optimizer, lr: float, warmup: int, total: int):
-    """torch's OneCycleLR, which divides by zero when a phase has a single step."""
+    """torch's OneCycleLR (Smith & Topin 2017), kept from phases of a single step: it would divide by zero."""
     warmup = min(warmup, total - 2)
     return torch.optim.lr_scheduler.OneCycleLR(optimizer, lr, total_steps=total, cycle_momentum=False,
                                                pct_start=warmup / total if warmup > 1 else 0.0)
@@ -1557,6 +1571,8 @@ class Meter:
 class Training:
     """The state of a run: network, average, optimizer, schedules, losses; and what is done with them."""
 
+    ELSE = "start another run with --experiment_name NAME, or --resume never"
+
     def __init__(self, cfg: Config, runtime: Runtime, state: dict | None = None):
         with runtime.main_first():
             data = load_data(cfg)
@@ -1567,8 +1583,10 @@ class Training:
         self.cfg, self.runtime, self.data, self.shape = cfg, runtime, data, shape
         self.null = len(data.class_names)
         indices, self.held_out = split(data, cfg.val_fraction)
-        self.moments = image_moments(data, indices, flip)
+        self.moments = image_moments(data, indices, flip).to(runtime.device)
         self.size = cfg.batch_size * cfg.gradient_accumulation_steps
+        if self.size < runtime.world:
+            raise UserError(f"--batch_size {cfg.batch_size} is too small for {runtime.world} processes")
         self.batches = Batches(data, indices, self.size, flip, cfg.seed, runtime.device, runtime.rank, runtime.world)
         self.total = cfg.iterations or cfg.epochs * self.batches.steps_per_epoch
         self.diffusion = Diffusion(alpha_bar_table(cfg), cfg.prediction, cfg.loss_fn, runtime.device)
@@ -1578,7 +1596,10 @@ class Training:
         layout = torch.channels_last if channels_last else torch.contiguous_format
         self.network = build_unet(cfg, shape[0], self.null).to(runtime.device, memory_format=layout)
         self.forward = runtime.parallel(self.network, cfg)
-        self.ema = EMA(self.network, cfg.ema_decay, cfg.ema_update_rate, cfg.ema_start) if cfg.use_ema else None
+        average = (cfg.ema_decay, cfg.ema_update_rate, cfg.ema_start) if cfg.use_ema else (0.0,)  # 0: a plain copy
+        self.ema = EMA(self.network, *average)
+        self.model = Model(self.ema.network, self.diffusion, self.moments, cfg, shape, data.class_names,
+                           runtime.autocast)
         lr = cfg.learning_rate * (runtime.num_devices if cfg.scale_lr else 1)
         self.optimizer = OPTIMIZERS[cfg.optimizer](self.network.parameters(), lr, weight_decay=cfg.weight_decay,
                                                    fused=runtime.device.type in ("cpu", "cuda"))
@@ -1600,8 +1621,9 @@ class Training:
         self.require_finite(*self.network.parameters())
         return dict(
             format=FORMAT, config=dataclasses.asdict(self.cfg), step=self.step, epoch=self.epoch,
-            shape=list(self.shape), class_names=self.data.class_names, loss_history=self.history,
-            model=self.network.state_dict(), ema=self.ema.network.state_dict() if self.ema else None,
+            shape=list(self.shape), class_names=self.data.class_names, data=self.data.digest(),
+            loss_history=self.history,
+            model=self.network.state_dict(), ema=self.ema.network.state_dict() if self.cfg.use_ema else None,
             optimizer=self.optimizer.state_dict(), scaler=self.scaler.state_dict(), meter=self.meter.sums,
             lr_schedule=dict(name=self.cfg.lr_schedule, step=self.step, total_steps=self.total),
             moments=dict(mean=self.moments.mean, var=self.moments.var))
@@ -1610,14 +1632,17 @@ class Training:
         """Go on from a checkpoint's state; what its optimizer learned is kept, the settings are this run's."""
         if tuple(state["shape"]) != self.shape or state["class_names"] != self.data.class_names:
             raise UserError(f"the checkpoint was trained on images {state['shape']} with {len(state['class_names'])} "
-                            f"classes, the data has {list(self.shape)} and {self.null}: --resume never starts over")
+                            f"classes, the data has {list(self.shape)} and {self.null}: {self.ELSE}")
+        if state["data"] != self.data.digest():
+            raise UserError(f"the checkpoint was trained on other images than these: {self.ELSE}")
         self.network.load_state_dict(state["model"])
-        if self.ema:
-            self.ema.network.load_state_dict(state["ema"] or state["model"])
+        self.ema.network.load_state_dict(state["ema"] or state["model"])
         groups = self.optimizer.state_dict()["param_groups"]
         self.optimizer.load_state_dict(dict(state=state["optimizer"]["state"], param_groups=groups))
-        self.scaler.load_state_dict(state["scaler"])
-        self.meter.sums.copy_(state["meter"])
+        if state["scaler"]:                                                  # empty unless it was fp16 as well
+            self.scaler.load_state_dict(state["scaler"])
+        if self.runtime.is_main:                                             # sums of rank 0; the others begin anew
+            self.meter.sums.copy_(state["meter"])
         self.step, self.history = state["step"], state["loss_history"]
         self.clock = (self.step, time.perf_counter())
         self.lr_schedule.last_epoch = min(self.step, self.total) - 1
@@ -1665,19 +1690,7 @@ class Training:
         self.optimizer.zero_grad(set_to_none=True)
         self.lr_schedule.step()
         self.step += 1
-        if self.ema:
-            self.ema.update(self.network, self.step)
-
-    @contextmanager
-    def evaluating(self):
-        """Gives the model to draw and validate with: the average where there is one."""
-        network, device = self.ema.network if self.ema else self.network, self.runtime.device
-        moments = Moments(self.moments.mean.to(device), self.moments.var.to(device))
-        try:
-            yield Model(network.eval(), self.diffusion, moments, self.cfg, self.shape, self.data.class_names,
-                        self.runtime.autocast)
-        finally:
-            self.network.train()
+        self.ema.update(self.network, self.step)
 
     @torch.no_grad()
     def validate(self) -> float | str:
@@ -1686,12 +1699,12 @@ class Training:
         if n == 0:
             return ""
         random, t = generator(self.cfg.seed, STREAM_VALIDATION), torch.arange(n) * self.diffusion.T // n
-        with self.evaluating() as model, self.runtime.autocast():
+        with self.runtime.autocast():
             for piece in torch.arange(n).split(self.cfg.batch_size):
                 chosen = self.held_out[piece]
                 x0 = from_uint8(self.data.images[chosen])
                 batch = x0, t[piece], torch.randn(x0.shape, generator=random), self.data.labels[chosen]
-                total += self.diffusion.loss(model.network, *(v.to(self.runtime.device) for v in batch)).sum().item()
+                total += self.diffusion.loss(self.ema.network, *(v.to(self.runtime.device) for v in batch)).sum().item()
         return total / n
 
     def log(self, log: RunLog | None, evaluated: bool) -> float:
@@ -1718,12 +1731,12 @@ class Training:
         rows = cfg.num_generations or (4 if classes else 16)
         preview = dataclasses.replace(cfg, sampler="ddim", eta=0.0, steps=min(cfg.preview_steps, cfg.timesteps))
         path = folder / f"epoch_{round(self.epoch, 2):g}_loss_{loss:.4f}.png"
-        with self.evaluating() as model:
-            labels = model.labels(classes, rows * max(1, len(classes)))
-            save_grid(torch.cat(list(model.draw(labels, preview))), path, [self.data.class_names[c] for c in classes])
-            if cfg.plot_freq_interval:
-                every_step = dataclasses.replace(preview, steps=cfg.timesteps)
-                save_strip(model, labels[:rows], every_step, folder / f"step_{self.step}.png")
+        labels = self.model.labels(classes, rows * max(1, len(classes)))
+        images = torch.cat(list(self.model.draw(labels, preview)))
+        save_grid(images, path, [self.data.class_names[c] for c in classes])
+        if cfg.plot_freq_interval:
+            every_step = dataclasses.replace(preview, steps=cfg.timesteps)
+            save_strip(self.model, labels[:rows], every_step, folder / f"step_{self.step}.png")
         return path
 
     def settled(self) -> bool:
@@ -1733,28 +1746,24 @@ class Training:
         return len(recent) == 10 and sum(changes) / len(changes) < self.cfg.early_stop_loss_change
 
 
-def train(cfg: Config, state: dict | None = None, runtime: Runtime | None = None) -> Path:
-    """Train as configured, from a checkpoint's state or from the start; returns the checkpoint's path.
-
-    Without `state` it goes on from the run's own checkpoint unless cfg.resume is "never". Raises UserError.
-    """
+def train(cfg: Config, runtime: Runtime | None = None, point: tuple[Path | None, dict | None] | None = None) -> Path:
+    """Train as configured, from `point` (see resume_point) or from where the run's own checkpoint stands;
+    returns the checkpoint's path. Raises UserError."""
     runtime = runtime or Runtime(cfg)
-    path = find_checkpoint(cfg)
-    if path and state is None:
-        state = load_checkpoint(path)
-        check_fits(path, dataclasses.asdict(cfg), state["config"])
+    path, state = point or resume_point(cfg, dataclasses.asdict(cfg))
     run = Training(cfg, runtime, state)
     folder = samples_path(cfg)
     if runtime.is_main and not (path and path.resolve() in [p.resolve() for p in kept_checkpoints(cfg)]):
         set_aside(folder, *own_files(cfg), say=runtime.say)                  # another run's: not to be overwritten
-    images = len(run.batches.indices)
-    runtime.say(run_report(run.cfg, runtime, run.network, run.shape, run.diffusion, images, run.total))
+    runtime.say(run_report(run.cfg, runtime, run.network, run.shape, len(run.batches.indices), run.total))
     if run.step:
         runtime.say(f"resuming from {path} at step {run.step} of {run.total}")
     log = RunLog(folder, run.cfg, run.step) if runtime.is_main else None
     with runtime.catching_signals(), tqdm(total=run.total, initial=run.step, unit="step", dynamic_ncols=True,
                                           disable=None if runtime.is_main else True) as bar:
-        return training_loop(run, log, folder, bar)
+        path = training_loop(run, log, folder, bar)
+    with runtime.main_first():                                               # the others wait for its last checkpoint
+        return path
 
 
 def training_loop(run: Training, log: RunLog | None, folder: Path, bar: tqdm) -> Path:
@@ -1770,7 +1779,7 @@ def training_loop(run: Training, log: RunLog | None, folder: Path, bar: tqdm) ->
             draw = save = done or run.step % cfg.checkpoint_rate == 0
         else:
             draw = done or (epochs > 0 and epochs % cfg.sample_every == 0)
-            save = draw or (epochs > 0 and epochs % cfg.checkpoint_every == 0)
+            save = done or (epochs > 0 and epochs % cfg.checkpoint_every == 0)
         if draw or save or epochs or run.step % cfg.log_every == 0:
             loss = run.log(log, evaluated=draw or epochs > 0)
             bar.set_description(f"epoch {run.epoch:.4g} loss {loss:.4f}")
@@ -1779,8 +1788,10 @@ def training_loop(run: Training, log: RunLog | None, folder: Path, bar: tqdm) ->
                 draw = save = done = True
         if epochs:
             run.meter.sums[1] = 0
-        if (save or stopping) and runtime.is_main:
-            path = save_checkpoint(run.state(), cfg)
+        if save or stopping:
+            path = checkpoint_path(cfg, run.step)
+            if runtime.is_main:
+                save_checkpoint(run.state(), cfg)
         if draw and runtime.is_main:
             picture = run.draw_grid(folder, loss)
             log.track(run.step, {"samples": picture})
@@ -1812,14 +1823,13 @@ def ask(question: str, flag: str, parse: Callable[[str], object], default: str =
 
 
 def ask_option(name: str, given: dict, default) -> dict:
-    """`given` with the answer for one option added, if it differs from the default."""
+    """`given` with the answer for one option added."""
     meta = FIELDS[name].metadata
     choices = f"; {', '.join(meta['choices']())}" if meta["choices"] else ""
     shown = ",".join(map(str, default)) if isinstance(default, tuple) else str(default)
 
     def parse(text: str) -> dict:
-        value = parse_value(name, text)
-        answers = given if value == default else {**given, name: value}
+        answers = {**given, name: parse_value(name, text)}
         if name != "mode":
             configure(**answers)                                             # refuses what contradicts the rest
         return answers
@@ -1829,7 +1839,7 @@ def ask_option(name: str, given: dict, default) -> dict:
 
 def ask_training(given: dict) -> dict:
     """Ask for the dataset and then for every option that has a question and was not given."""
-    given = ask_option("dataset", given, "") if given.get("yes") is not True else {**given, "dataset": "digits"}
+    given = {**given, "dataset": "digits"} if given.get("yes") else ask_option("dataset", given, "digits")
     if given["dataset"] == "folder" and "path_to_data" not in given:
         given = {**given, "path_to_data": ask("path_to_data (a folder or ZIP file of images)", "--path_to_data",
                                               lambda text: ImageFiles(text) and text)}
@@ -1841,38 +1851,30 @@ def ask_training(given: dict) -> dict:
 
 def run_training(given: dict) -> None:
     """--mode train."""
-    given = given_values(given)
     if "dataset" not in given and not given.get("resume_from_checkpoint"):
         if int(os.environ.get("WORLD_SIZE", 1)) > 1:
             raise UserError("name the data with --dataset: under torchrun nobody can be asked")
         given = ask_training(given)
     cfg = configure(**given)
-    path, state = find_checkpoint(cfg), None
-    if path:
-        state = load_checkpoint(path)
-        check_fits(path, given, state["config"])
-        cfg = configure(state["config"], **given)
+    point = resume_point(cfg, given)
+    cfg = configure(point[1]["config"], **given) if point[0] else cfg
     runtime = Runtime(cfg)
-    try:
-        if cfg.dry_run:
-            runtime.say(dry_run_report(cfg, runtime))
-            return
-        started = time.perf_counter()
-        path = train(cfg, state, runtime)
-        runtime.say(f"trained in {time.perf_counter() - started:.0f} s: {path}\n"
-                    f"samples and metrics: {samples_path(cfg)}\n"
-                    f"draw with it: python diffuser.py --mode inference --model_path {path}")
-    finally:
-        runtime.close()
+    if cfg.dry_run:
+        runtime.say(dry_run_report(cfg, runtime))
+        return
+    started = time.perf_counter()
+    path = train(cfg, runtime, point)
+    runtime.say(f"trained in {time.perf_counter() - started:.0f} s: {path}\n"
+                f"samples and metrics: {samples_path(cfg)}\n"
+                f"draw with it: python diffuser.py --mode inference --model_path {path}")
 
 
-def run_report(cfg: Config, runtime: Runtime, network: nn.Module, shape, diffusion: Diffusion, images: int,
-               total: int) -> str:
+def run_report(cfg: Config, runtime: Runtime, network: nn.Module, shape, images: int, total: int) -> str:
     """What is about to happen, in a few lines."""
     cuda = runtime.device.type == "cuda"
     name = torch.cuda.get_device_name(runtime.device) if cuda else f"{torch.get_num_threads()} threads"
     batch, parameters = cfg.batch_size * cfg.gradient_accumulation_steps, sum(p.numel() for p in network.parameters())
-    size, left = "x".join(map(str, (*shape[1:], shape[0]))), diffusion.terminal_signal
+    size, left = "x".join(map(str, (*shape[1:], shape[0]))), alpha_bar_table(cfg)[-1].sqrt().item()
     lines = [f"device   {runtime.device.type} x {runtime.num_devices} ({name}), {runtime.precision}"
              + (", compiled" if cfg.compile else ""),
              f"data     {cfg.dataset}: {images:,} images {size}, {network.num_classes} classes",
@@ -1891,14 +1893,13 @@ def dry_run_report(cfg: Config, runtime: Runtime) -> str:
     classes = list(dataset.classes) if files is None else files.class_names
     images = len(files) if files else dataset.num_images
     shape = (files.guess_channels(), *image_shape(cfg)[1:]) if files and not cfg.channels else image_shape(cfg)
-    check_image_size(*shape[1:], len(cfg.channel_mults))
     images -= min(int(images * cfg.val_fraction), 1000)
     with torch.device("meta"):
         network = build_unet(cfg, shape[0], 0 if cfg.use_labels is False else len(classes))
     batch = cfg.batch_size * cfg.gradient_accumulation_steps
     total = cfg.iterations or cfg.epochs * max(1, images // batch)
     lines = [f"{name} = {getattr(cfg, name)}" for name in FIELDS if name not in LOCAL]
-    lines.append(run_report(cfg, runtime, network, shape, Diffusion(alpha_bar_table(cfg)), images, total))
+    lines.append(run_report(cfg, runtime, network, shape, images, total))
     need = training_memory(network, shape, math.ceil(cfg.batch_size / runtime.num_devices), cfg.use_ema)
     return "\n".join([*lines, f"memory   about {need / 2**30:.2g} GiB for training on each device"])
 
@@ -1924,7 +1925,8 @@ def set_aside(*paths: Path, say: Callable[[str], None]) -> None:
 
 def run_inference(given: dict) -> None:
     """--mode inference."""
-    given = given_values(given)
+    if int(os.environ.get("WORLD_SIZE", 1)) > 1:
+        raise UserError("--mode inference runs in one process: start it without torchrun")
     asked = not any(given.get(name) for name in ("yes", "dry_run", "classes", "num_images", "save_dir"))
     path = Path(given["model_path"]) if given.get("model_path") else choose_checkpoint(given)
     state = load_checkpoint(path)
@@ -1979,6 +1981,7 @@ def converse(model: Model, cfg: Config, path: Path) -> None:
     quits = ("-1", "q", "quit", "exit")
     if model.class_names:
         print("classes: " + ", ".join(f"{i} {n}" if n != str(i) else n for i, n in enumerate(model.class_names)))
+    drawn = 0                                                                # so that no image is drawn twice
     while True:
         numbers = None
         if model.class_names:
@@ -1990,8 +1993,9 @@ def converse(model: Model, cfg: Config, path: Path) -> None:
                     lambda text: None if text.lower() in quits else parse_value("num_images", text), "8")
         if count is None:
             return
-        folder = free_folder(cfg)
-        save_images(model, cfg, numbers, count * len(numbers or [0]), folder, path)
+        folder, count = free_folder(cfg), count * len(numbers or [0])
+        save_images(model, cfg, numbers, count, folder, path, drawn)
+        drawn += count
         if sys.stdout.isatty() and (os.environ.get("DISPLAY") or os.environ.get("WAYLAND_DISPLAY")
                                     or sys.platform in ("darwin", "win32")):
             Image.open(folder / "grid.png").show()
@@ -2003,8 +2007,10 @@ def free_folder(cfg: Config) -> Path:
     return next(p for i in range(1, 10**6) if not (p := parent / f"inference_{cfg.dataset}_{i:03}").exists())
 
 
-def save_images(model: Model, cfg: Config, numbers: list[int] | None, count: int, folder: Path, path: Path) -> None:
-    """Draw `count` images of the classes in turn into folder/images, with grid.png and samples.json."""
+def save_images(model: Model, cfg: Config, numbers: list[int] | None, count: int, folder: Path, path: Path,
+                first: int = 0) -> None:
+    """Draw images number first to first + count - 1, the classes in turn, into folder/images, with grid.png
+    and samples.json."""
     if (folder / "images").exists() and any((folder / "images").iterdir()):
         raise UserError(f"{folder / 'images'} already holds images: give another --save_dir or remove it")
     (folder / "images").mkdir(parents=True, exist_ok=True)
@@ -2012,14 +2018,14 @@ def save_images(model: Model, cfg: Config, numbers: list[int] | None, count: int
     names = [*(re.sub(r"[^\w.-]+", "_", n).strip(".") or "class" for n in model.class_names), "image"]
     batches = math.ceil(count / (1 if cfg.sequential else cfg.sample_batch_size))
     with tqdm(total=batches * len(sampling_grid(cfg)), desc="sampling", unit="step", disable=None) as bar:
-        for batch in model.draw(labels, cfg, bar.update):
+        for batch in model.draw(labels, cfg, bar.update, first):
             for image in batch:
-                to_pil(image).save(folder / "images" / f"{i:06}_{names[labels[i]]}.png")
+                to_pil(image).save(folder / "images" / f"{first + i:06}_{names[labels[i]]}.png")
                 i += 1
             shown.append(batch[: max(0, 100 - sum(map(len, shown)))])
     save_grid(torch.cat(shown), folder / "grid.png", [model.class_names[n] for n in numbers or []])
     if cfg.trajectory:
-        save_strip(model, labels[:10], cfg, folder / "trajectory.png")
+        save_strip(model, labels[:10], cfg, folder / "trajectory.png", first)
     settings = dict(checkpoint=str(path), sha256=hashlib.sha256(path.read_bytes()).hexdigest(), images=count,
                     classes=[model.class_names[n] for n in numbers or []], config=dataclasses.asdict(cfg))
     write_json(folder / "samples.json", settings)
@@ -2075,17 +2081,24 @@ def main(argv: list[str] | None = None) -> int:
     try:
         given = build_parser().parse(argv)
         if "mode" not in given:
-            given = ask_option("mode", given, "train")
-        COMMANDS[given.get("mode", "train")](given)
+            given = {**given, "mode": "train"} if given.get("yes") else ask_option("mode", given, "train")
+        COMMANDS[given["mode"]](given_values(given))
         return 0
     except (UserError, OSError) as error:
         if given.get("debug"):
             raise
         print(f"diffuser: {error}", file=sys.stderr)
         return getattr(error, "code", 1)
+    except torch.OutOfMemoryError as error:
+        print(f"diffuser: {str(error).splitlines()[0]}\nLower --batch_size (training) or --sample_batch_size.",
+              file=sys.stderr)
+        return 1
     except KeyboardInterrupt:
         print("\ndiffuser: interrupted", file=sys.stderr)
         return 130
+    finally:
+        if torch.distributed.is_available() and torch.distributed.is_initialized():
+            torch.distributed.destroy_process_group()
 
 
 if __name__ == "__main__":

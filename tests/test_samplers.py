@@ -180,7 +180,7 @@ def test_start_gaussian_is_plain_noise():
     m.network.register_forward_pre_hook(lambda module, inputs: seen.append(inputs[0].clone()))
     for start in ("gaussian", "matched"):
         list(m.sample([0] * 4, dataclasses.replace(m.config, start=start, steps=1)))
-    plain = diffuser.ImageNoise(m.config.seed, range(4), (1, 8, 8), "cpu")()
+    plain = diffuser.image_noise(m.config.seed, range(4), (1, 8, 8), "cpu")()
     assert torch.equal(seen[0], plain) and not torch.allclose(seen[1], plain, atol=0.1)
 
 
