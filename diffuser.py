@@ -37,10 +37,6 @@ Notation
     x0_hat, eps_hat estimates from the network's output
     y               class labels, int64 [N]; the null class (no label) is num_classes
     cin, cout, emb  channels in, channels out, width of the conditioning vector
-
-Papers: DDPM (Ho et al. 2020, 2006.11239), DDIM (Song et al. 2020, 2010.02502), improved DDPM (Nichol
-& Dhariwal 2021, 2102.09672), progressive distillation (Salimans & Ho 2022, 2202.00512), classifier-free
-guidance (Ho & Salimans 2022, 2207.12598), ADM (Dhariwal & Nichol 2021, 2105.05233).
 """
 
 from __future__ import annotations
@@ -51,6 +47,7 @@ import dataclasses
 import difflib
 import hashlib
 import io
+import itertools
 import json
 import math
 import os
@@ -102,7 +99,7 @@ def opt(default, help, *aliases, choices=None, spelled=None, lo=None, hi=None, a
 class Config:
     """Every setting of a run. Fields that are None take the dataset's or the device's own value."""
 
-    # ruff: disable[E501]  (one line per option)
+    # ruff: disable[E501]
     mode: str = opt("", "what to do", choices=lambda: COMMANDS, ask="train a model, or draw with one")
     dataset: str = opt("", "what to train on", choices=lambda: DATASETS, fixed=True, ask="digits is shipped and trains in a minute or two")
     recipe: str = opt("", "a whole measured configuration", choices=lambda: RECIPES)
@@ -447,36 +444,6 @@ class Diffusion:
 # same shape in diffusers' UNet2DModel.
 
 
-class ResBlock(nn.Module):
-    """GroupNorm, SiLU, 3x3 convolution, twice, around a residual connection; conditioned in the middle.
-
-    emb: width of the conditioning vector, 0 for none. [N, cin, H, W] -> [N, cout, H, W].
-    """
-
-    def __init__(self, cin: int, cout: int, emb: int, groups: int, dropout: float, scale_shift: bool):
-        super().__init__()
-        self.scale_shift = scale_shift
-        self.norm1 = nn.GroupNorm(groups, cin)
-        self.conv1 = nn.Conv2d(cin, cout, 3, padding=1)
-        self.condition = nn.Linear(emb, 2 * cout if scale_shift else cout) if emb else None
-        self.norm2 = nn.GroupNorm(groups, cout)
-        self.dropout = nn.Dropout(dropout)
-        self.conv2 = nn.Conv2d(cout, cout, 3, padding=1)
-        self.shortcut = nn.Conv2d(cin, cout, 1) if cin != cout else nn.Identity()
-
-    def forward(self, x: Tensor, cond: Tensor | None) -> Tensor:
-        h = self.conv1(F.silu(self.norm1(x)))                                # [N, cout, H, W]
-        c = self.condition(cond)[:, :, None, None] if self.condition else None
-        if c is None:
-            h = self.norm2(h)
-        elif self.scale_shift:                                               # ADM, adaptive group norm
-            scale, shift = c.chunk(2, dim=1)
-            h = self.norm2(h) * (1 + scale) + shift
-        else:
-            h = self.norm2(h + c)
-        return self.shortcut(x) + self.conv2(self.dropout(F.silu(h)))
-
-
 class Attention(nn.Module):
     """Multi-head self-attention over all pixels, pre-norm, residual. [N, C, H, W] -> the same."""
 
@@ -495,24 +462,36 @@ class Attention(nn.Module):
         return x + self.out(mixed).transpose(1, 2).reshape(n, c, h, w)
 
 
-class Upsample(nn.Module):
-    """Twice the size by repeating pixels, then a 3x3 convolution. [N, C, H, W] -> [N, C, 2H, 2W]."""
+class ResBlock(nn.Module):
+    """GroupNorm, SiLU, 3x3 convolution, twice, around a residual connection; conditioned in the middle;
+    then attention where heads > 0. emb: width of the conditioning vector, 0 for none.
 
-    def __init__(self, channels: int):
+    x [N, cin, H, W], cond [N, emb] -> [N, cout, H, W]
+    """
+
+    def __init__(self, cin: int, cout: int, emb: int, groups: int, dropout: float, scale_shift: bool, heads: int = 0):
         super().__init__()
-        self.conv = nn.Conv2d(channels, channels, 3, padding=1)
+        self.scale_shift = scale_shift
+        self.norm1 = nn.GroupNorm(groups, cin)
+        self.conv1 = nn.Conv2d(cin, cout, 3, padding=1)
+        self.condition = nn.Linear(emb, 2 * cout if scale_shift else cout) if emb else None
+        self.norm2 = nn.GroupNorm(groups, cout)
+        self.dropout = nn.Dropout(dropout)
+        self.conv2 = nn.Conv2d(cout, cout, 3, padding=1)
+        self.shortcut = nn.Conv2d(cin, cout, 1) if cin != cout else nn.Identity()
+        self.attention = Attention(cout, heads, groups) if heads else nn.Identity()
 
-    def forward(self, x: Tensor) -> Tensor:
-        return self.conv(F.interpolate(x, scale_factor=2.0, mode="nearest"))
-
-
-class Level(nn.Module):
-    """One resolution of the U-Net: residual blocks, each with or without attention, then a change of size."""
-
-    def __init__(self, blocks: list[ResBlock], attentions: list[nn.Module], resize: nn.Module | None):
-        super().__init__()
-        self.blocks, self.attentions = nn.ModuleList(blocks), nn.ModuleList(attentions)
-        self.resize = resize
+    def forward(self, x: Tensor, cond: Tensor | None) -> Tensor:
+        h = self.conv1(F.silu(self.norm1(x)))                                # [N, cout, H, W]
+        c = self.condition(cond)[:, :, None, None] if self.condition else None
+        if c is None:
+            h = self.norm2(h)
+        elif self.scale_shift:                                               # ADM, adaptive group norm
+            scale, shift = c.chunk(2, dim=1)
+            h = self.norm2(h) * (1 + scale) + shift
+        else:
+            h = self.norm2(h + c)
+        return self.attention(self.shortcut(x) + self.conv2(self.dropout(F.silu(h))))
 
 
 class UNet(nn.Module):
@@ -532,36 +511,31 @@ class UNet(nn.Module):
         emb = emb_dim if self.concat else 4 * emb_dim
         groups = math.gcd(norm_groups, base_channels)
         widths = [base_channels * m for m in channel_mults]
-        last = len(widths) - 1
 
-        def block(cin: int, cout: int) -> ResBlock:
-            return ResBlock(cin, cout, 0 if self.concat else emb, groups, dropout, conditioning == "scale_shift")
-
-        def attention(width: int, wanted: bool) -> nn.Module:
-            heads = width // head_dim if head_dim else num_heads
-            return Attention(width, heads, groups) if wanted and use_attention else nn.Identity()
+        def block(cin: int, cout: int, attend: bool) -> ResBlock:
+            heads = (cout // head_dim if head_dim else num_heads) if attend and use_attention else 0
+            return ResBlock(cin, cout, 0 if self.concat else emb, groups, dropout, conditioning == "scale_shift", heads)
 
         self.time_mlp = nn.Sequential(nn.Linear(base_channels, emb), nn.SiLU(), nn.Linear(emb, emb))
         self.class_embedding = nn.Embedding(num_classes + 1, emb) if num_classes else None
         extra = emb * (1 + bool(num_classes)) if self.concat else 0
         self.conv_in = nn.Conv2d(image_channels + extra, base_channels, 3, padding=1)
 
-        skips, cin, self.down = [base_channels], base_channels, nn.ModuleList()
+        self.down, self.up, skips, cin = nn.ModuleList(), nn.ModuleList(), [base_channels], base_channels
         for i, width in enumerate(widths):
-            blocks = [block(cin if j == 0 else width, width) for j in range(num_res_blocks)]
-            resize = nn.Conv2d(width, width, 3, stride=2, padding=1) if i < last else None
-            self.down.append(Level(blocks, [attention(width, i in attention_levels) for _ in blocks], resize))
-            skips += [width] * (num_res_blocks + (i < last))
-            cin = width
-
-        self.mid = nn.ModuleList([block(cin, cin), attention(cin, True), block(cin, cin)])
-
-        self.up = nn.ModuleList()
+            for _ in range(num_res_blocks):
+                self.down.append(block(cin, width, i in attention_levels))
+                skips.append(cin := width)
+            if i < len(widths) - 1:
+                self.down.append(nn.Conv2d(width, width, 3, stride=2, padding=1))
+                skips.append(width)
+        self.mid = nn.ModuleList([block(cin, cin, True), block(cin, cin, False)])
         for i, width in reversed(list(enumerate(widths))):
-            blocks = [block((cin if j == 0 else width) + skips.pop(), width) for j in range(num_res_blocks + 1)]
-            resize = Upsample(width) if i > 0 else None
-            self.up.append(Level(blocks, [attention(width, i in attention_levels) for _ in blocks], resize))
-            cin = width
+            for _ in range(num_res_blocks + 1):
+                self.up.append(block(cin + skips.pop(), width, i in attention_levels))
+                cin = width
+            if i > 0:                                                        # nearest neighbour, then a convolution
+                self.up.append(nn.Sequential(nn.Upsample(scale_factor=2.0), nn.Conv2d(width, width, 3, padding=1)))
 
         self.norm_out = nn.GroupNorm(groups, cin)
         self.conv_out = nn.Conv2d(cin, image_channels, 3, padding=1)
@@ -595,24 +569,15 @@ class UNet(nn.Module):
         else:
             cond = F.silu(sum(vectors))                                      # [N, emb]
 
-        h = self.conv_in(xt)
-        skips = [h]
-        for level in self.down:
-            for block, attention in zip(level.blocks, level.attentions, strict=True):
-                h = attention(block(h, cond))
-                skips.append(h)
-            if level.resize:
-                h = level.resize(h)                                          # [N, width, H/2, W/2]
-                skips.append(h)
-
-        block1, attention, block2 = self.mid
-        h = block2(attention(block1(h, cond)), cond)
-
-        for level in self.up:
-            for block, attention in zip(level.blocks, level.attentions, strict=True):
-                h = attention(block(torch.cat([h, skips.pop()], dim=1), cond))
-            if level.resize:
-                h = level.resize(h)                                          # [N, width, 2H, 2W]
+        skips = [self.conv_in(xt)]                                           # every output on the way down
+        for module in self.down:
+            h = skips[-1]                                                    # [N, width, H / 2^level, W / 2^level]
+            skips.append(module(h, cond) if isinstance(module, ResBlock) else module(h))
+        h = skips[-1]
+        for block in self.mid:
+            h = block(h, cond)
+        for module in self.up:
+            h = module(torch.cat([h, skips.pop()], 1), cond) if isinstance(module, ResBlock) else module(h)
         return self.conv_out(F.silu(self.norm_out(h)))
 
 
@@ -1184,12 +1149,6 @@ class Runtime:
         if self.is_main and self.world > 1:
             torch.distributed.barrier()
 
-    def all_sum(self, x: Tensor) -> Tensor:
-        """Sum of x over all processes."""
-        if self.world > 1:
-            torch.distributed.all_reduce(x)
-        return x
-
     def say(self, text: str) -> None:
         """Print a line, once, without breaking a progress bar."""
         if self.is_main:
@@ -1265,7 +1224,11 @@ class RunLog:
         known = json.loads(path.read_text()) if step and path.exists() else {}
         run_id = known.get("run_id") or os.urandom(8).hex()                  # trackers go on under it
         write_json(path, dict(config=dataclasses.asdict(cfg), torch=torch.__version__, run_id=run_id))
-        self.trackers = start_trackers(cfg, folder, run_id)
+        self.trackers = {}
+        if cfg.use_tensorboard or cfg.use_wandb:
+            from trackers import start_trackers
+
+            self.trackers = start_trackers(cfg, folder, run_id)
 
     def row(self, values: dict) -> None:
         """One line of metrics.csv, and the same numbers to the trackers."""
@@ -1282,46 +1245,6 @@ class RunLog:
                 del self.trackers[name]
 
 
-def tensorboard_tracker(cfg: Config, folder: Path, run_id: str) -> Callable[[int, dict], None]:
-    from torch.utils.tensorboard import SummaryWriter
-
-    writer = SummaryWriter(str(folder / "tensorboard"))
-
-    def track(step: int, values: dict) -> None:
-        for name, value in values.items():
-            if isinstance(value, Path):
-                writer.add_image(name, np.asarray(Image.open(value).convert("RGB")), step, dataformats="HWC")
-            else:
-                writer.add_scalar(name, value, step)
-        writer.flush()
-
-    return track
-
-
-def wandb_tracker(cfg: Config, folder: Path, run_id: str) -> Callable[[int, dict], None]:
-    import wandb
-
-    run = wandb.init(project=cfg.project_name, name=cfg.experiment_name or folder.name, id=run_id, resume="allow",
-                     config=dataclasses.asdict(cfg), dir=str(folder), reinit=True)
-    return lambda step, values: run.log({name: wandb.Image(str(v)) if isinstance(v, Path) else v
-                                         for name, v in values.items()}, step=step)
-
-
-def start_trackers(cfg: Config, folder: Path, run_id: str) -> dict[str, Callable[[int, dict], None]]:
-    """The trackers asked for: functions of (step, {name: number or path of a picture}). One that cannot
-    start is reported, and training goes on without it."""
-    trackers = {}
-    for name, wanted, start in (("tensorboard", cfg.use_tensorboard, tensorboard_tracker),
-                                ("wandb", cfg.use_wandb, wandb_tracker)):
-        try:
-            if wanted:
-                trackers[name] = start(cfg, folder, run_id)
-        except Exception as error:                                           # a tracker never stops a run
-            hint = f"pip install {name}" if isinstance(error, ImportError) else str(error)
-            print(f"no {name}: {hint}; training goes on without it", file=sys.stderr)
-    return trackers
-
-
 def to_pil(image: Tensor) -> Image.Image:
     """uint8 [C, H, W] as a grey or colour picture."""
     return Image.fromarray(image[0].numpy() if len(image) == 1 else image.permute(1, 2, 0).numpy())
@@ -1336,7 +1259,7 @@ def save_grid(images: Tensor, path: Path, column_names: list[str], columns: int 
     size = (columns * (width + gap) + gap, rows * (height + gap) + gap + head)
     grid = Image.new("RGB", size, "white")
     for i, image in enumerate(images):
-        tile = to_pil(image).resize((width, height), Image.Resampling.NEAREST)
+        tile = to_pil(image).resize((width, height), Image.Resampling.BICUBIC)
         grid.paste(tile, (gap + i % columns * (width + gap), gap + head + i // columns * (height + gap)))
     pen, font = ImageDraw.Draw(grid), ImageFont.load_default(12)
     for i, name in enumerate(column_names):
@@ -1437,11 +1360,6 @@ def kept_checkpoints(cfg: Config) -> list[Path]:
     if cfg.experiment_name:
         return by_age(path.parent.parent.glob("checkpoint_*/model.pt"))
     return by_age([path, *path.parent.glob(f"{path.stem}_step*.pt")])
-
-
-def own_files(cfg: Config) -> list[Path]:
-    """The checkpoint files, or the folder of them, that a run of these settings writes."""
-    return [Path(cfg.working_directory, cfg.experiment_name)] if cfg.experiment_name else kept_checkpoints(cfg)
 
 
 def save_checkpoint(state: dict, cfg: Config) -> Path:
@@ -1562,7 +1480,10 @@ class Meter:
 
     def read(self, runtime: Runtime) -> tuple[float, list[float], float]:
         """Mean loss since the last log, the same by quartile, and the mean of the epoch."""
-        logged, epoch = runtime.all_sum(self.sums.clone()).tolist()
+        sums = self.sums.clone()
+        if runtime.world > 1:
+            torch.distributed.all_reduce(sums)
+        logged, epoch = sums.tolist()
         quartiles = [total / count if count else math.nan for total, count in logged]
         means = [sum(s for s, _ in part) / max(1, sum(c for _, c in part)) for part in (logged, epoch)]
         return means[0], quartiles, means[1]
@@ -1753,8 +1674,9 @@ def train(cfg: Config, runtime: Runtime | None = None, point: tuple[Path | None,
     path, state = point or resume_point(cfg, dataclasses.asdict(cfg))
     run = Training(cfg, runtime, state)
     folder = samples_path(cfg)
-    if runtime.is_main and not (path and path.resolve() in [p.resolve() for p in kept_checkpoints(cfg)]):
-        set_aside(folder, *own_files(cfg), say=runtime.say)                  # another run's: not to be overwritten
+    kept = kept_checkpoints(cfg)
+    if runtime.is_main and not (path and path.resolve() in [p.resolve() for p in kept]):  # another run's files
+        set_aside(folder, *([kept[0].parents[1]] if cfg.experiment_name and kept else kept), say=runtime.say)
     runtime.say(run_report(run.cfg, runtime, run.network, run.shape, len(run.batches.indices), run.total))
     if run.step:
         runtime.say(f"resuming from {path} at step {run.step} of {run.total}")
@@ -1918,8 +1840,7 @@ def set_aside(*paths: Path, say: Callable[[str], None]) -> None:
     """Rename what an earlier run left, so that a run from the start overwrites nothing."""
     for path in paths:
         if path.is_file() or (path.is_dir() and any(path.iterdir())):
-            old = next(p for i in range(1, 10**6) if not (p := path.with_stem(f"{path.stem}.old{i}")).exists())
-            path.rename(old)
+            old = path.rename(free_path(path.with_stem(f"{path.stem}.old")))
             say(f"kept an earlier run's {path} as {old.name}")
 
 
@@ -1945,7 +1866,7 @@ def run_inference(given: dict) -> None:
     else:
         everything = None if wants_labels is False or not model.class_names else list(range(len(model.class_names)))
         numbers = parse_classes(cfg.classes, model.class_names) if cfg.classes else everything
-        folder = Path(cfg.save_dir) if cfg.save_dir else free_folder(cfg)
+        folder = Path(cfg.save_dir) if cfg.save_dir else new_folder(cfg)
         save_images(model, cfg, numbers, cfg.num_images or 10 * len(numbers or [0]), folder, path)
 
 
@@ -1993,7 +1914,7 @@ def converse(model: Model, cfg: Config, path: Path) -> None:
                     lambda text: None if text.lower() in quits else parse_value("num_images", text), "8")
         if count is None:
             return
-        folder, count = free_folder(cfg), count * len(numbers or [0])
+        folder, count = new_folder(cfg), count * len(numbers or [0])
         save_images(model, cfg, numbers, count, folder, path, drawn)
         drawn += count
         if sys.stdout.isatty() and (os.environ.get("DISPLAY") or os.environ.get("WAYLAND_DISPLAY")
@@ -2001,10 +1922,13 @@ def converse(model: Model, cfg: Config, path: Path) -> None:
             Image.open(folder / "grid.png").show()
 
 
-def free_folder(cfg: Config) -> Path:
-    """A new folder for images, numbered."""
-    parent = Path(cfg.generated_directory)
-    return next(p for i in range(1, 10**6) if not (p := parent / f"inference_{cfg.dataset}_{i:03}").exists())
+def free_path(path: Path) -> Path:
+    """The path with the first number behind its name that is not taken."""
+    return next(p for i in itertools.count(1) if not (p := path.with_stem(f"{path.stem}{i}")).exists())
+
+
+def new_folder(cfg: Config) -> Path:
+    return free_path(Path(cfg.generated_directory, f"inference_{cfg.dataset}_"))
 
 
 def save_images(model: Model, cfg: Config, numbers: list[int] | None, count: int, folder: Path, path: Path,
@@ -2084,15 +2008,13 @@ def main(argv: list[str] | None = None) -> int:
             given = {**given, "mode": "train"} if given.get("yes") else ask_option("mode", given, "train")
         COMMANDS[given["mode"]](given_values(given))
         return 0
-    except (UserError, OSError) as error:
+    except (UserError, OSError, torch.OutOfMemoryError) as error:
         if given.get("debug"):
             raise
-        print(f"diffuser: {error}", file=sys.stderr)
+        memory = isinstance(error, torch.OutOfMemoryError)
+        advice = "out of memory: lower --batch_size or --sample_batch_size"
+        print("diffuser:", advice if memory else error, file=sys.stderr)
         return getattr(error, "code", 1)
-    except torch.OutOfMemoryError as error:
-        print(f"diffuser: {str(error).splitlines()[0]}\nLower --batch_size (training) or --sample_batch_size.",
-              file=sys.stderr)
-        return 1
     except KeyboardInterrupt:
         print("\ndiffuser: interrupted", file=sys.stderr)
         return 130

@@ -1,5 +1,6 @@
 """Chapters 10 and 11: the real command line, its questions answered by a pipe and a terminal, its errors."""
 
+import contextlib
 import json
 import os
 import pty
@@ -183,7 +184,7 @@ def test_unconditional_models(folder, capsys):
     path = diffuser.train(tiny_training(use_labels=False))
     assert "without classes" in fails(capsys, "--mode", "inference", "--model_path", str(path), "--classes", "3")
     done = cli("--mode", "inference", "--model_path", path, "--steps", 2, cwd=folder, stdin="2\nq\n")
-    assert done.returncode == 0 and len(os.listdir("samples/inference_digits_001/images")) == 2
+    assert done.returncode == 0 and len(os.listdir("samples/inference_digits_1/images")) == 2
 
 
 def test_conversation_through_a_pipe(trained, folder):
@@ -194,8 +195,8 @@ def test_conversation_through_a_pipe(trained, folder):
     assert done.returncode == 0, done.stderr
     assert "digits, epoch" in done.stdout and "a number from 1 to 2" in done.stdout
     assert "unknown class 11" in done.stdout and "unknown class three" in done.stdout and "--num_images" in done.stdout
-    assert len(os.listdir("samples/inference_digits_001/images")) == 4 and len(os.listdir("samples/inference_digits_002/images")) == 10
-    assert str(trained) in json.loads((folder / "samples/inference_digits_001/samples.json").read_text())["checkpoint"]
+    assert len(os.listdir("samples/inference_digits_1/images")) == 4 and len(os.listdir("samples/inference_digits_2/images")) == 10
+    assert str(trained) in json.loads((folder / "samples/inference_digits_1/samples.json").read_text())["checkpoint"]
 
 
 def test_training_conversation_through_a_pipe(folder):
@@ -234,7 +235,7 @@ def test_no_checkpoint_says_how_to_make_one(folder, capsys):
 def test_yes_asks_nothing(trained, folder):
     """--yes draws from the newest checkpoint without a question."""
     done = cli("--mode", "inference", "--yes", "--num_images", 3, "--steps", 2, cwd=folder)
-    assert done.returncode == 0 and len(os.listdir("samples/inference_digits_001/images")) == 3
+    assert done.returncode == 0 and len(os.listdir("samples/inference_digits_1/images")) == 3
 
 
 def terminal(command, cwd, steps, timeout=60):
@@ -244,23 +245,31 @@ def terminal(command, cwd, steps, timeout=60):
         os.chdir(cwd)
         os.execvpe(command[0], command, {**os.environ, "TERM": "dumb"})
     output, deadline = "", time.time() + timeout
-    for wanted, answer in [*steps, (None, None)]:
-        while (wanted is None or wanted not in output) and time.time() < deadline:
-            if select.select([master], [], [], 0.2)[0]:
+
+    def read_until(wanted, until):
+        nonlocal output
+        while wanted not in output and time.time() < until:
+            if select.select([master], [], [], 0.1)[0]:
                 try:
-                    piece = os.read(master, 4096).decode(errors="replace")
-                except OSError:
-                    break
-                if not piece:
-                    break
-                output += piece
-        if answer is not None:
-            assert wanted in output, output
-            output = ""
-            os.write(master, answer)
-    _, status = os.waitpid(pid, 0)
+                    output += os.read(master, 4096).decode(errors="replace")
+                except OSError:                                              # the program has ended
+                    return
+    for wanted, answer in steps:
+        read_until(wanted, deadline)
+        assert wanted in output, output
+        time.sleep(0.3)                                                      # a key typed before input() reads is lost
+        output = ""
+        os.write(master, answer)
+    while not (ended := os.waitpid(pid, os.WNOHANG))[0] and time.time() < deadline:
+        read_until("\0", time.time() + 2)
+        if len(steps[-1][1]) == 1 and not ended[0]:                          # a control key: press it again
+            with contextlib.suppress(OSError):
+                os.write(master, steps[-1][1])
+    if not ended[0]:
+        os.kill(pid, signal.SIGKILL)
+        ended = os.waitpid(pid, 0)
     os.close(master)
-    return output, os.waitstatus_to_exitcode(status)
+    return output, os.waitstatus_to_exitcode(ended[1])
 
 
 def test_conversation_in_a_terminal(trained, folder):
@@ -268,7 +277,7 @@ def test_conversation_in_a_terminal(trained, folder):
     command = [sys.executable, str(ROOT / "diffuser.py"), "--mode", "inference", "--steps", "2"]
     output, status = terminal(command, folder, [("classes (names", b"elephant\n"), ("unknown class", b"5\n"),
                                                 ("how many", b"2\n"), ("classes (names", b"q\n")])
-    assert status == 0 and len(os.listdir(folder / "samples/inference_digits_001/images")) == 2
+    assert status == 0 and len(os.listdir(folder / "samples/inference_digits_1/images")) == 2
 
 
 @pytest.mark.parametrize("arguments, question", [

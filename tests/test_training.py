@@ -13,6 +13,7 @@ import torch
 from conftest import ROOT, TINY_FLAGS, tiny_training
 
 import diffuser
+import trackers
 from diffuser import Runtime, Training, UserError, load_checkpoint, train
 
 
@@ -289,6 +290,6 @@ def test_a_tracker_that_is_missing_or_fails_does_not_stop_training(folder, monke
 
     def broken(step, values):
         raise RuntimeError("server gone")
-    monkeypatch.setattr(diffuser, "start_trackers", lambda *a: {"broken": broken})
-    train(tiny_training(experiment_name="b"))
+    monkeypatch.setattr(trackers, "start_trackers", lambda *a: {"broken": broken})
+    train(tiny_training(experiment_name="b", use_tensorboard=True))
     assert capsys.readouterr().err.count("server gone") == 1

@@ -45,18 +45,21 @@ def copy_weights(ours, theirs):
     theirs.time_embedding.linear_2.load_state_dict(ours.time_mlp[2].state_dict())
     if ours.class_embedding is not None:
         theirs.class_embedding.load_state_dict(ours.class_embedding.state_dict())
-    for level, block in [*zip(ours.down, theirs.down_blocks), *zip(ours.up, theirs.up_blocks)]:
-        for a, b in zip(level.blocks, block.resnets):
-            res(a, b)
-        for a, b in zip(level.attentions, getattr(block, "attentions", [])):
-            att(a, b)
-        if level.resize is not None:
-            conv, other = (level.resize.conv, block.upsamplers[0].conv) if hasattr(level.resize, "conv") else (
-                level.resize, block.downsamplers[0].conv)
-            other.load_state_dict(conv.state_dict())
-    res(ours.mid[0], theirs.mid_block.resnets[0])
-    att(ours.mid[1], theirs.mid_block.attentions[0])
-    res(ours.mid[2], theirs.mid_block.resnets[1])
+    for mine, blocks in ((ours.down, theirs.down_blocks), (ours.up, theirs.up_blocks)):
+        modules = iter(mine)
+        for block in blocks:
+            for k, resnet in enumerate(block.resnets):
+                res(a := next(modules), resnet)
+                if hasattr(block, "attentions"):
+                    att(a.attention, block.attentions[k])
+            for other in getattr(block, "downsamplers", None) or []:
+                other.conv.load_state_dict(next(modules).state_dict())
+            for other in getattr(block, "upsamplers", None) or []:
+                other.conv.load_state_dict(next(modules)[1].state_dict())
+        assert next(modules, None) is None
+    for k in (0, 1):
+        res(ours.mid[k], theirs.mid_block.resnets[k])
+    att(ours.mid[0].attention, theirs.mid_block.attentions[0])
     theirs.conv_norm_out.load_state_dict(ours.norm_out.state_dict())
     theirs.conv_out.load_state_dict(ours.conv_out.state_dict())
 
