@@ -215,7 +215,8 @@ LOCAL = {
 PRESETS = {
     "digits": dict(timesteps=1000, schedule_type="cosine", prediction="v", batch_size=64, learning_rate=4e-3,
                    emb_dim=32, base_channels=16, channel_mults=(1, 3), num_res_blocks=1, num_heads=2, norm_groups=8,
-                   epochs=25, sample_every=5, checkpoint_every=5, ema_decay=0.995, num_gpus=1),
+                   epochs=20, sample_every=5, checkpoint_every=5, ema_decay=0.995, num_gpus=1,
+                   guidance_scale=0.5),
     "mnist": dict(timesteps=500, beta_start=1e-5, beta_end=0.01, batch_size=128, learning_rate=1e-3, emb_dim=32,
                   base_channels=32, channel_mults=(1, 2, 2), num_res_blocks=1, norm_groups=8, num_heads=4,
                   epochs=20, ema_decay=0.999, num_gpus=1),
@@ -1257,7 +1258,7 @@ def save_grid(images: Tensor, path: Path, column_names: list[str], columns: int 
     height, width, gap, head = images.shape[2] * zoom, images.shape[3] * zoom, 4, 18 if column_names else 0
     rows = math.ceil(len(images) / columns)
     size = (columns * (width + gap) + gap, rows * (height + gap) + gap + head)
-    grid = Image.new("RGB", size, "white")
+    grid = Image.new("RGB" if images.shape[1] == 3 else "L", size, "white")
     for i, image in enumerate(images):
         tile = to_pil(image).resize((width, height), Image.Resampling.BICUBIC)
         grid.paste(tile, (gap + i % columns * (width + gap), gap + head + i // columns * (height + gap)))

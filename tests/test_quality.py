@@ -15,9 +15,9 @@ def accuracy(path, n=500):
 
 
 def test_a_short_run_draws_recognisable_digits(folder):
-    """A third of the demo's steps already give digits of the class asked for, most of the time."""
+    """Less than half of the demo's steps already give digits of the class asked for, most of the time."""
     path = diffuser.train(diffuser.configure(dataset="digits", iterations=220, preview_steps=5, sample_every=100))
-    assert accuracy(path) > 0.75
+    assert accuracy(path) > 0.85
 
 
 @pytest.mark.slow
