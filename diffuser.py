@@ -336,7 +336,9 @@ def configure(checkpoint: dict | None = None, **given) -> Config:
     given = given_values(given)
     inherited = {k: tuple(v) if isinstance(v, list) else v for k, v in (checkpoint or {}).items()
                  if k in FIELDS and k not in LOCAL}
-    preset = PRESETS.get(given.get("dataset") or inherited.get("dataset", ""), {})
+    preset = dict(PRESETS.get(given.get("dataset") or inherited.get("dataset", ""), {}))
+    if "channel_mults" in given and "attention_levels" in preset:            # only levels that are still there
+        preset["attention_levels"] = tuple(n for n in preset["attention_levels"] if n < len(given["channel_mults"]))
     try:
         cfg = Config(**{**preset, **inherited, **given})
     except TypeError as error:
@@ -1270,6 +1272,14 @@ def save_grid(images: Tensor, path: Path, column_names: list[str], columns: int 
     write_atomically(path, lambda file: grid.save(file, "PNG"))
 
 
+def draw_with_bar(model: Model, labels: list[int], cfg: Config, first: int = 0) -> Iterator[Tensor]:
+    """Model.draw with a progress bar over the network's steps."""
+    batches = math.ceil(len(labels) / (1 if cfg.sequential else cfg.sample_batch_size))
+    total = batches * len(sampling_grid(cfg))
+    with tqdm(total=total, desc="sampling", unit="step", leave=False, disable=None) as bar:
+        yield from model.draw(labels, cfg, bar.update, first)
+
+
 def save_strip(model: Model, labels: list[int], cfg: Config, path: Path, first: int = 0) -> None:
     """The way from noise to image: a row per label, columns every plot_freq_interval timesteps (or ten in all)."""
     every = cfg.plot_freq_interval or max(1, cfg.timesteps // 10)
@@ -1654,7 +1664,7 @@ class Training:
         preview = dataclasses.replace(cfg, sampler="ddim", eta=0.0, steps=min(cfg.preview_steps, cfg.timesteps))
         path = folder / f"epoch_{round(self.epoch, 2):g}_loss_{loss:.4f}.png"
         labels = self.model.labels(classes, rows * max(1, len(classes)))
-        images = torch.cat(list(self.model.draw(labels, preview)))
+        images = torch.cat(list(draw_with_bar(self.model, labels, preview)))
         save_grid(images, path, [self.data.class_names[c] for c in classes])
         if cfg.plot_freq_interval:
             every_step = dataclasses.replace(preview, steps=cfg.timesteps)
@@ -1679,8 +1689,11 @@ def train(cfg: Config, runtime: Runtime | None = None, point: tuple[Path | None,
     if runtime.is_main and not (path and path.resolve() in [p.resolve() for p in kept]):  # another run's files
         set_aside(folder, *([kept[0].parents[1]] if cfg.experiment_name and kept else kept), say=runtime.say)
     runtime.say(run_report(run.cfg, runtime, run.network, run.shape, len(run.batches.indices), run.total))
+    others = by_age(Path(cfg.working_directory).glob(f"diffusion_checkpoint_{cfg.dataset}_*.pt"))
     if run.step:
         runtime.say(f"resuming from {path} at step {run.step} of {run.total}")
+    elif others and cfg.resume == "auto" and not cfg.experiment_name:
+        runtime.say(f"starting a new run: other settings than those of {others[0]}")
     log = RunLog(folder, run.cfg, run.step) if runtime.is_main else None
     with runtime.catching_signals(), tqdm(total=run.total, initial=run.step, unit="step", dynamic_ncols=True,
                                           disable=None if runtime.is_main else True) as bar:
@@ -1705,7 +1718,7 @@ def training_loop(run: Training, log: RunLog | None, folder: Path, bar: tqdm) ->
             save = done or (epochs > 0 and epochs % cfg.checkpoint_every == 0)
         if draw or save or epochs or run.step % cfg.log_every == 0:
             loss = run.log(log, evaluated=draw or epochs > 0)
-            bar.set_description(f"epoch {run.epoch:.4g} loss {loss:.4f}")
+            bar.set_description(f"epoch {run.epoch:.4g}/{run.total / per_epoch:.4g} loss {loss:.4f}")
             if cfg.early_stop_loss_change and run.settled():
                 runtime.say(f"the loss has settled at step {run.step}: stopping early")
                 draw = save = done = True
@@ -1941,13 +1954,11 @@ def save_images(model: Model, cfg: Config, numbers: list[int] | None, count: int
     (folder / "images").mkdir(parents=True, exist_ok=True)
     labels, shown, i = model.labels(numbers, count), [], 0
     names = [*(re.sub(r"[^\w.-]+", "_", n).strip(".") or "class" for n in model.class_names), "image"]
-    batches = math.ceil(count / (1 if cfg.sequential else cfg.sample_batch_size))
-    with tqdm(total=batches * len(sampling_grid(cfg)), desc="sampling", unit="step", disable=None) as bar:
-        for batch in model.draw(labels, cfg, bar.update, first):
-            for image in batch:
-                to_pil(image).save(folder / "images" / f"{first + i:06}_{names[labels[i]]}.png")
-                i += 1
-            shown.append(batch[: max(0, 100 - sum(map(len, shown)))])
+    for batch in draw_with_bar(model, labels, cfg, first):
+        for image in batch:
+            to_pil(image).save(folder / "images" / f"{first + i:06}_{names[labels[i]]}.png")
+            i += 1
+        shown.append(batch[: max(0, 100 - sum(map(len, shown)))])
     save_grid(torch.cat(shown), folder / "grid.png", [model.class_names[n] for n in numbers or []])
     if cfg.trajectory:
         save_strip(model, labels[:10], cfg, folder / "trajectory.png", first)

@@ -54,7 +54,7 @@ OTHERS = [
     "--starting_channels 128 --loss_fn mse --use_wandb",
     "--mode train --dataset cifar10",
 ]
-SMALL = "--base_channels 8 --channel_mults 1,2 --attention_levels 1 --num_res_blocks 1 --num_heads 2 --preview_steps 2 --device cpu --img_size 16"
+SMALL = "--base_channels 8 --channel_mults 1,2 --num_res_blocks 1 --num_heads 2 --preview_steps 2 --device cpu --img_size 16"
 
 
 @pytest.fixture
@@ -225,6 +225,13 @@ def test_end_of_input_in_a_conversation(trained, folder):
     """The same when input ends at the question for classes."""
     done = cli("--mode", "inference", "--model_path", trained, cwd=folder)
     assert done.returncode == 2 and "--classes" in done.stderr
+
+
+def test_enter_at_every_question(folder):
+    """Enter takes the default everywhere, the dataset included."""
+    asked = sum(bool(s.metadata["ask"]) for s in diffuser.FIELDS.values())
+    done = cli("--iterations", 1, "--base_channels", 8, "--channel_mults", "1,2", "--preview_steps", 1, cwd=folder, stdin="\n" * asked)
+    assert done.returncode == 0 and len(list(folder.rglob("*digits*.pt"))) == 1, done.stderr
 
 
 def test_no_checkpoint_says_how_to_make_one(folder, capsys):

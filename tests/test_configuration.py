@@ -23,6 +23,12 @@ def test_a_checkpoint_does_not_bring_its_paths_along():
     assert configure(saved).generated_directory == "samples" and configure(saved).device == "auto"
 
 
+def test_a_preset_gives_way_to_a_smaller_network():
+    """Fewer levels asked for: the preset's attention at a level that is gone is dropped, not an error."""
+    assert configure(dataset="celeba").attention_levels == (2,)
+    assert configure(dataset="celeba", channel_mults=(1, 2)).attention_levels == ()
+
+
 def test_a_recipe_counts_as_asked_for():
     """--recipe sets a whole configuration, and a flag beside it still wins."""
     cfg = configure(**diffuser.given_values({"dataset": "cifar10", "recipe": "ho2020", "batch_size": 16}))

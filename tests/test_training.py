@@ -84,6 +84,33 @@ def test_accumulation_and_one_big_batch_are_the_same_step(folder):
     assert same(big["model"], small["model"], exact=False)
 
 
+def test_a_checkpoint_of_other_images_is_refused(folder, image_folder):
+    """A run on another folder of the same shape does not go on from this one's checkpoint."""
+    cfg = tiny_training(dataset="folder", path_to_data=str(image_folder), img_size=(8, 8), batch_size=4, val_fraction=0.0)
+    train(cfg)
+    for picture in image_folder.rglob("*.bmp"):
+        diffuser.Image.new("RGB", (9, 9), "white").save(picture)
+    with pytest.raises(UserError, match="other images"):
+        train(cfg)
+
+
+@pytest.mark.parametrize("precision_there", [{}, {"scale": 65536.0, "growth_factor": 2.0}])
+def test_scaler_state_of_another_precision_is_left_alone(folder, precision_there):
+    """A checkpoint from fp16 can be resumed in fp32 and the other way round."""
+    path = train(tiny_training())
+    state = load_checkpoint(path)
+    if precision_there:
+        state["scaler"] = precision_there
+        torch.save(state, path)
+    assert load_checkpoint(train(tiny_training(iterations=6)))["step"] == 6
+
+
+def test_epochs_asked_for_beat_iterations_stored():
+    """--epochs has an effect beside a recipe or a checkpoint that counts in iterations."""
+    assert diffuser.given_values({"dataset": "cifar10", "recipe": "ho2020", "epochs": 3})["iterations"] == 0
+    assert diffuser.given_values({"epochs": 3, "iterations": 7})["iterations"] == 7
+
+
 def test_running_again_after_the_end_changes_nothing(folder):
     """A finished run is finished; with more iterations it goes on."""
     cfg = tiny_training()
@@ -99,6 +126,13 @@ def test_a_checkpoint_that_does_not_fit_is_an_error_that_names_the_settings(fold
         train(tiny_training(schedule_type="linear"))
     with pytest.raises(UserError, match="base_channels is 8 there, 16 asked for"):
         train(tiny_training(base_channels=16))
+
+
+def test_another_file_name_is_not_a_silent_fresh_start(folder, capsys):
+    """Settings that change the checkpoint's name start a new run, and the run says so."""
+    first = train(tiny_training())
+    train(tiny_training(timesteps=30))
+    assert f"starting a new run: other settings than those of {first}" in capsys.readouterr().out
 
 
 def test_starting_over_keeps_what_the_earlier_run_made(folder):
