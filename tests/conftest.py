@@ -1,6 +1,7 @@
 """What the tests share: a small network, a few small images, the real command line, real data where it is."""
 
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -52,6 +53,11 @@ def cli(*arguments, cwd, stdin="", script="diffuser.py", env=None, timeout=300):
     """The real command line in a process of its own."""
     return subprocess.run([sys.executable, str(ROOT / script), *map(str, arguments)], cwd=cwd, input=stdin, text=True,
                           capture_output=True, timeout=timeout, env={**os.environ, **(env or {})})
+
+
+def heed_interrupts():
+    """For a child process: a Ctrl-C counts, also where the tests themselves run in the background and ignore it."""
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def tiny_training(**more):

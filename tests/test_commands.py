@@ -14,7 +14,7 @@ import time
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, TINY_FLAGS, cli, tiny_training
+from conftest import ROOT, TINY_FLAGS, cli, heed_interrupts, tiny_training
 from PIL import Image
 
 import diffuser
@@ -113,9 +113,16 @@ def test_bad_flags_are_one_line_and_exit_2(folder, capsys, flags, words):
 def test_every_option_is_read_somewhere():
     """No flag is read and never used: each field is named in the code outside the dataclass."""
     source = (ROOT / "diffuser.py").read_text()
-    body = source[source.index("FIELDS = "):]
+    body = source[source.index("FIELDS = "):] + (ROOT / "trackers.py").read_text()
     unused = [n for n in diffuser.FIELDS if f".{n}" not in body and f'"{n}"' not in body.split("PRESETS = ")[1].split("RECIPES = ")[1]]
     assert unused == []
+
+
+def test_the_readme_lists_every_flag():
+    """The table of flags in the README is complete."""
+    readme = (ROOT / "README.md").read_text()
+    for spec in diffuser.FIELDS.values():
+        assert all(f"`{flag}`" in readme for flag in (f"--{spec.name}", *spec.metadata["aliases"]))
 
 
 def test_help_names_every_flag_and_alias():
@@ -249,6 +256,7 @@ def terminal(command, cwd, steps, timeout=60):
     """Drive a program through a pseudo-terminal: wait for each text, then send the answer. (output, status)"""
     pid, master = pty.fork()
     if pid == 0:
+        heed_interrupts()
         os.chdir(cwd)
         os.execvpe(command[0], command, {**os.environ, "TERM": "dumb"})
     output, deadline = "", time.time() + timeout
@@ -300,7 +308,7 @@ def test_interrupted_sampling_keeps_what_is_drawn(trained, folder):
     """Ctrl-C while drawing: exit 130, no traceback, and every picture that is there is whole."""
     command = [sys.executable, str(ROOT / "diffuser.py"), "--mode", "inference", "--model_path", str(trained), "--num_images", "5000",
                "--sample_batch_size", "5", "--save_dir", "out"]
-    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
+    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, preexec_fn=heed_interrupts)
     deadline = time.time() + 60
     while time.time() < deadline and not (os.path.isdir("out/images") and len(os.listdir("out/images")) > 10):
         time.sleep(0.02)

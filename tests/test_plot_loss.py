@@ -10,6 +10,7 @@ import time
 from pathlib import Path
 
 import pytest
+from conftest import heed_interrupts
 
 import plot_loss
 
@@ -388,6 +389,7 @@ def at_terminal(cwd, keys):
     import termios
 
     def own_terminal():  # in the child: make it the terminal whose Ctrl-C reaches the process
+        heed_interrupts()
         os.setsid()
         fcntl.ioctl(0, termios.TIOCSCTTY, 0)
 

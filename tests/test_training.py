@@ -10,7 +10,7 @@ import time
 
 import pytest
 import torch
-from conftest import ROOT, TINY_FLAGS, tiny_training
+from conftest import ROOT, TINY_FLAGS, heed_interrupts, tiny_training
 
 import diffuser
 import trackers
@@ -246,7 +246,7 @@ def test_a_signal_saves_and_the_same_command_goes_on(folder, number, code):
     flags = ["--mode", "train", "--dataset", "digits", "--batch_size", "16", "--iterations", "200", "--log_every", "10",
              "--timesteps", "50", *TINY_FLAGS]
     command = [sys.executable, str(ROOT / "diffuser.py"), *flags]
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, preexec_fn=heed_interrupts)
     deadline = time.time() + 60
     while time.time() < deadline and not any(len(p.read_text().splitlines()) > 3 for p in folder.rglob("metrics.csv")):
         time.sleep(0.02)
