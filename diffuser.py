@@ -1854,7 +1854,7 @@ def set_aside(*paths: Path, say: Callable[[str], None]) -> None:
     """Rename what an earlier run left, so that a run from the start overwrites nothing."""
     for path in paths:
         if path.is_file() or (path.is_dir() and any(path.iterdir())):
-            old = path.rename(free_path(path.with_stem(f"{path.stem}.old")))
+            old = path.rename(free_path(path.with_stem(f"{path.stem}_old")))
             say(f"kept an earlier run's {path} as {old.name}")
 
 

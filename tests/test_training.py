@@ -33,7 +33,7 @@ def same(a, b, exact=True):
 
 
 def rows(folder="."):
-    path = next(p for p in sorted(diffuser.Path(folder).rglob("metrics.csv")) if ".old" not in str(p))
+    path = next(p for p in sorted(diffuser.Path(folder).rglob("metrics.csv")) if "_old" not in str(p))
     return list(csv.DictReader(open(path)))
 
 
@@ -140,8 +140,8 @@ def test_starting_over_keeps_what_the_earlier_run_made(folder):
     path = train(tiny_training())
     old = path.read_bytes()
     train(tiny_training(resume="never", seed=1))
-    assert path.with_stem(f"{path.stem}.old1").read_bytes() == old != path.read_bytes()
-    assert len([p for p in os.listdir("samples") if ".old1" in p]) == 1
+    assert path.with_stem(f"{path.stem}_old1").read_bytes() == old != path.read_bytes()
+    assert len([p for p in os.listdir("samples") if "_old1" in p]) == 1
 
 
 def test_label_dropout_and_null_class(folder):
