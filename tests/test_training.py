@@ -59,11 +59,11 @@ def test_metrics_have_every_column_and_each_step_once(folder):
     dict(lr_schedule="constant", use_ema=False, warmup_steps=3), dict(use_labels=False, dataset="digits", conditioning="concat")])
 def test_a_resumed_run_equals_an_undisturbed_one_bit_for_bit(folder, options):
     """Stopped in the middle of an epoch and run again, everything ends as if it had not been."""
-    whole = weights(train(tiny_training(iterations=70, batch_size=32, experiment_name="whole", log_every=7, **options)))
-    parts = tiny_training(iterations=70, batch_size=32, experiment_name="parts", log_every=7, checkpoint_rate=20, num_keep_checkpoints=9, **options)
+    whole = weights(train(tiny_training(iterations=60, batch_size=32, experiment_name="whole", log_every=7, **options)))
+    parts = tiny_training(iterations=60, batch_size=32, experiment_name="parts", log_every=7, checkpoint_rate=20, num_keep_checkpoints=9, **options)
     train(parts)
     train(dataclasses.replace(parts, resume_from_checkpoint="checkpoint_40"))
-    resumed = weights(diffuser.checkpoint_path(parts, 70))
+    resumed = weights(diffuser.checkpoint_path(parts, 60))
     for part in ("model", "ema", "optimizer", "step", "lr_schedule"):
         assert (whole[part] is None and resumed[part] is None) or same(whole[part], resumed[part]), part
 
@@ -243,7 +243,7 @@ def test_grids_and_strips_come_at_the_cadence_asked_for(folder):
 @pytest.mark.parametrize("number, code", [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
 def test_a_signal_saves_and_the_same_command_goes_on(folder, number, code):
     """Interrupted while training: exit 130 or 143 after saving; run again, it ends as if undisturbed."""
-    flags = ["--mode", "train", "--dataset", "digits", "--batch_size", "16", "--iterations", "200", "--log_every", "10",
+    flags = ["--mode", "train", "--dataset", "digits", "--batch_size", "16", "--iterations", "120", "--log_every", "5",
              "--timesteps", "50", *TINY_FLAGS]
     command = [sys.executable, str(ROOT / "diffuser.py"), *flags]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, preexec_fn=heed_interrupts)
@@ -254,11 +254,11 @@ def test_a_signal_saves_and_the_same_command_goes_on(folder, number, code):
     _, errors = process.communicate(timeout=60)
     assert process.returncode == code and "the same command goes on" in errors and "Traceback" not in errors
     path = next(folder.rglob("*.pt"))
-    assert 0 < load_checkpoint(path)["step"] < 200
+    assert 0 < load_checkpoint(path)["step"] < 120
     assert subprocess.run(command, capture_output=True, text=True).returncode == 0
     resumed = weights(path)
     assert subprocess.run([*command, "--experiment_name", "whole"], capture_output=True).returncode == 0
-    whole = weights(folder / "checkpoints/whole/checkpoint_200/model.pt")
+    whole = weights(folder / "checkpoints/whole/checkpoint_120/model.pt")
     assert all(same(whole[part], resumed[part]) for part in ("model", "ema", "optimizer", "loss_history"))
     assert [r["step"] for r in rows(next(folder.glob("samples/samples_digits_*")))] == sorted(
         {r["step"] for r in rows(next(folder.glob("samples/samples_digits_*")))}, key=int)
