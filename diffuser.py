@@ -858,8 +858,7 @@ def load_celeba(cfg: Config) -> ImageData:
 def load_folder(cfg: Config) -> ImageData:
     """A folder or ZIP of images; the folder that directly holds them names the class."""
     source = ImageFiles(cfg.path_to_data)
-    shape = (cfg.channels or source.guess_channels(), *image_shape(cfg)[1:])
-    return cached(cfg, Decoder(source, shape), ("folder", *source.fingerprint()), source.class_names)
+    return cached(cfg, Decoder(source, image_shape(cfg, source)), ("folder", *source.fingerprint()), source.class_names)
 
 
 def in_memory(cfg: Config, source, images: Tensor, labels: list[int], names: tuple[str, ...]) -> ImageData:
@@ -898,10 +897,11 @@ DATASETS = {
 }
 
 
-def image_shape(cfg: Config) -> tuple[int, int, int]:
-    """(C, H, W) of the training images: as asked for, else the dataset's own."""
+def image_shape(cfg: Config, files: ImageFiles | None = None) -> tuple[int, int, int]:
+    """(C, H, W) of the training images: as asked for, else the dataset's own; files tell their own channels."""
     channels, height, width = DATASETS[cfg.dataset].shape
-    return cfg.channels or channels, *(cfg.img_size or (height, width))
+    channels = cfg.channels or (files.guess_channels() if files else channels)
+    return channels, *(cfg.img_size or (height, width))
 
 
 @lru_cache(maxsize=1)
@@ -1046,10 +1046,14 @@ def load_data(cfg: Config) -> ImageData:
     return data
 
 
+def held_out_size(images: int, fraction: float) -> int:
+    return min(int(images * fraction), 1000)
+
+
 def split(data: ImageData, fraction: float) -> tuple[Tensor, Tensor]:
     """Indices of the training and of the held-out images, the same for every seed."""
     order = torch.randperm(len(data.images), generator=torch.Generator().manual_seed(0))
-    held_out = min(int(len(order) * fraction), 1000)
+    held_out = held_out_size(len(order), fraction)
     return order[held_out:].sort().values, order[:held_out].sort().values
 
 
@@ -1828,8 +1832,8 @@ def dry_run_report(cfg: Config, runtime: Runtime) -> str:
     dataset, files = DATASETS[cfg.dataset], ImageFiles(cfg.path_to_data) if cfg.dataset == "folder" else None
     classes = list(dataset.classes) if files is None else files.class_names
     images = len(files) if files else dataset.num_images
-    shape = (files.guess_channels(), *image_shape(cfg)[1:]) if files and not cfg.channels else image_shape(cfg)
-    images -= min(int(images * cfg.val_fraction), 1000)
+    shape = image_shape(cfg, files)
+    images -= held_out_size(images, cfg.val_fraction)
     with torch.device("meta"):
         network = build_unet(cfg, shape[0], 0 if cfg.use_labels is False else len(classes))
     batch = cfg.batch_size * cfg.gradient_accumulation_steps
