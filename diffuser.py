@@ -54,6 +54,7 @@ import os
 import re
 import signal
 import sys
+import tempfile
 import threading
 import time
 import warnings
@@ -125,7 +126,13 @@ class Config:
     cosine_s: float = opt(0.008, "offset s of the cosine schedule", lo=0, hi=1, fixed=True)
     scale_betas: bool = opt(False, "multiply beta_start and beta_end by 1000/T", fixed=True)
     prediction: str = opt("eps", "what the network predicts", choices=lambda: PREDICTIONS, fixed=True)
+    zero_terminal_snr: bool = opt(False, "rescale the schedule so that nothing of the image is left at T", fixed=True)
     loss_fn: str = opt("mse", "loss", "--loss_type", choices=lambda: LOSSES, spelled={"l2": "mse", "l1": "mae"})
+    min_snr_gamma: float = opt(0.0, "min-SNR weighting of the loss, usually 5; 0: none", "--snr_gamma", lo=0, hi=1e6)
+    input_perturbation: float = opt(0.0, "extra noise on the network's input, usually 0.1; 0: none", lo=0, hi=10)
+    time_sampling: str = opt("uniform", "how often each timestep is trained", choices=lambda: TIME_DENSITIES)
+    time_mean: float = opt(0.0, "centre: log-odds of t/T (logit_normal), log-SNR (laplace)", lo=-100, hi=100)
+    time_scale: float | None = opt(None, "width: deviation (logit_normal) [1], b (laplace) [0.5]", lo=1e-3, hi=1e3)
 
     base_channels: int = opt(64, "channels of the first level", "--starting_channels", lo=2, hi=4096, fixed=True, ask="wider is better and slower")
     channel_mults: tuple[int, ...] = opt((1, 2, 2), "channel multiplier of each level", lo=1, hi=64, fixed=True)
@@ -136,11 +143,13 @@ class Config:
     head_dim: int = opt(0, "channels per head; 0: use --num_heads", lo=0, hi=4096, fixed=True)
     emb_dim: int = opt(128, "embedding size; the conditioning vector has 4 x emb_dim entries", lo=1, hi=4096, fixed=True, ask="128 does for most")
     dropout: float = opt(0.0, "dropout in the residual blocks", lo=0, hi=0.99)
+    patch_size: int = opt(1, "side of the squares of pixels that the network works on as one: 2 is about four times faster", lo=1, hi=16, fixed=True)
     norm_groups: int = opt(32, "GroupNorm groups, lowered to a divisor of base_channels", lo=1, hi=1024, fixed=True)
     conditioning: str = opt("scale_shift", "how time and class enter: scaling and shifting each block, added to it, or as extra input channels", choices=lambda: ("scale_shift", "add", "concat"), fixed=True)
 
     epochs: int = opt(100, "passes over the data", lo=1, hi=10**7, ask="one pass over the images each")
     iterations: int = opt(0, "optimizer steps; 0: use --epochs", "--num_training_steps", lo=0, hi=10**9)
+    train_minutes: float = opt(0.0, "train for about that long: a few steps are timed, iterations set accordingly; 0: use --epochs", lo=0, hi=10**6)
     batch_size: int = opt(128, "images per step, over all devices", lo=1, hi=10**6, ask="lower it when memory runs out")
     gradient_accumulation_steps: int = opt(1, "micro-batches of batch_size that make one step", lo=1, hi=10**4)
     learning_rate: float = opt(1e-4, "highest learning rate", "--lr", lo=1e-12, hi=10, ask="1e-4 is safe, 1e-3 is fast for small networks")
@@ -170,7 +179,7 @@ class Config:
     num_keep_checkpoints: int = opt(1, "checkpoints to keep", lo=1, hi=10**6)
     num_generations: int = opt(0, "images per class in a grid and rows of a denoising strip; 0: choose", lo=0, hi=1000)
     plot_freq_interval: int = opt(0, "timesteps between the pictures of a denoising strip; 0: no strips in training", lo=0, hi=100_000)
-    preview_steps: int = opt(25, "sampling steps of the grids drawn in training", lo=1, hi=100_000)
+    preview_steps: int = opt(20, "sampling steps of the grids drawn in training", lo=1, hi=100_000)
     log_every: int = opt(50, "steps between rows of metrics.csv", "--log_rate", lo=1, hi=10**9)
     resume: str = opt("auto", "auto: go on from the run's checkpoint; never: start over", choices=lambda: ("auto", "never"))
     resume_from_checkpoint: str = opt("", "go on from this checkpoint: checkpoint_STEP of the experiment, or a path")
@@ -182,15 +191,19 @@ class Config:
     classes: str = opt("", "classes to draw, by name or number: cat,3 or all")
     num_images: int | None = opt(None, "images to draw in all (default: 10 of each class)", lo=1, hi=10**7)
     save_dir: str = opt("", "folder for images/, grid.png and samples.json")
-    sampler: str = opt("ddim", "sampler", choices=lambda: SAMPLERS)
-    steps: int | None = opt(None, "sampling steps (default: 50; ddpm: all T)", lo=1, hi=100_000)
+    sampler: str = opt("dpmpp", "sampler", choices=lambda: SAMPLERS, spelled={"dpm++": "dpmpp"})
+    steps: int | None = opt(None, "sampling steps (default: 25; ddim 50; ddpm all T)", lo=1, hi=100_000)
     spacing: str = opt("trailing", "how the sampling steps lie in 0..T-1", choices=lambda: SPACINGS)
     eta: float = opt(0.0, "noise of ddim: 0 none, 1 as much as ddpm", lo=0, hi=1)
     variance: str = opt("small", "variance of the noise of ddpm: posterior (small) or beta (large)", choices=lambda: ("small", "large"))
     noise_scale: float = opt(1.0, "multiplies the noise added while sampling", lo=0, hi=10)
     use_noise_scaling: bool = opt(False, "let that noise fade in proportion to t/T")
     guidance_scale: float = opt(0.0, "classifier-free guidance w: (1 + w) eps_cond - w eps_uncond", lo=0, hi=1000)
+    guidance_interval: tuple[float, float] | None = opt(None, "noise levels sqrt(1/alpha_bar - 1) between which guidance acts, such as 0.2,2 (default: all)", lo=0, hi=1e9)
+    guide_path: str = opt("", "checkpoint of a weaker model to guide away from, instead of from the image without a label")
+    eps_scale: float = opt(1.0, "divide the predicted noise by this, such as 1.005", lo=0.5, hi=2)
     clip_x0: bool = opt(True, "clip the estimate of x0 to [-1, 1] at every step")
+    dynamic_threshold: float = opt(0.0, "clip it to this quantile of its own size instead, such as 0.995; 0: no", lo=0, hi=1)
     start: str = opt("matched", "start from the Gaussian that matches q(x_T), or from N(0, I)", choices=lambda: ("matched", "gaussian"))
     sequential: bool = opt(False, "draw one image at a time: the same images, slower")
     sample_batch_size: int = opt(250, "images drawn at a time", lo=1, hi=10**6)
@@ -209,7 +222,7 @@ LOCAL = {
     "mode", "device", "yes", "dry_run", "debug", "data_dir", "path_to_data", "experiment_name", "recipe",
     "working_directory", "generated_directory", "resume", "resume_from_checkpoint", "use_wandb", "use_tensorboard",
     "project_name", "num_gpus", "num_workers", "precision", "compile", "channels_last", "model_path", "classes",
-    "num_images", "save_dir", "trajectory"}
+    "num_images", "save_dir", "trajectory", "guide_path"}
 
 # The recommended settings of each dataset.
 PRESETS = {
@@ -232,6 +245,13 @@ PRESETS = {
                    channel_mults=(1, 2, 2, 4), attention_levels=(2,), epochs=100),
 }
 
+# What benchmarks/ found best for a dataset: see its README for the experiments.
+BEST = {
+    "digits": dict(),
+    "mnist": dict(),
+    "cifar10": dict(),
+}
+
 # Whole configurations: ho2020 is DDPM's CIFAR-10 network and training (Ho et al. 2020, appendix B).
 RECIPES = {
     "ho2020": dict(base_channels=128, channel_mults=(1, 2, 2, 2), num_res_blocks=2, attention_levels=(1,), num_heads=1,
@@ -243,6 +263,7 @@ RECIPES = {
                         attention_levels=(1, 2, 3), batch_size=16, learning_rate=1e-4, warmup_steps=5000,
                         lr_schedule="cosine", weight_decay=1e-4, max_grad_norm=1.0, iterations=100_000,
                         checkpoint_rate=5000, num_keep_checkpoints=2, num_generations=5, plot_freq_interval=100),
+    "best": dict(),
 }
 
 
@@ -258,7 +279,7 @@ def parse_value(name: str, text: str):
         elif kind in (int, float):
             value = kind(text)
         else:
-            value = tuple(int(n) for n in re.split(r"[,x\s]+", text.strip("[]() ")) if n)
+            value = tuple(get_args(kind)[0](n) for n in re.split(r"[,x\s]+", text.strip("[]() ")) if n)
             value = value * 2 if kind == tuple[int, int] and len(value) == 1 else value
     except (KeyError, ValueError):
         wanted = {bool: "True or False", int: "a whole number", float: "a number"}.get(kind, "numbers such as 1,2,2")
@@ -273,10 +294,11 @@ def check_value(name: str, value) -> None:
     if (value is None and default is None) or value == default == "":
         return
     entries = value if isinstance(value, tuple) else (value,)
-    allowed = {bool: bool, str: str, float: (int, float)}.get(kind, int)
+    pair = kind in (tuple[int, int], tuple[float, float])
+    allowed = {bool: bool, str: str, int: int, tuple[int, int]: int, tuple[int, ...]: int}.get(kind, (int, float))
     fits = all(isinstance(e, allowed) and (kind is bool or not isinstance(e, bool)) for e in entries)
     if (not fits or isinstance(value, tuple) != (kind not in (bool, str, int, float))
-            or (kind == tuple[int, int] and len(entries) != 2)):
+            or (pair and len(entries) != 2)):
         raise UserError(f"--{name} cannot be {value!r}")
     if meta["choices"] and value not in meta["choices"]():
         raise UserError(f"--{name} is one of {', '.join(map(str, meta['choices']()))}, not {value!r}")
@@ -291,6 +313,10 @@ def check(cfg: Config) -> None:
         check_value(name, getattr(cfg, name))
     if cfg.beta_end < cfg.beta_start:
         raise UserError(f"--beta_end {cfg.beta_end:g} is below --beta_start {cfg.beta_start:g}: noise has to grow")
+    if cfg.prediction == "eps" and cfg.zero_terminal_snr:
+        raise UserError("--zero_terminal_snr needs --prediction v or x0: at T the noise tells nothing of the image")
+    if cfg.eps_scale != 1 and cfg.zero_terminal_snr:
+        raise UserError("--eps_scale does not go with --zero_terminal_snr: at T there is no image to scale against")
     if levels == 0:
         raise UserError("--channel_mults needs one entry per level, such as 1,2,2")
     if cfg.use_attention:
@@ -305,26 +331,30 @@ def check(cfg: Config) -> None:
     if cfg.steps and cfg.steps > cfg.timesteps:
         raise UserError(f"--steps {cfg.steps} is more than the {cfg.timesteps} timesteps of the schedule")
     if cfg.dataset:
-        check_image_size(*image_shape(cfg)[1:], levels)
+        check_image_size(*image_shape(cfg)[1:], levels, cfg.patch_size)
 
 
-def check_image_size(height: int, width: int, levels: int) -> None:
+def check_image_size(height: int, width: int, levels: int, patch_size: int = 1) -> None:
     """Each level below the first halves the image: raise UserError for a size that cannot be halved."""
-    unit = 2 ** (levels - 1)
+    unit = patch_size * 2 ** (levels - 1)
     if height % unit or width % unit:
         near = [" or ".join(dict.fromkeys(str(max(unit, f(n / unit) * unit)) for f in (math.floor, math.ceil)))
                 for n in (height, width)]
-        raise UserError(f"image size {height}x{width} cannot be halved {levels - 1} times: nearest that can are "
-                        f"height {near[0]}, width {near[1]} (--img_size), or use fewer --channel_mults")
+        raise UserError(f"image size {height}x{width} does not divide by {unit}, as {levels} levels need: nearest that "
+                        f"do are height {near[0]}, width {near[1]} (--img_size), or use fewer --channel_mults")
 
 
 def given_values(given: dict) -> dict:
     """Options asked for: a recipe's, overridden by flags. A path to images means dataset folder."""
     given = dict(given)
-    if "epochs" in given:
-        given.setdefault("iterations", 0)                                    # epochs asked for beat iterations stored
+    if given.get("epochs") or given.get("iterations"):                       # a length asked for beats one stored
+        given = {"iterations": 0, "train_minutes": 0.0, **given}
     if given.get("path_to_data") and not given.get("dataset"):
         given["dataset"] = "folder"
+    if given.get("recipe") == "best" and given.get("dataset"):
+        if given["dataset"] not in BEST:
+            raise UserError(f"--recipe best knows {', '.join(BEST)}, not {given['dataset']}: leave it out")
+        return {**BEST[given["dataset"]], **given}
     return {**RECIPES.get(given.get("recipe", ""), {}), **given}
 
 
@@ -387,58 +417,137 @@ def alpha_bar_table(cfg: Config) -> Tensor:
     beta = SCHEDULES[cfg.schedule_type](cfg.timesteps, cfg.beta_start * scale, cfg.beta_end * scale, cfg.cosine_s)
     if beta.min() < 0 or beta.max() >= 1:
         raise UserError(f"--scale_betas makes betas up to {beta.max():g} with T = {cfg.timesteps}: lower --beta_end")
-    return torch.cumprod(1 - beta, 0)
+    alpha_bar = torch.cumprod(1 - beta, 0)
+    return zero_terminal_snr(alpha_bar) if cfg.zero_terminal_snr else alpha_bar
+
+
+def zero_terminal_snr(alpha_bar: Tensor) -> Tensor:
+    """Shift and stretch sqrt(alpha_bar) so that it ends at 0 and begins as it did (2305.08891, algorithm 1)."""
+    root = alpha_bar.sqrt()
+    return ((root - root[-1]) * root[0] / (root[0] - root[-1])) ** 2
 
 
 # ------------------------------------------------------------------------------------------------
 # 3  Diffusion
 # The forward process, the one place where a network's output becomes (x0_hat, eps_hat), and the loss.
 
-# What the network learns, and x0 from what it says; a = sqrt(alpha_bar_t), s = sqrt(1 - alpha_bar_t).
+
+@dataclass(frozen=True)
+class Prediction:
+    """What a network learns. a = sqrt(alpha_bar_t), s = sqrt(1 - alpha_bar_t), snr = a^2 / s^2.
+
+    target(x0, eps, a, s); x0_from(out, xt, a, s); min_snr(snr, gamma): the weight under which its squared
+    error is that of x0 times min(snr, gamma) (2303.09556, sec. 3.4).
+    """
+
+    target: Callable
+    x0_from: Callable
+    min_snr: Callable
+
+
 PREDICTIONS = {
-    "eps": (lambda x0, eps, a, s: eps, lambda out, xt, a, s: (xt - s * out) / a),             # DDPM, eq. 12
-    "v": (lambda x0, eps, a, s: a * eps - s * x0, lambda out, xt, a, s: a * xt - s * out),    # 2202.00512, sec. 4
-    "x0": (lambda x0, eps, a, s: x0, lambda out, xt, a, s: out),
+    "eps": Prediction(lambda x0, eps, a, s: eps,
+                      lambda out, xt, a, s: (xt - s * out) / a,                                # DDPM, eq. 12
+                      lambda snr, gamma: (gamma / snr).clamp(max=1)),
+    "v": Prediction(lambda x0, eps, a, s: a * eps - s * x0,                                    # 2202.00512, sec. 4
+                    lambda out, xt, a, s: a * xt - s * out,
+                    lambda snr, gamma: snr.clamp(max=gamma) / (snr + 1)),
+    "x0": Prediction(lambda x0, eps, a, s: x0,
+                     lambda out, xt, a, s: out,
+                     lambda snr, gamma: snr.clamp(max=gamma)),
 }
 
 LOSSES = {"mse": F.mse_loss, "mae": F.l1_loss, "huber": F.huber_loss}
 
 
+# How often each timestep is trained: weights [T] from alpha_bar, the centre and the width.
+TIME_DENSITIES = {
+    "uniform": lambda alpha_bar, mean, scale: torch.ones_like(alpha_bar),
+    # t / T = sigmoid(n), n ~ N(mean, scale^2) (2403.03206, eq. 19)
+    "logit_normal": lambda alpha_bar, mean, scale: logit_normal((torch.arange(len(alpha_bar)) + 0.5) / len(alpha_bar),
+                                                                mean, scale or 1.0),
+    # log-SNR ~ Laplace(mean, scale) (2407.03297, table 1)
+    "laplace": lambda alpha_bar, mean, scale: laplace(2 * half_log_snr(alpha_bar), mean, scale or 0.5),
+}
+
+
+def half_log_snr(alpha_bar: Tensor) -> Tensor:
+    """log(sqrt(alpha_bar) / sqrt(1 - alpha_bar)), falling with t; where no signal is left a little counts as there."""
+    return (alpha_bar.clamp(min=alpha_bar[alpha_bar > 0].min() / 100) / (1 - alpha_bar)).log() / 2
+
+
+def logit_normal(time: Tensor, mean: float, scale: float) -> Tensor:
+    """Density of sigmoid(n), n ~ N(mean, scale^2), at times in (0, 1), up to a factor."""
+    return torch.exp(-((torch.logit(time) - mean) / scale) ** 2 / 2) / (time * (1 - time))
+
+
+def laplace(log_snr: Tensor, mean: float, scale: float) -> Tensor:
+    """Weights of timesteps under which their log-SNR is Laplace(mean, scale): density times spacing."""
+    return torch.exp(-(log_snr - mean).abs() / scale) * torch.gradient(-log_snr)[0]
+
+
 class Diffusion:
     """q(x_t | x_0) = N(sqrt(alpha_bar_t) x0, (1 - alpha_bar_t) I), and what a network says about it.
 
-    alpha_bar: float64 [T]; prediction: a key of PREDICTIONS; loss_fn: a key of LOSSES.
+    alpha_bar: float64 [T]; prediction: a key of PREDICTIONS; loss_fn: a key of LOSSES; min_snr_gamma: 0 for
+    no weighting; time_weights: float64 [T], how often each timestep is trained, by default alike.
     """
 
-    def __init__(self, alpha_bar: Tensor, prediction: str = "eps", loss_fn: str = "mse", device="cpu"):
+    def __init__(self, alpha_bar: Tensor, prediction: str = "eps", loss_fn: str = "mse", device="cpu",
+                 min_snr_gamma: float = 0.0, time_weights: Tensor | None = None):
         self.alpha_bar, self.T = alpha_bar, len(alpha_bar)
-        self.target, self.x0_from = PREDICTIONS[prediction]
-        self.loss_fn = LOSSES[loss_fn]
-        self.signal = alpha_bar.sqrt().float().to(device)                    # [T]
-        self.noise = (1 - alpha_bar).sqrt().float().to(device)               # [T]
+        self.prediction, self.loss_fn = PREDICTIONS[prediction], LOSSES[loss_fn]
+        snr, ones = alpha_bar / (1 - alpha_bar), torch.ones_like(alpha_bar)
+        weight = self.prediction.min_snr(snr, min_snr_gamma) if min_snr_gamma else ones
+        cdf = torch.cumsum(ones if time_weights is None else time_weights, 0)
+        tables = alpha_bar.sqrt(), (1 - alpha_bar).sqrt(), weight, cdf / cdf[-1]
+        self.signal, self.noise, self.weight, self.time_cdf = (table.float().to(device) for table in tables)  # [T] each
 
     def scales(self, t: Tensor) -> tuple[Tensor, Tensor]:
         """sqrt(alpha_bar_t) and sqrt(1 - alpha_bar_t), each [N, 1, 1, 1]."""
         return self.signal[t].view(-1, 1, 1, 1), self.noise[t].view(-1, 1, 1, 1)
+
+    def timesteps(self, u: Tensor) -> Tensor:
+        """Timesteps to train on, int64 [N], from uniform numbers [N] in [0, 1): the inverse of their distribution."""
+        return torch.searchsorted(self.time_cdf, u, right=True).clamp(max=self.T - 1)
 
     def q_sample(self, x0: Tensor, t: Tensor, eps: Tensor) -> Tensor:
         """x_t for noise eps (DDPM, eq. 4)."""
         a, s = self.scales(t)
         return a * x0 + s * eps
 
-    def estimates(self, out: Tensor, xt: Tensor, t: Tensor, clip: bool = True) -> tuple[Tensor, Tensor]:
-        """(x0_hat, eps_hat) from the network's output. After clipping x0_hat to [-1, 1], eps_hat is the
-        noise that goes with it, so that the two always add up to x_t."""
+    def estimates(self, out: Tensor, xt: Tensor, t: Tensor, clip: bool = True, dynamic_threshold: float = 0.0,
+                  eps_scale: float = 1.0) -> tuple[Tensor, Tensor]:
+        """(x0_hat, eps_hat) from the network's output.
+
+        The noise in it is divided by eps_scale (2308.15321). Then x0_hat is clipped to [-1, 1], or to the
+        dynamic_threshold-quantile of its own size; eps_hat goes with it, so that the two always add up to x_t.
+        """
         a, s = self.scales(t)
-        x0_hat = self.x0_from(out, xt, a, s)
-        x0_hat = x0_hat.clamp(-1, 1) if clip else x0_hat
+        x0_hat = self.prediction.x0_from(out, xt, a, s)
+        if eps_scale != 1:
+            x0_hat = x0_hat / eps_scale + (1 - 1 / eps_scale) * xt / a
+        if dynamic_threshold:                                                # Imagen, 2205.11487, sec. 2.3
+            limit = x0_hat.flatten(1).abs().quantile(dynamic_threshold, dim=1).clamp(min=1).view(-1, 1, 1, 1)
+            x0_hat = x0_hat.clamp(-limit, limit) / limit
+        elif clip:
+            x0_hat = x0_hat.clamp(-1, 1)
         return x0_hat, (xt - a * x0_hat) / s
 
-    def loss(self, network: Callable, x0: Tensor, t: Tensor, eps: Tensor, y: Tensor | None = None) -> Tensor:
-        """Loss of each sample, float [N] (DDPM, eq. 14, for eps and mse). network: (xt, t, y) -> [N, C, H, W]."""
-        out = network(self.q_sample(x0, t, eps), t, y).float()
-        target = self.target(x0, eps, *self.scales(t))
-        return self.loss_fn(out, target, reduction="none").flatten(1).mean(1)
+    def loss(self, network: Callable, x0: Tensor, t: Tensor, eps: Tensor, y: Tensor | None = None,
+             noise: Tensor | None = None) -> Tensor:
+        """Loss of each sample, float [N] (DDPM, eq. 14, for eps and mse). network: (xt, t, y) -> [N, C, H, W];
+        noise: what is added to x0 where that is not eps."""
+        out = network(self.q_sample(x0, t, eps if noise is None else noise), t, y).float()
+        target = self.prediction.target(x0, eps, *self.scales(t))
+        return self.loss_fn(out, target, reduction="none").flatten(1).mean(1) * self.weight[t]
+
+
+def build_diffusion(cfg: Config, device) -> Diffusion:
+    """The configured forward process and loss."""
+    alpha_bar = alpha_bar_table(cfg)
+    weights = TIME_DENSITIES[cfg.time_sampling](alpha_bar, cfg.time_mean, cfg.time_scale)
+    return Diffusion(alpha_bar, cfg.prediction, cfg.loss_fn, device, cfg.min_snr_gamma, weights)
 
 
 # ------------------------------------------------------------------------------------------------
@@ -501,15 +610,16 @@ class UNet(nn.Module):
     """(xt [N, C, H, W], t [N], y [N] or None) -> [N, C, H, W], in the terms of `prediction`.
 
     image_channels: C. num_classes: 0 for an unconditional network; label num_classes is the null class,
-    taken where y is None. H and W must divide by 2 ** (levels - 1). Other arguments: see Config.
+    taken where y is None. H and W must divide by patch_size * 2 ** (levels - 1). Other arguments: see Config.
     """
 
     def __init__(self, image_channels: int, num_classes: int = 0, *, base_channels: int = 64,
                  channel_mults: tuple[int, ...] = (1, 2, 2), num_res_blocks: int = 2, use_attention: bool = True,
                  attention_levels: tuple[int, ...] = (), num_heads: int = 4, head_dim: int = 0, emb_dim: int = 128,
-                 dropout: float = 0.0, norm_groups: int = 32, conditioning: str = "scale_shift"):
+                 dropout: float = 0.0, patch_size: int = 1, norm_groups: int = 32, conditioning: str = "scale_shift"):
         super().__init__()
-        self.base_channels, self.num_classes = base_channels, num_classes
+        self.base_channels, self.num_classes, self.patch_size = base_channels, num_classes, patch_size
+        image_channels *= patch_size**2
         self.concat = conditioning == "concat"
         emb = emb_dim if self.concat else 4 * emb_dim
         groups = math.gcd(norm_groups, base_channels)
@@ -563,6 +673,7 @@ class UNet(nn.Module):
         return F.pad(torch.cat([angle.cos(), angle.sin()], dim=1), (0, self.base_channels % 2))
 
     def forward(self, xt: Tensor, t: Tensor, y: Tensor | None = None) -> Tensor:
+        xt = F.pixel_unshuffle(xt, self.patch_size)                          # [N, C p^2, H/p, W/p]
         vectors = [self.time_mlp(self.embed_time(t))]                        # [N, emb] each
         if self.class_embedding is not None:
             vectors.append(self.class_embedding(torch.full_like(t, self.num_classes) if y is None else y))
@@ -581,7 +692,7 @@ class UNet(nn.Module):
             h = block(h, cond)
         for module in self.up:
             h = module(torch.cat([h, skips.pop()], 1), cond) if isinstance(module, ResBlock) else module(h)
-        return self.conv_out(F.silu(self.norm_out(h)))
+        return F.pixel_shuffle(self.conv_out(F.silu(self.norm_out(h))), self.patch_size)
 
 
 def build_unet(cfg: Config, image_channels: int, num_classes: int) -> UNet:
@@ -589,7 +700,7 @@ def build_unet(cfg: Config, image_channels: int, num_classes: int) -> UNet:
     return UNet(image_channels, num_classes, base_channels=cfg.base_channels, channel_mults=cfg.channel_mults,
                 num_res_blocks=cfg.num_res_blocks, use_attention=cfg.use_attention, num_heads=cfg.num_heads,
                 attention_levels=cfg.attention_levels, head_dim=cfg.head_dim, emb_dim=cfg.emb_dim, dropout=cfg.dropout,
-                norm_groups=cfg.norm_groups, conditioning=cfg.conditioning)
+                patch_size=cfg.patch_size, norm_groups=cfg.norm_groups, conditioning=cfg.conditioning)
 
 
 # ------------------------------------------------------------------------------------------------
@@ -599,11 +710,39 @@ def build_unet(cfg: Config, image_channels: int, num_classes: int) -> UNet:
 
 Denoiser = Callable[[Tensor, int], tuple[Tensor, Tensor]]
 
-# Where n sampling steps lie in 0..T-1, from T-1 down (Lin et al. 2023, 2305.08891, table 2).
+# Where n sampling steps lie in 0..T-1, from T-1 down, given T and alpha_bar.
 SPACINGS = {
-    "trailing": lambda T, n: [round(T - i * T / n) - 1 for i in range(n)],
-    "linear": lambda T, n: [round((T - 1) * (1 - i / max(n - 1, 1))) for i in range(n)],
+    "trailing": lambda T, alpha_bar, n: [round(T - i * T / n) - 1 for i in range(n)],              # 2305.08891, table 2
+    "linear": lambda T, alpha_bar, n: [round((T - 1) * (1 - i / max(n - 1, 1))) for i in range(n)],
+    "quadratic": lambda T, alpha_bar, n: [round((T - 1) * (1 - i / n) ** 2) for i in range(n)],    # 2010.02502, D.2
+    "logsnr": lambda T, alpha_bar, n: even_in_log_snr(half_log_snr(alpha_bar), n),                 # 2206.00927, 3.4
 }
+
+
+def even_in_log_snr(half_log_snr: Tensor, n: int) -> list[int]:
+    """T-1, and the timesteps whose log-SNR is nearest to equally spaced values, the last one short of t = 0's. They
+    begin where half of it is -5.1 or higher: schedules such as cosine fall endlessly at their end."""
+    wanted = torch.linspace(max(half_log_snr[-1].item(), -5.1), half_log_snr[0], n + 1, dtype=torch.float64)[1:n]
+    return [len(half_log_snr) - 1, *(half_log_snr[None] - wanted[:, None]).abs().argmin(1).tolist()]
+
+
+def sampling_steps(cfg: Config) -> int:
+    """How many steps the configured sampler takes: as asked for, else its own number."""
+    return cfg.steps or min(cfg.timesteps, DEFAULT_STEPS.get(cfg.sampler, cfg.timesteps))
+
+
+def sampling_grid(cfg: Config, alpha_bar: Tensor) -> list[int]:
+    """The timesteps that it visits: from T-1 down, each at most once."""
+    ts = SPACINGS[cfg.spacing](cfg.timesteps, alpha_bar, sampling_steps(cfg))
+    for i in range(1, len(ts)):                                              # neighbours may round to the same one
+        ts[i] = min(ts[i], ts[i - 1] - 1)
+    return [max(t, len(ts) - 1 - i) for i, t in enumerate(ts)]
+
+
+def intervals(ts: list[int], alpha_bar: Tensor) -> Iterator[tuple[int, float, int, float]]:
+    """The steps of a descending grid: (t, alpha_bar_t, t_next, its alpha_bar); the last leads to -1, the image."""
+    for t, t_next in zip(ts, [*ts[1:], -1], strict=True):
+        yield t, alpha_bar[t].item(), t_next, alpha_bar[t_next].item() if t_next >= 0 else 1.0
 
 
 def ddim(denoise: Denoiser, xT: Tensor, ts: list[int], alpha_bar: Tensor, draw_noise: Callable[[], Tensor], *,
@@ -615,14 +754,47 @@ def ddim(denoise: Denoiser, xT: Tensor, ts: list[int], alpha_bar: Tensor, draw_n
     posterior's (small) or beta_t (large). noise_scale multiplies the noise, `fade` by t / T as well.
     """
     x, T = xT, len(alpha_bar)
-    for t, t_prev in zip(ts, [*ts[1:], -1], strict=True):
-        ab, ab_prev = alpha_bar[t].item(), alpha_bar[t_prev].item() if t_prev >= 0 else 1.0
+    for t, ab, _, ab_next in intervals(ts, alpha_bar):
         x0_hat, eps_hat = denoise(x, t)
-        large = eta * math.sqrt(1 - ab / ab_prev)                            # DDIM sec. 4, sigma hat
-        sigma = large * math.sqrt((1 - ab_prev) / (1 - ab))                  # DDIM eq. 16
-        x = math.sqrt(ab_prev) * x0_hat + math.sqrt(max(1 - ab_prev - sigma**2, 0)) * eps_hat
+        large = eta * math.sqrt(1 - ab / ab_next)                            # DDIM sec. 4, sigma hat
+        sigma = large * math.sqrt((1 - ab_next) / (1 - ab))                  # DDIM eq. 16
+        x = math.sqrt(ab_next) * x0_hat + math.sqrt(max(1 - ab_next - sigma**2, 0)) * eps_hat
         if sigma > 0:                                                        # the last step adds none
             x = x + noise_scale * (t / T if fade else 1) * (large if variance == "large" else sigma) * draw_noise()
+        yield t, x, x0_hat
+
+
+def dpmpp(denoise: Denoiser, xT: Tensor, ts: list[int], alpha_bar: Tensor,
+          draw_noise: Callable[[], Tensor] | None = None) -> Iterator[tuple[int, Tensor, Tensor]]:
+    """DPM-Solver++(2M) (2211.01095, algorithm 2): DDIM steps with x0_hat extrapolated, in half the log-SNR, to
+    the middle of the step; second order for one network call. The first and the last step are DDIM's."""
+    x, x0_before, h_before = xT, None, math.inf
+    for t, ab, t_next, ab_next in intervals(ts, alpha_bar):
+        x0_hat, _ = denoise(x, t)
+        x0, h = x0_hat, math.inf                                             # from nothing, or to the image itself
+        if t_next >= 0 and ab > 0:
+            h = (math.log(ab_next / (1 - ab_next)) - math.log(ab / (1 - ab))) / 2
+            if x0_before is not None:
+                x0 = x0_hat + h / (2 * h_before) * (x0_hat - x0_before)
+        x = math.sqrt(ab_next) * x0 + math.sqrt((1 - ab_next) / (1 - ab)) * (x - math.sqrt(ab) * x0)
+        x0_before, h_before = x0_hat, h
+        yield t, x, x0_hat
+
+
+def heun(denoise: Denoiser, xT: Tensor, ts: list[int], alpha_bar: Tensor,
+         draw_noise: Callable[[], Tensor] | None = None) -> Iterator[tuple[int, Tensor, Tensor]]:
+    """Heun's method in x / sqrt(alpha_bar) over sigma (EDM, 2206.00364, algorithm 1): a DDIM step, then again
+    with the mean of the noise at both ends. Two network calls a step, but one at the last and where sigma > 1000:
+    from there the slope of the far end says nothing of this one's."""
+    x = xT
+    for t, ab, t_next, ab_next in intervals(ts, alpha_bar):
+        x0_hat, eps = denoise(x, t)
+        x0 = x0_hat
+        if t_next >= 0 and ab > 1e-6:
+            ahead = math.sqrt(ab_next) * x0_hat + math.sqrt(1 - ab_next) * eps
+            eps = (eps + denoise(ahead, t_next)[1]) / 2
+            x0 = (x - math.sqrt(1 - ab) * eps) / math.sqrt(ab)
+        x = math.sqrt(ab_next) * x0 + math.sqrt(1 - ab_next) * eps
         yield t, x, x0_hat
 
 
@@ -631,29 +803,37 @@ def configured_ddim(cfg: Config, eta: float) -> Callable:
 
 
 # To add a sampler: write its function and name it here, with the options it takes from the settings.
-SAMPLERS = {"ddpm": lambda cfg: configured_ddim(cfg, 1.0), "ddim": lambda cfg: configured_ddim(cfg, cfg.eta)}
-
-
-def sampling_grid(cfg: Config) -> list[int]:
-    """The timesteps that the configured sampler visits, from T-1 down."""
-    steps = cfg.steps or (cfg.timesteps if cfg.sampler == "ddpm" else min(50, cfg.timesteps))
-    return SPACINGS[cfg.spacing](cfg.timesteps, steps)
+SAMPLERS = {
+    "dpmpp": lambda cfg: dpmpp,
+    "heun": lambda cfg: heun,
+    "ddim": lambda cfg: configured_ddim(cfg, cfg.eta),
+    "ddpm": lambda cfg: configured_ddim(cfg, 1.0),
+}
+DEFAULT_STEPS = {"dpmpp": 25, "heun": 25, "ddim": 50}                        # others visit every timestep
 
 
 def make_denoiser(network: Callable, diffusion: Diffusion, y: Tensor | None, null: int, guidance_scale: float = 0.0,
-                  clip: bool = True) -> Denoiser:
-    """The denoiser for labels y; with guidance one network call on both halves of a doubled batch."""
-    guided = y is not None and guidance_scale > 0
+                  interval: tuple[float, float] | None = None, guide: Callable | None = None, **conversion) -> Denoiser:
+    """The denoiser for labels y. With guidance w its output is (1 + w) out - w weak: the weak one is the network's
+    for the null label, from one call on a doubled batch (2207.12598, eq. 6), or that of a weaker network, the
+    guide (2406.02507, eq. 3). interval: noise levels sigma between which it acts (2404.07724, eq. 6).
+    conversion: options of Diffusion.estimates."""
+    low, high = interval or (0, math.inf)
+    sigma = ((1 - diffusion.alpha_bar) / diffusion.alpha_bar).sqrt().tolist()
+    guided = guidance_scale > 0 and (guide is not None or y is not None)
 
     def denoise(xt: Tensor, t: int) -> tuple[Tensor, Tensor]:
         ts = torch.full((len(xt),), t, device=xt.device)
-        if guided:
-            both = network(torch.cat([xt, xt]), torch.cat([ts, ts]), torch.cat([y, torch.full_like(y, null)]))
-            cond, uncond = both.float().chunk(2)
-            out = (1 + guidance_scale) * cond - guidance_scale * uncond      # 2207.12598, eq. 6
-        else:
+        if not guided or not low <= sigma[t] <= high:
             out = network(xt, ts, y).float()
-        return diffusion.estimates(out, xt, ts, clip)
+        else:
+            if guide is not None:
+                strong, weak = network(xt, ts, y).float(), guide(xt, ts, y).float()
+            else:
+                both = network(torch.cat([xt, xt]), torch.cat([ts, ts]), torch.cat([y, torch.full_like(y, null)]))
+                strong, weak = both.float().chunk(2)
+            out = (1 + guidance_scale) * strong - guidance_scale * weak
+        return diffusion.estimates(out, xt, ts, **conversion)
 
     return denoise
 
@@ -700,7 +880,7 @@ class Model:
     """A network with all that drawing images needs; `load` makes one from a checkpoint.
 
     shape: (C, H, W). class_names: empty for an unconditional network. autocast: makes the context
-    the network runs in.
+    the network runs in. guide: a weaker network, for autoguidance.
     """
 
     network: nn.Module
@@ -710,6 +890,7 @@ class Model:
     shape: tuple[int, int, int]
     class_names: list[str]
     autocast: Callable = nullcontext
+    guide: nn.Module | None = None
 
     @property
     def device(self):
@@ -729,14 +910,19 @@ class Model:
         xT, alpha_bar = noise(), self.diffusion.alpha_bar
         if cfg.start == "matched":
             xT = self.moments.start(xT, y, alpha_bar[-1].item())
+        ts = sampling_grid(cfg, alpha_bar)
+        yield from SAMPLERS[cfg.sampler](cfg)(self.denoiser(y, cfg), xT, ts, alpha_bar, noise)
 
-        def network(*inputs):
+    def denoiser(self, y: Tensor, cfg: Config) -> Denoiser:
+        """What the samplers see of the network, for labels y [N]."""
+        def run(network: Callable, *inputs) -> Tensor:
             with self.autocast():
-                return self.network(*inputs)
+                return network(*inputs)
 
-        denoise = make_denoiser(network, self.diffusion, y if self.class_names else None, len(self.class_names),
-                                cfg.guidance_scale, cfg.clip_x0)
-        yield from SAMPLERS[cfg.sampler](cfg)(denoise, xT, sampling_grid(cfg), alpha_bar, noise)
+        return make_denoiser(
+            partial(run, self.network), self.diffusion, y if self.class_names else None, len(self.class_names),
+            cfg.guidance_scale, cfg.guidance_interval, partial(run, self.guide) if self.guide else None,
+            clip=cfg.clip_x0, dynamic_threshold=cfg.dynamic_threshold, eps_scale=cfg.eps_scale)
 
     def draw(self, labels: list[int], cfg: Config, progress: Callable = lambda: None, first=0) -> Iterator[Tensor]:
         """Images number first, first + 1, ... for labels in batches, uint8 [n, C, H, W] each; progress() after
@@ -767,7 +953,7 @@ class Model:
         """Loss of each image, float [N], at a random timestep each. images: uint8 [N, C, H, W]; labels: int64
         [N], by default none."""
         random, x0 = generator(seed, STREAM_VALIDATION), from_uint8(images)
-        t = torch.randint(self.diffusion.T, (len(x0),), generator=random)
+        t = torch.randint(self.diffusion.T, (len(x0),), generator=random)  # uniform, whatever training prefers
         batch = x0, t, torch.randn(x0.shape, generator=random), labels
         batch = (None if v is None else v.to(self.device) for v in batch)
         return self.diffusion.loss(self.network, *batch)
@@ -1279,7 +1465,7 @@ def save_grid(images: Tensor, path: Path, column_names: list[str], columns: int 
 def draw_with_bar(model: Model, labels: list[int], cfg: Config, first: int = 0) -> Iterator[Tensor]:
     """Model.draw with a progress bar over the network's steps."""
     batches = math.ceil(len(labels) / (1 if cfg.sequential else cfg.sample_batch_size))
-    total = batches * len(sampling_grid(cfg))
+    total = batches * sampling_steps(cfg)
     with tqdm(total=total, desc="sampling", unit="step", leave=False, disable=None) as bar:
         yield from model.draw(labels, cfg, bar.update, first)
 
@@ -1287,7 +1473,7 @@ def draw_with_bar(model: Model, labels: list[int], cfg: Config, first: int = 0) 
 def save_strip(model: Model, labels: list[int], cfg: Config, path: Path, first: int = 0) -> None:
     """The way from noise to image: a row per label, columns every plot_freq_interval timesteps (or ten in all)."""
     every = cfg.plot_freq_interval or max(1, cfg.timesteps // 10)
-    frames, last, final = [], cfg.timesteps + every, sampling_grid(cfg)[-1]
+    frames, last, final = [], cfg.timesteps + every, sampling_grid(cfg, model.diffusion.alpha_bar)[-1]
     for t, x, _ in model.sample(labels, cfg, first):
         if last - t >= every or t == final:
             frames.append(to_uint8(x))
@@ -1445,13 +1631,31 @@ def load(path: str | Path, device: str = "auto", **settings) -> Model:
 
 
 def restore(state: dict, cfg: Config, runtime: Runtime | None = None) -> Model:
-    """The model in the content of a checkpoint."""
+    """The model in the content of a checkpoint. Raises UserError for a guide that does not fit it."""
     runtime = runtime or Runtime(cfg)
+    guide = network_of(load_guide(cfg.guide_path, state), runtime.device) if cfg.guide_path else None
+    return Model(network_of(state, runtime.device, cfg), build_diffusion(cfg, runtime.device),
+                 Moments(**state["moments"]).to(runtime.device), cfg, tuple(state["shape"]), state["class_names"],
+                 runtime.autocast, guide)
+
+
+def network_of(state: dict, device, cfg: Config | None = None) -> UNet:
+    """The network in a checkpoint's content, by default as it was configured, averaged where it is."""
+    cfg = cfg or configure(state["config"])
     network = build_unet(cfg, state["shape"][0], len(state["class_names"]))
     network.load_state_dict((cfg.use_ema and state["ema"]) or state["model"])
-    diffusion = Diffusion(alpha_bar_table(cfg), cfg.prediction, cfg.loss_fn, runtime.device)
-    return Model(network.to(runtime.device).eval(), diffusion, Moments(**state["moments"]).to(runtime.device), cfg,
-                 tuple(state["shape"]), state["class_names"], runtime.autocast)
+    return network.to(device).eval()
+
+
+def load_guide(path: str, state: dict) -> dict:
+    """The content of a guide's checkpoint. Raises UserError where its outputs mean something else."""
+    guide = load_checkpoint(path)
+    ours, theirs = (dict(schedule=alpha_bar_table(cfg := configure(s["config"])).tolist(), images=list(s["shape"]),
+                         prediction=cfg.prediction, classes=s["class_names"]) for s in (state, guide))
+    differing = [name for name in ours if ours[name] != theirs[name]]
+    if differing:
+        raise UserError(f"--guide_path {path} does not fit the model: its {' and '.join(differing)} differ")
+    return guide
 
 
 # ------------------------------------------------------------------------------------------------
@@ -1525,7 +1729,7 @@ class Training:
             raise UserError(f"--batch_size {cfg.batch_size} is too small for {runtime.world} processes")
         self.batches = Batches(data, indices, self.size, flip, cfg.seed, runtime.device, runtime.rank, runtime.world)
         self.total = cfg.iterations or cfg.epochs * self.batches.steps_per_epoch
-        self.diffusion = Diffusion(alpha_bar_table(cfg), cfg.prediction, cfg.loss_fn, runtime.device)
+        self.diffusion = build_diffusion(cfg, runtime.device)
 
         torch.manual_seed(mix(cfg.seed))
         channels_last = runtime.device.type != "mps" if cfg.channels_last is None else cfg.channels_last
@@ -1592,15 +1796,18 @@ class Training:
             raise UserError(f"training has diverged by step {self.step} (not finite): lower --learning_rate or use "
                             "--precision fp32; the last checkpoint is as it was", code=1)
 
-    def draws(self) -> tuple[Tensor, Tensor, Tensor]:
-        """This process's share of a step's randomness, a function of (seed, step): t, eps, labels to drop."""
+    def draws(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """This process's share of a step's randomness, a function of (seed, step): t, eps, the noise that the
+        network sees, labels to drop. Timesteps are spread evenly over the batch (2107.00630, appendix I.1)."""
         random = generator(self.cfg.seed, STREAM_STEP, self.step, device=self.runtime.device)
         where = dict(device=self.runtime.device, generator=random)
-        t = torch.randint(self.diffusion.T, (self.size,), **where)
-        eps = torch.randn(self.size, *self.shape, **where)
-        drop = torch.rand(self.size, **where) < self.cfg.label_dropout
+        spread = (torch.arange(self.size, device=self.runtime.device) + torch.rand(1, **where)) / self.size
+        t, eps = self.diffusion.timesteps(spread), torch.randn(self.size, *self.shape, **where)
+        drop, noise = torch.rand(self.size, **where) < self.cfg.label_dropout, eps
+        if self.cfg.input_perturbation:                                      # 2301.11706, algorithm 1
+            noise = eps + self.cfg.input_perturbation * torch.randn(eps.shape, **where)
         share = self.batches.share
-        return t[share], eps[share], drop[share]
+        return t[share], eps[share], noise[share], drop[share]
 
     def train_step(self) -> None:
         """One optimizer step on a batch, in micro-batches. Nothing here waits for the device."""
@@ -1608,14 +1815,14 @@ class Training:
         if cfg.dropout:
             torch.manual_seed(mix(cfg.seed, STREAM_DROPOUT, self.step, self.runtime.rank))
         x0, y = self.batches(self.step)
-        t, eps, drop = self.draws()
-        y = torch.where(drop, self.null, y)
-        micro_batches = list(zip(*(v.chunk(cfg.gradient_accumulation_steps) for v in (x0, t, eps, y)), strict=True))
-        for i, (x0, t, eps, y) in enumerate(micro_batches, 1):
+        t, eps, noise, drop = self.draws()
+        batch = x0, t, eps, torch.where(drop, self.null, y), noise
+        micro_batches = list(zip(*(v.chunk(cfg.gradient_accumulation_steps) for v in batch), strict=True))
+        for i, (x0, t, eps, y, noise) in enumerate(micro_batches, 1):
             last = i == len(micro_batches)
             with nullcontext() if last or self.runtime.world == 1 else self.forward.no_sync():
                 with self.runtime.autocast():
-                    losses = self.diffusion.loss(self.forward, x0, t, eps, y)
+                    losses = self.diffusion.loss(self.forward, x0, t, eps, y, noise)
                 # DistributedDataParallel averages over processes: sum / size * world is the batch's mean
                 self.scaler.scale(losses.sum() * self.runtime.world / self.size).backward()
             self.meter.add(losses.detach(), t * 4 // self.diffusion.T)
@@ -1665,7 +1872,7 @@ class Training:
         """A grid of samples, epoch and loss in its name; a denoising strip beside it where asked for."""
         cfg, classes = self.cfg, list(range(min(self.null, 10)))
         rows = cfg.num_generations or (4 if classes else 16)
-        preview = dataclasses.replace(cfg, sampler="ddim", eta=0.0, steps=min(cfg.preview_steps, cfg.timesteps))
+        preview = dataclasses.replace(cfg, sampler="dpmpp", steps=min(cfg.preview_steps, cfg.timesteps))
         path = folder / f"epoch_{round(self.epoch, 2):g}_loss_{loss:.4f}.png"
         labels = self.model.labels(classes, rows * max(1, len(classes)))
         images = torch.cat(list(draw_with_bar(self.model, labels, preview)))
@@ -1682,11 +1889,36 @@ class Training:
         return len(recent) == 10 and sum(changes) / len(changes) < self.cfg.early_stop_loss_change
 
 
+def fit_to_minutes(cfg: Config, runtime: Runtime, state: dict | None, started: float) -> Config:
+    """The configuration with as many iterations as fit into train_minutes from `started` (a perf_counter), by
+    the time of a few real steps, a validation and a grid on a copy of the run."""
+    def timed(work: Callable) -> float:
+        before = time.perf_counter()
+        work()
+        float(run.grad_norm)                                                 # waits for the device
+        return time.perf_counter() - before
+
+    run = Training(dataclasses.replace(cfg, iterations=10**9), runtime, state)
+    first, per_epoch = run.step, run.batches.steps_per_epoch
+    step = sorted(timed(run.train_step) for _ in range(20))[10]
+    with tempfile.TemporaryDirectory() as folder:
+        validation, grid = timed(run.validate), timed(lambda: run.draw_grid(Path(folder), 0.0))
+    each = step + validation / per_epoch + grid / (cfg.checkpoint_rate or cfg.sample_every * per_epoch)
+    left = 57 * cfg.train_minutes - (time.perf_counter() - started) - validation - grid  # of 60: some slack
+    fitting = torch.tensor(max(1, int(left / each)), device=runtime.device)
+    if runtime.world > 1:
+        torch.distributed.broadcast(fitting, 0)
+    runtime.say(f"{step * 1000:.3g} ms a step: {int(fitting):,} steps fit into {cfg.train_minutes:g} minutes")
+    return dataclasses.replace(cfg, iterations=first + int(fitting))
+
+
 def train(cfg: Config, runtime: Runtime | None = None, point: tuple[Path | None, dict | None] | None = None) -> Path:
     """Train as configured, from `point` (see resume_point) or from where the run's own checkpoint stands;
     returns the checkpoint's path. Raises UserError."""
-    runtime = runtime or Runtime(cfg)
+    started, runtime = time.perf_counter(), runtime or Runtime(cfg)
     path, state = point or resume_point(cfg, dataclasses.asdict(cfg))
+    if cfg.train_minutes and (not state or state["config"].get("train_minutes") != cfg.train_minutes):
+        cfg = fit_to_minutes(cfg, runtime, state, started)
     run = Training(cfg, runtime, state)
     folder = samples_path(cfg)
     kept = kept_checkpoints(cfg)
@@ -1876,7 +2108,7 @@ def run_inference(given: dict) -> None:
     if wants_labels and not model.class_names:
         raise UserError(f"--use_labels: {path} was trained without classes")
     print(f"{path}: {cfg.dataset}, epoch {state['epoch']:.4g}")
-    print(f"{cfg.sampler}, {len(sampling_grid(cfg))} steps, {model.device}")
+    print(f"{cfg.sampler}, {sampling_steps(cfg)} steps, {model.device}")
     if cfg.dry_run:
         print("\n".join(f"{name} = {getattr(cfg, name)}" for name in FIELDS if name not in LOCAL))
     elif asked:
@@ -1949,6 +2181,11 @@ def new_folder(cfg: Config) -> Path:
     return free_path(Path(cfg.generated_directory, f"inference_{cfg.dataset}_"))
 
 
+def file_name(class_name: str) -> str:
+    """A class's name in the names of files."""
+    return re.sub(r"[^\w.-]+", "_", class_name).strip(".") or "class"
+
+
 def save_images(model: Model, cfg: Config, numbers: list[int] | None, count: int, folder: Path, path: Path,
                 first: int = 0) -> None:
     """Draw images number first to first + count - 1, the classes in turn, into folder/images, with grid.png
@@ -1957,7 +2194,7 @@ def save_images(model: Model, cfg: Config, numbers: list[int] | None, count: int
         raise UserError(f"{folder / 'images'} already holds images: give another --save_dir or remove it")
     (folder / "images").mkdir(parents=True, exist_ok=True)
     labels, shown, i = model.labels(numbers, count), [], 0
-    names = [*(re.sub(r"[^\w.-]+", "_", n).strip(".") or "class" for n in model.class_names), "image"]
+    names = [*map(file_name, model.class_names), "image"]
     for batch in draw_with_bar(model, labels, cfg, first):
         for image in batch:
             to_pil(image).save(folder / "images" / f"{first + i:06}_{names[labels[i]]}.png")

@@ -37,7 +37,7 @@ def test_v_target_agrees_with_diffusers():
     """v is diffusers' velocity, to 1e-6."""
     x0, eps, t = batch()
     diffusion = Diffusion(TABLE, "v")
-    assert (diffusion.target(x0, eps, *diffusion.scales(t)) - REFERENCE.get_velocity(x0, eps, t)).abs().max() < 1e-6
+    assert (diffusion.prediction.target(x0, eps, *diffusion.scales(t)) - REFERENCE.get_velocity(x0, eps, t)).abs().max() < 1e-6
 
 
 @pytest.mark.parametrize("prediction", sorted(diffuser.PREDICTIONS))
@@ -45,7 +45,7 @@ def test_a_perfect_network_is_converted_to_the_truth(prediction):
     """From the right target, x0_hat and eps_hat are x0 and eps, for eps, v and x0 prediction."""
     x0, eps, t = batch()
     diffusion = Diffusion(TABLE, prediction)
-    target = diffusion.target(x0, eps, *diffusion.scales(t))
+    target = diffusion.prediction.target(x0, eps, *diffusion.scales(t))
     x0_hat, eps_hat = diffusion.estimates(target, diffusion.q_sample(x0, t, eps), t, clip=False)
     early = t < 900                                       # eps prediction divides by sqrt(alpha_bar), small at the end
     assert (x0_hat - x0)[early].abs().max() < 1e-4 and (eps_hat - eps)[t > 50].abs().max() < 1e-4
@@ -75,3 +75,77 @@ def test_loss_gives_the_network_what_it_needs():
     diffusion.loss(lambda *inputs: seen.update(inputs=inputs) or eps, x0, t, eps, y)
     xt, ts, ys = seen["inputs"]
     assert torch.equal(xt, diffusion.q_sample(x0, t, eps)) and torch.equal(ts, t) and torch.equal(ys, y)
+
+
+@pytest.mark.parametrize("zero", [False, True])
+@pytest.mark.parametrize("gamma", [1.0, 5.0])
+def test_min_snr_is_one_weighting_of_x0_whatever_the_network_predicts(gamma, zero):
+    """An error of x0 costs min(snr, gamma) times its square, for eps, v and x0; also where no signal is left."""
+    table = alpha_bar_table(configure(timesteps=1000, zero_terminal_snr=zero, prediction="v"))
+    x0, eps, _ = batch(8)
+    t = torch.tensor([0, 20, 100, 200, 400, 600, 800, 999])
+    for name in ("v", "x0", "eps")[: 2 if zero else 3]:
+        diffusion, wrong = Diffusion(table, name, min_snr_gamma=gamma), x0 + 0.5
+        a, s = diffusion.scales(t)
+        xt = diffusion.q_sample(x0, t, eps)
+        output = diffusion.prediction.target(wrong, (xt - a * wrong) / s, a, s)
+        losses = diffusion.loss(lambda *inputs: output, x0, t, eps)
+        snr = table[t] / (1 - table[t])
+        assert torch.allclose(losses.double(), 0.25 * snr.clamp(max=gamma), rtol=2e-3, atol=1e-9), name
+
+
+def test_input_perturbation_changes_what_the_network_sees_and_not_its_target():
+    """The network sees x_t with the perturbed noise; the loss still asks for the noise itself."""
+    x0, eps, t = batch(5)
+    noise = eps + 0.1 * torch.randn_like(eps)
+    diffusion, seen = Diffusion(TABLE), []
+    losses = diffusion.loss(lambda xt, *rest: seen.append(xt) or eps, x0, t, eps, noise=noise)
+    assert torch.equal(seen[0], diffusion.q_sample(x0, t, noise)) and losses.abs().max() == 0
+
+
+def sampled(n=200_000, **settings):
+    cfg = configure(timesteps=2000, schedule_type="cosine", **settings)
+    diffusion = diffuser.build_diffusion(cfg, "cpu")
+    return diffusion, diffusion.timesteps(torch.rand(n, generator=torch.Generator().manual_seed(0)))
+
+
+def test_uniform_time_sampling():
+    """Every timestep is as likely as any other, the first and the last included."""
+    diffusion, t = sampled()
+    assert t.min() == 0 and t.max() == 1999 and t.double().mean().item() == pytest.approx(999.5, abs=5)
+    assert torch.equal(diffusion.timesteps((torch.arange(2000) + 0.5) / 2000), torch.arange(2000))
+
+
+@pytest.mark.parametrize("mean, scale", [(0.0, None), (-0.8, 0.7)])
+def test_logit_normal_time_sampling(mean, scale):
+    """The log-odds of t/T are normal with the mean and deviation asked for."""
+    _, t = sampled(time_sampling="logit_normal", time_mean=mean, time_scale=scale)
+    odds = torch.logit((t.double() + 0.5) / 2000)
+    assert odds.mean().item() == pytest.approx(mean, abs=0.02) and odds.std().item() == pytest.approx(scale or 1, abs=0.02)
+
+
+@pytest.mark.parametrize("mean, scale", [(0.0, None), (1.0, 0.8)])
+def test_laplace_time_sampling(mean, scale):
+    """The log-SNR of the timesteps is Laplace distributed with the centre and scale asked for."""
+    diffusion, t = sampled(time_sampling="laplace", time_mean=mean, time_scale=scale)
+    log_snr = (diffusion.alpha_bar / (1 - diffusion.alpha_bar)).log()[t]
+    assert log_snr.median().item() == pytest.approx(mean, abs=0.03)
+    assert (log_snr - mean).abs().mean().item() == pytest.approx(scale or 0.5, abs=0.03)
+
+
+def test_dynamic_thresholding_is_imagens():
+    """x0_hat is clipped at the quantile of its size, where that is above 1, and scaled back into [-1, 1]."""
+    x0 = torch.stack([torch.linspace(-4, 4, 101), torch.linspace(-0.5, 0.5, 101)]).view(2, 1, 1, 101)
+    diffusion, t = Diffusion(TABLE, "x0"), torch.tensor([500, 500])
+    x0_hat, eps_hat = diffusion.estimates(x0, torch.zeros_like(x0), t, dynamic_threshold=0.5)
+    assert torch.allclose(x0_hat[0], (x0[0] / 2).clamp(-1, 1)) and torch.equal(x0_hat[1], x0[1])
+
+
+@pytest.mark.parametrize("prediction", sorted(diffuser.PREDICTIONS))
+def test_epsilon_scaling_divides_the_noise(prediction):
+    """--eps_scale k: eps_hat is the predicted noise over k, and x0_hat goes with it."""
+    x0, eps, _ = batch(6)
+    t, diffusion = torch.tensor([50, 100, 300, 500, 600, 700]), Diffusion(TABLE, prediction)
+    target, xt = diffusion.prediction.target(x0, eps, *diffusion.scales(t)), diffusion.q_sample(x0, t, eps)
+    x0_hat, eps_hat = diffusion.estimates(target, xt, t, clip=False, eps_scale=1.05)
+    assert (eps_hat - eps / 1.05).abs().max() < 1e-4 and (diffusion.q_sample(x0_hat, t, eps_hat) - xt).abs().max() < 1e-4

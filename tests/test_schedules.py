@@ -70,3 +70,14 @@ def test_terminal_signal_of_the_recommended_schedules():
     """The recommended MNIST and CIFAR-10 schedules keep 0.29 and 0.22 of the signal at T."""
     for dataset, expected in (("mnist", 0.29), ("cifar10", 0.22)):
         assert alpha_bar_table(configure(dataset=dataset))[-1].sqrt().item() == pytest.approx(expected, abs=0.01)
+
+
+@pytest.mark.parametrize("schedule", ["linear", "cosine"])
+def test_zero_terminal_snr_agrees_with_diffusers(schedule):
+    """The rescaled schedule is diffusers' rescale_zero_terminal_snr, ends at 0 and begins as it did."""
+    from diffusers.schedulers.scheduling_ddim import rescale_zero_terminal_snr
+    plain = alpha_bar_table(configure(timesteps=1000, schedule_type=schedule))
+    ours = alpha_bar_table(configure(timesteps=1000, schedule_type=schedule, zero_terminal_snr=True, prediction="v"))
+    beta = 1 - plain / torch.cat([torch.ones(1).double(), plain[:-1]])
+    theirs = torch.cumprod(1 - rescale_zero_terminal_snr(beta), 0)
+    assert (ours - theirs).abs().max() < 1e-6 and ours[-1] == 0 and abs(ours[0] - plain[0]) < 1e-12

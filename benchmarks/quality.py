@@ -1,0 +1,303 @@
+#!/usr/bin/env python3
+"""quality: train for the same time with diffuser, diffusers and denoising-diffusion-pytorch, and compare the images.
+
+    python benchmarks/quality.py --dataset mnist --minutes 10           the race: one table
+    python benchmarks/quality.py --checkpoint C.pt --study guidance     what a setting does to a trained model
+    python benchmarks/quality.py --dataset mnist --minutes 1 --contestants preset,best,diffusers,lucidrains
+
+Each contestant trains from scratch, alone on the machine, and draws the same number of images; a classifier trained
+on the real images judges them (see evaluate.py). The peers train as their own training scripts do: their optimizer,
+learning rate, schedule and averaging, in float32; only the network's size is chosen for small images. Peers that are
+not installed are left out.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import importlib.util
+import json
+import platform
+import shutil
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+import diffuser
+from diffuser import ImageData, UserError
+from evaluate import Court, load_reference
+
+Draw = Callable[[list[int]], Tensor]                                         # labels -> uint8 [N, C, H, W]
+
+
+@dataclass
+class Trained:
+    """A contestant after training: how it draws, the images it saw, and the network calls for an image."""
+
+    draw: Draw
+    images_seen: int
+    evaluations: int
+    labels: bool = True
+
+
+def batches(data: ImageData, size: int) -> Iterator[tuple[Tensor, Tensor]]:
+    """Shuffled batches without end: float [N, C, H, W] in [-1, 1], labels."""
+    while True:
+        for chosen in torch.randperm(len(data.images)).split(size):
+            if len(chosen) == size:
+                yield diffuser.from_uint8(data.images[chosen]), data.labels[chosen]
+
+
+# ------------------------------------------------------------------------------------------------
+# Contestants: (settings of the benchmark, training images) -> Trained
+
+
+def train_ours(args: argparse.Namespace, data: ImageData, recipe: str) -> Trained:
+    """diffuser.py, with the dataset's preset or its best recipe."""
+    with tempfile.TemporaryDirectory() as folder:
+        cfg = diffuser.configure(
+            dataset=args.dataset, data_dir=args.data_dir, recipe=recipe, train_minutes=args.minutes, seed=args.seed,
+            working_directory=f"{folder}/checkpoints", generated_directory=f"{folder}/samples", sample_every=10**6,
+            checkpoint_every=10**6)
+        path = diffuser.train(cfg)
+        model = diffuser.load(path)
+        if args.keep:
+            Path(args.keep).mkdir(parents=True, exist_ok=True)
+            shutil.copy(path, Path(args.keep, f"{args.dataset}_{recipe or 'preset'}.pt"))
+    cfg = dataclasses.replace(model.config, seed=args.seed + 1)
+    passes = diffuser.sampling_steps(cfg) * (2 if cfg.guidance_scale and model.class_names else 1)
+    seen = model.config.iterations * cfg.batch_size * cfg.gradient_accumulation_steps
+    return Trained(lambda labels: torch.cat(list(model.draw(labels, cfg))), seen, passes, bool(model.class_names))
+
+
+def train_loop(args: argparse.Namespace, step: Callable[[int], None]) -> int:
+    """Call step(total steps) over and over for the time given; returns how often."""
+    begun = time.perf_counter()
+    for _ in range(5):
+        step(10**6)
+    total = int(60 * args.minutes / ((time.perf_counter() - begun) / 5))
+    done = 5
+    while time.perf_counter() - begun < 60 * args.minutes:
+        step(total)
+        done += 1
+    return done
+
+
+def train_diffusers(args: argparse.Namespace, data: ImageData) -> Trained:
+    """The loop of diffusers' examples/unconditional_image_generation/train_unconditional.py, with class labels."""
+    from diffusers import DDIMScheduler, DDPMScheduler, UNet2DModel
+    from diffusers.training_utils import EMAModel
+
+    side, channels = data.images.shape[-1], data.images.shape[1]
+    levels = 3 if side >= 28 else 2
+    network = UNet2DModel(
+        sample_size=side, in_channels=channels, out_channels=channels, layers_per_block=2,
+        block_out_channels=(32, 64, 128)[:levels], num_class_embeds=len(data.class_names), norm_num_groups=8,
+        down_block_types=("DownBlock2D",) * (levels - 1) + ("AttnDownBlock2D",),
+        up_block_types=("AttnUpBlock2D",) + ("UpBlock2D",) * (levels - 1)).to(args.device)
+    noising = DDPMScheduler(num_train_timesteps=1000)
+    optimizer = torch.optim.AdamW(network.parameters(), 1e-4, (0.95, 0.999), 1e-8, 1e-6)
+    average = EMAModel(network.parameters(), decay=0.9999, use_ema_warmup=True, inv_gamma=1.0, power=0.75)
+    source, done = batches(data, args.batch_size), [0]
+
+    def step(total: int) -> None:
+        images, labels = (v.to(args.device) for v in next(source))
+        noise, t = torch.randn_like(images), torch.randint(1000, (len(images),), device=args.device)
+        out = network(noising.add_noise(images, noise, t), t, labels).sample
+        torch.nn.functional.mse_loss(out, noise).backward()
+        torch.nn.utils.clip_grad_norm_(network.parameters(), 1.0)
+        part = done[0] / total                                               # 500 steps of warm-up, then a cosine
+        rate = min(1.0, (done[0] + 1) / 500) * 0.5 * (1 + torch.cos(torch.tensor(min(1.0, part) * torch.pi)).item())
+        for group in optimizer.param_groups:
+            group["lr"] = 1e-4 * rate
+        optimizer.step()
+        optimizer.zero_grad()
+        average.step(network.parameters())
+        done[0] += 1
+
+    steps = train_loop(args, step)
+    average.copy_to(network.parameters())
+    scheduler = DDIMScheduler(num_train_timesteps=1000)
+
+    @torch.no_grad()
+    def draw(labels: list[int]) -> Tensor:
+        scheduler.set_timesteps(50)
+        drawn = []
+        for part in torch.tensor(labels, device=args.device).split(250):
+            x = torch.randn(len(part), channels, side, side, device=args.device)
+            for t in scheduler.timesteps:
+                x = scheduler.step(network(x, t, part).sample, t, x).prev_sample
+            drawn.append(diffuser.to_uint8(x))
+        return torch.cat(drawn)
+
+    return Trained(draw, steps * args.batch_size, 50)
+
+
+def train_lucidrains(args: argparse.Namespace, data: ImageData) -> Trained:
+    """denoising-diffusion-pytorch's Unet and GaussianDiffusion with its Trainer's optimizer and average; without
+    labels, which it does not take."""
+    from denoising_diffusion_pytorch import GaussianDiffusion, Unet
+    from ema_pytorch import EMA
+
+    side, channels = data.images.shape[-1], data.images.shape[1]
+    network = Unet(dim=32, dim_mults=(1, 2, 4) if side >= 28 else (1, 2), channels=channels)
+    diffusion = GaussianDiffusion(network, image_size=side, timesteps=1000, sampling_timesteps=50).to(args.device)
+    optimizer = torch.optim.Adam(diffusion.parameters(), 1e-4, (0.9, 0.99))
+    average = EMA(diffusion, beta=0.995, update_every=10)
+    source = batches(data, args.batch_size)
+
+    def step(total: int) -> None:
+        diffusion((next(source)[0].to(args.device) + 1) / 2).backward()      # it takes images in [0, 1]
+        torch.nn.utils.clip_grad_norm_(diffusion.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+        average.update()
+
+    steps = train_loop(args, step)
+    average.ema_model.eval()
+
+    @torch.no_grad()
+    def draw(labels: list[int]) -> Tensor:
+        drawn = [average.ema_model.sample(batch_size=min(250, len(labels) - i)) for i in range(0, len(labels), 250)]
+        return (torch.cat(drawn) * 255).round().clamp(0, 255).to(torch.uint8).cpu()
+
+    return Trained(draw, steps * args.batch_size, 50, labels=False)
+
+
+# name: (how it is trained, the package it needs)
+CONTESTANTS = {
+    "best": (lambda args, data: train_ours(args, data, "best"), ""),
+    "preset": (lambda args, data: train_ours(args, data, ""), ""),
+    "diffusers": (train_diffusers, "diffusers"),
+    "lucidrains": (train_lucidrains, "denoising_diffusion_pytorch"),
+}
+
+
+def race(args: argparse.Namespace, court: Court, data: ImageData) -> list[dict]:
+    """Train and score each contestant: a row per contestant."""
+    rows = []
+    for name in args.contestants.split(","):
+        train, package = CONTESTANTS[name]
+        if package and importlib.util.find_spec(package) is None:
+            print(f"{name}: left out, {package} is not installed")
+            continue
+        torch.manual_seed(args.seed)
+        begun = time.perf_counter()
+        trained = train(args, data)
+        minutes = (time.perf_counter() - begun) / 60
+        labels = [i % len(court.class_names) for i in range(args.images)]
+        begun = time.perf_counter()
+        images = trained.draw(labels)
+        rows.append({"": name, "minutes": round(minutes, 1), "images seen": trained.images_seen,
+                     "evaluations": trained.evaluations, "seconds to draw": round(time.perf_counter() - begun),
+                     **verdict(court, images, labels if trained.labels else None)})
+        print(rows[-1], flush=True)
+        picture(images, name, args)
+    return rows
+
+
+def verdict(court: Court, images: Tensor, labels: list[int] | None) -> dict:
+    """Accuracy, distance and brightness of images, for a table."""
+    scores = court.scores(images, None if labels is None else torch.tensor(labels))
+    accuracy = f"{scores['accuracy']:.1%}" if labels else "no labels"
+    return {"accuracy": accuracy, "distance": round(scores["distance"], 2),
+            "x floor": round(scores["distance"] / court.floor_of(len(images)), 2),
+            "brightness": round(images.double().mean().item(), 1)}
+
+
+def picture(images: Tensor, name: str, args: argparse.Namespace) -> None:
+    """A grid of the first hundred images, where --pictures asks for it."""
+    if args.pictures:
+        diffuser.save_grid(images[:100], Path(args.pictures, f"{args.dataset}_{name}.png"), [], columns=10)
+
+
+# ------------------------------------------------------------------------------------------------
+# Studies: one trained model, settings varied while sampling
+
+STUDIES = {
+    "guidance": [dict(guidance_scale=w) for w in (0.0, 0.1, 0.2, 0.3, 0.5, 0.7, 1.0, 2.0)]
+    + [dict(guidance_scale=w, guidance_interval=(0.2, 5.0)) for w in (0.5, 1.0)],
+    "steps": [dict(sampler=s, steps=n) for s in ("ddim", "dpmpp") for n in (10, 20, 50)]
+    + [dict(sampler="heun", steps=n) for n in (5, 10, 25)],
+    "spacing": [dict(spacing=s, steps=n) for n in (10, 25) for s in diffuser.SPACINGS],
+    "start": [dict(start=start, sampler=sampler, steps=steps) for sampler, steps in (
+        ("ddim", 50), ("dpmpp", 25), ("ddpm", None)) for start in ("gaussian", "matched")],
+    "eps_scale": [dict(eps_scale=k) for k in (0.995, 1.0, 1.005, 1.01, 1.02)],
+}
+
+
+def study(args: argparse.Namespace, court: Court) -> list[dict]:
+    """A row per variation of the checkpoint's own sampling settings."""
+    model, rows = diffuser.load(args.checkpoint), []
+    for names in args.study.split(","):
+        for change in STUDIES[names]:
+            cfg = dataclasses.replace(model.config, seed=args.seed + 1, **change)
+            labels = model.labels(list(range(len(model.class_names))), args.images)
+            begun = time.perf_counter()
+            images = torch.cat(list(model.draw(labels, cfg)))
+            rows.append({"": ", ".join(f"{k} {v}" for k, v in change.items() if v is not None),
+                         **verdict(court, images, labels if model.class_names else None),
+                         "seconds to draw": round(time.perf_counter() - begun)})
+            print(rows[-1], flush=True)
+    return rows
+
+
+def table(rows: list[dict]) -> str:
+    """Rows with the same keys as a Markdown table."""
+    lines = [list(rows[0]), ["---"] * len(rows[0]), *(map(str, row.values()) for row in rows)]
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+
+
+def machine() -> str:
+    """What the figures were made on."""
+    device = torch.cuda.get_device_name() if torch.cuda.is_available() else f"{torch.get_num_threads()} threads"
+    return f"{platform.machine()}, {device}, torch {torch.__version__}, Python {platform.python_version()}"
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--dataset", default="mnist", help="digits, mnist or cifar10 [mnist]")
+    parser.add_argument("--data_dir", default="data", help="where datasets are and the judge is kept [data]")
+    parser.add_argument("--minutes", type=float, default=10, help="training time of each contestant [10]")
+    parser.add_argument("--images", type=int, default=1000, help="images drawn by each [1000]")
+    parser.add_argument("--batch_size", type=int, default=64, help="of the peers [64]")
+    parser.add_argument("--contestants", default=",".join(CONTESTANTS), help=f"[{','.join(CONTESTANTS)}]")
+    parser.add_argument("--checkpoint", default="", help="study this model instead of racing")
+    parser.add_argument("--study", default="guidance", help=f"{', '.join(STUDIES)} [guidance]")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--keep", default="", help="folder for the checkpoints of ours")
+    parser.add_argument("--pictures", default="", help="folder for grids of samples")
+    parser.add_argument("--json", default="", help="also write the rows to this file")
+    args = parser.parse_args()
+    try:
+        unknown = ({*args.contestants.split(",")} - {*CONTESTANTS}) | ({*args.study.split(",")} - {*STUDIES})
+        if unknown:
+            raise UserError(f"unknown: {', '.join(unknown)}")
+        args.device = diffuser.pick_device("auto")
+        if args.checkpoint:
+            args.dataset = diffuser.load_checkpoint(args.checkpoint, peek=True)["config"]["dataset"]
+        shape = diffuser.DATASETS[args.dataset].shape
+        reference = load_reference(args.dataset, args.data_dir, shape)
+        court = Court(reference, args.data_dir)
+        floors = court.floor_of(args.images), court.floor
+        print(f"{machine()}\njudge: accuracy {court.accuracy:.2%}; floor: {floors[0]:.3g} for {args.images:,} real "
+              f"images, {floors[1]:.3g} for {len(reference.test.images):,}", flush=True)
+        rows = study(args, court) if args.checkpoint else race(args, court, reference.train)
+        print(table(rows))
+        if args.json:
+            Path(args.json).write_text(json.dumps(dict(machine=machine(), floor=court.floor, rows=rows), indent=1))
+        return 0
+    except UserError as error:
+        print("quality:", error, file=sys.stderr)
+        return error.code
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,224 @@
+"""evaluate.py: distances against closed forms and other programs, the judge, the variational bound, the command line."""
+
+import math
+
+import numpy as np
+import pytest
+import torch
+from conftest import cli, tiny_training
+from PIL import Image
+
+import diffuser
+import evaluate
+from diffuser import UserError, alpha_bar_table, configure
+
+
+def gaussian(n, mean, scale, seed=0):
+    return torch.randn(n, 6, dtype=torch.float64, generator=torch.Generator().manual_seed(seed)) * scale + mean
+
+
+def test_frechet_distance_of_known_gaussians():
+    """For diagonal covariances it is |m1 - m2|^2 + sum (s1 - s2)^2; for equal ones 0."""
+    m1, m2 = torch.randn(2, 6, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    s1, s2 = torch.linspace(0.1, 2, 6).double(), torch.linspace(3, 0, 6).double()
+    expected = (m1 - m2).square().sum() + (s1 - s2).square().sum()
+    found = evaluate.frechet_distance((m1, torch.diag(s1**2)), (m2, torch.diag(s2**2)))
+    assert found == pytest.approx(expected.item(), rel=1e-9)
+    some = evaluate.moments(gaussian(500, 1, 2))
+    assert abs(evaluate.frechet_distance(some, some)) < 1e-9
+
+
+def test_frechet_distance_agrees_with_pytorch_fid():
+    """On correlated features: the figure of pytorch-fid's own function, to 1e-6."""
+    fid_score = pytest.importorskip("pytorch_fid.fid_score")
+    mixing = torch.randn(6, 6, dtype=torch.float64, generator=torch.Generator().manual_seed(3))
+    a, b = gaussian(300, 0, 1) @ mixing, gaussian(200, 0.5, 2, seed=1)
+    theirs = fid_score.calculate_frechet_distance(*(np.asarray(v) for f in (a, b) for v in evaluate.moments(f)))
+    assert evaluate.frechet_distance(evaluate.moments(a), evaluate.moments(b)) == pytest.approx(theirs, rel=1e-6)
+
+
+@pytest.fixture(scope="module")
+def random_inception(tmp_path_factory):
+    """Weights for the Inception network that metrics use: random ones, the same for all programs."""
+    pytest.importorskip("torch_fidelity")
+    from torchvision.models import inception_v3
+
+    torch.manual_seed(0)
+    path = tmp_path_factory.mktemp("weights") / "inception.pth"
+    torch.save(inception_v3(weights=None, aux_logits=False, num_classes=1008, init_weights=False).state_dict(), path)
+    return path
+
+
+@pytest.fixture(scope="module")
+def two_folders(tmp_path_factory):
+    """Two folders of 110 images each, of different brightness, in the layout that --save_dir leaves."""
+    random, folders = np.random.default_rng(0), []
+    for name, top in (("ours", 256), ("real", 200)):
+        folder = tmp_path_factory.mktemp(name)
+        (folder / "images").mkdir()
+        for i in range(110):
+            blocks = random.integers(0, top, (4, 4, 3), dtype=np.uint8).repeat(8, 0).repeat(8, 1)
+            Image.fromarray(blocks).save(folder / "images" / f"{i:06}_thing.png")
+        folders.append(folder)
+    return folders
+
+
+def test_metrics_agree_with_torch_fidelity_and_pytorch_fid(random_inception, two_folders, monkeypatch, capsys):
+    """FID and KID on the same weights and images: torch-fidelity's own run over the folders and pytorch-fid's network
+    and formula, to 1e-3."""
+    from pytorch_fid import fid_score, inception
+    from torch_fidelity import calculate_metrics
+    from torch_fidelity.interpolate_compat_tensorflow import interpolate_bilinear_2d_like_tensorflow1x
+
+    code = evaluate.main([*map(str, two_folders[:1]), "--against", str(two_folders[1]), "--metrics", "fid,kid", "--features",
+                          "64", "--weights", str(random_inception), "--kid_subset_size", "50"])
+    printed = dict(line.rsplit(None, 1) for line in capsys.readouterr().out.splitlines())
+    assert code == 0
+    reference = calculate_metrics(
+        input1=str(two_folders[0] / "images"), input2=str(two_folders[1] / "images"), fid=True, kid=True, kid_subset_size=50,
+        feature_layer_fid="64", feature_layer_kid="64", feature_extractor_weights_path=str(random_inception), cuda=False,
+        verbose=False)
+    for name in ("frechet_inception_distance", "kernel_inception_distance_mean"):
+        assert float(printed[name]) == pytest.approx(reference[name], rel=1e-3)
+
+    monkeypatch.setattr(inception, "load_state_dict_from_url", lambda *a, **k: torch.load(random_inception))
+    network = inception.InceptionV3([0], resize_input=False, normalize_input=False).eval()
+    features = []
+    for folder in two_folders:
+        images = evaluate.read_images(str(folder)).images.float()
+        images = (interpolate_bilinear_2d_like_tensorflow1x(images, size=(299, 299), align_corners=False) - 128) / 128
+        with torch.no_grad():
+            features.append(torch.cat([network(part)[0].mean((2, 3)) for part in images.split(55)]).double())
+    theirs = fid_score.calculate_frechet_distance(*(np.asarray(v) for f in features for v in evaluate.moments(f)))
+    assert float(printed["frechet_inception_distance"]) == pytest.approx(theirs, rel=1e-3)
+
+
+@pytest.mark.parametrize("flags, words", [
+    (["--metrics", "fid"], "110 images are too few for fid: it needs 2049"),
+    (["--metrics", "kid"], "too few for kid: it needs 1000"),
+    (["--metrics", "judge"], "no classes to train a judge on"),
+    (["--metrics", "beauty"], "choose from judge, fid, kid, is, pr")])
+def test_what_makes_no_sense_is_refused_with_the_reason(two_folders, folder, flags, words):
+    """Too few images, images without classes, unknown metrics: one line, exit 2."""
+    done = cli(two_folders[0], "--against", two_folders[1], *flags, script="evaluate.py", cwd=folder)
+    assert done.returncode == 2 and words in done.stderr and "Traceback" not in done.stderr
+
+
+def test_weights_that_would_run_code_are_refused(two_folders, folder):
+    """--weights is opened without running what is in it: torch-fidelity alone would run it."""
+    import pickle
+
+    class Evil:
+        def __reduce__(self):
+            return open, (str(folder / "ran"), "w")
+
+    (folder / "evil.pth").write_bytes(pickle.dumps(Evil()))
+    done = cli(two_folders[0], "--against", two_folders[1], "--metrics", "fid", "--features", "64", "--weights", "evil.pth",
+               script="evaluate.py", cwd=folder)
+    assert done.returncode == 2 and "evil.pth" in done.stderr and not (folder / "ran").exists()
+
+
+def save_images(folder, data, names):
+    (folder / "images").mkdir(parents=True)
+    for i, (image, label) in enumerate(zip(data.images, data.labels.tolist())):
+        diffuser.to_pil(image).save(folder / "images" / f"{i:06}_{names[label]}.png")
+
+
+def test_the_judge_knows_digits_from_noise(folder):
+    """Real held-out digits score near the floor and are recognised; with wrong names they are not; noise is far off.
+    The judge is trained once and kept."""
+    reference = evaluate.load_reference("digits", "data", (1, 8, 8))
+    save_images(folder / "real", reference.test, diffuser.DIGITS)
+    wrong = diffuser.ImageData(reference.test.images, (reference.test.labels + 1) % 10, reference.test.class_names)
+    save_images(folder / "wrong", wrong, diffuser.DIGITS)
+    noise = diffuser.ImageData(torch.randint(0, 256, (200, 1, 8, 8), dtype=torch.uint8), reference.test.labels[:200], [])
+    save_images(folder / "noise", noise, diffuser.DIGITS)
+    scores = {}
+    for name in ("real", "wrong", "noise"):
+        done = cli(name, "--against", "digits", "--json", f"{name}.json", script="evaluate.py", cwd=folder)
+        assert done.returncode == 0, done.stderr
+        scores[name] = diffuser.json.loads((folder / f"{name}.json").read_text())
+    assert scores["real"]["judge's own accuracy"] > 0.97
+    assert scores["real"]["accuracy"] > 0.97 and scores["wrong"]["accuracy"] < 0.05 and scores["noise"]["accuracy"] < 0.4
+    assert scores["real"]["distance"] == pytest.approx(scores["real"]["floor"], rel=0.02)
+    assert scores["noise"]["distance"] > 20 * scores["real"]["floor"]
+    assert len(list((folder / "data").glob("judge_digits_*.pt"))) == 1
+    too_few = folder / "real" / "images"
+    for picture in sorted(too_few.iterdir())[100:]:
+        picture.unlink()
+    done = cli("real", "--against", "digits", script="evaluate.py", cwd=folder)
+    assert done.returncode == 2 and "100 images are too few for a Frechet distance over 128 features" in done.stderr
+
+
+# ------------------------------------------------------------------------------------------------
+# The variational bound, where everything is known: data N(0.1, 0.2^2) and its exact denoiser.
+
+MEAN, VAR = 0.1, 0.04
+
+
+def exact(table):
+    def denoise(x, t):
+        a, s2 = table[t].sqrt(), 1 - table[t]
+        x0_hat = MEAN + a * VAR / (a**2 * VAR + s2) * (x - a * MEAN)
+        return x0_hat, (x - a * x0_hat) / s2.sqrt()
+
+    return denoise
+
+
+def levels(n):
+    """Grey levels drawn from the data, as numbers in [-1, 1]."""
+    x = torch.randn(n, 1, 1, 1, dtype=torch.float64, generator=torch.Generator().manual_seed(0)) * math.sqrt(VAR) + MEAN
+    return ((x + 1) * 127.5).round() / 127.5 - 1
+
+
+def test_the_bound_has_the_terms_of_the_closed_form():
+    """Prior and every term with t > 0 are what the Gaussian formulas give; t = 0 is the discretised likelihood."""
+    table, x0 = alpha_bar_table(configure(timesteps=50, beta_start=1e-3, beta_end=0.15)), levels(20_000)
+    random = torch.Generator().manual_seed(1)
+    found = evaluate.bits_per_dimension(exact(table), x0, table, noise=lambda x: torch.randn(
+        x.shape, dtype=torch.float64, generator=random))
+    beta = 1 - table / torch.cat([torch.ones(1).double(), table[:-1]])
+    for t in (1, 5, 20, 49):
+        before, ab = table[t - 1], table[t]
+        spread = 1 / (1 / VAR + ab / (1 - ab))                               # E |x0 - x0_hat|^2
+        posterior = beta[t] * (1 - before) / (1 - ab)
+        nats = before * beta[t] ** 2 / (1 - ab) ** 2 * spread / (2 * posterior)
+        assert found["terms"][t] == pytest.approx(nats.item() / math.log(2), rel=0.04), t
+    ab = table[-1].item()
+    prior = 0.5 * (ab * (VAR + MEAN**2) + 1 - ab - 1 - math.log(1 - ab)) / math.log(2)
+    assert found["prior"] == pytest.approx(prior, rel=0.05)
+    assert found["total"] == pytest.approx(found["prior"] + sum(found["terms"]))
+
+
+@pytest.mark.parametrize("variance", ["small", "large"])
+def test_the_bound_is_above_the_entropy_and_close_to_it(variance):
+    """With the exact denoiser and many steps the bound comes down to the entropy of the grey levels, not below it."""
+    table, x0 = alpha_bar_table(configure(timesteps=1000)), levels(4000)
+    found = evaluate.bits_per_dimension(exact(table), x0, table, variance)
+    entropy = 0.5 * math.log2(2 * math.pi * math.e * VAR) + math.log2(127.5)
+    assert entropy - 0.02 < found["total"] < entropy + (0.1 if variance == "small" else 0.35)
+
+
+def test_the_discretised_likelihood_is_a_distribution():
+    """Over the 256 grey levels the probabilities add up to one, the open ends included."""
+    grey = torch.arange(256).double() / 127.5 - 1
+    for mean, sigma in ((0.3, 0.2), (-0.99, 0.02), (0.9, 1.0)):
+        assert torch.exp(-evaluate.discretised_nll(grey, torch.tensor(mean), sigma)).sum().item() == pytest.approx(1, abs=1e-4)
+
+
+def test_bits_per_dimension_of_a_checkpoint(folder):
+    """--bpd CKPT prints the bound of a trained model over images that it was not trained on."""
+    path = diffuser.train(tiny_training(iterations=5, timesteps=20))
+    done = cli("--bpd", path, "--num_images", "20", script="evaluate.py", cwd=folder)
+    assert done.returncode == 0, done.stderr
+    figures = dict(line.rsplit(None, 1) for line in done.stdout.splitlines())
+    assert float(figures["images"]) == 20 and 0 < float(figures["bits per dimension"]) < 100
+    assert float(figures["bits per dimension"]) > float(figures["of these t = 0"]) > 0
+
+
+def test_without_torch_fidelity_it_says_what_to_install(monkeypatch):
+    """Its absence is one clear line."""
+    monkeypatch.setattr(evaluate.importlib.util, "find_spec", lambda name: None)
+    images = torch.zeros(10, 3, 4, 4, dtype=torch.uint8)
+    with pytest.raises(UserError, match="pip install torch-fidelity"):
+        evaluate.inception_scores(images, images, ["fid"], "", 64, 10)
