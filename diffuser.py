@@ -317,6 +317,10 @@ def check(cfg: Config) -> None:
         raise UserError("--zero_terminal_snr needs --prediction v or x0: at T the noise tells nothing of the image")
     if cfg.eps_scale != 1 and cfg.zero_terminal_snr:
         raise UserError("--eps_scale does not go with --zero_terminal_snr: at T there is no image to scale against")
+    if cfg.guide_path and not cfg.guidance_scale:
+        raise UserError("--guide_path needs --guidance_scale above 0")
+    if cfg.guidance_interval and cfg.guidance_interval[0] > cfg.guidance_interval[1]:
+        raise UserError(f"--guidance_interval {cfg.guidance_interval} begins above its end")
     if levels == 0:
         raise UserError("--channel_mults needs one entry per level, such as 1,2,2")
     if cfg.use_attention:

@@ -158,6 +158,19 @@ def test_inference_without_questions(trained, folder, capsys):
     assert "already holds images" in fails(capsys, *flags)                   # and nothing is overwritten
 
 
+def test_autoguidance_through_the_command_line(trained, folder, capsys):
+    """--guide_path guides away from a weaker model, with other images than without; one that does not fit is refused."""
+    assert main([*TRAIN, "--emb_dim", "4"]) == 0
+    assert main([*TRAIN, "--emb_dim", "4", "--timesteps", "30"]) == 0
+    fits, other = (f"checkpoints/diffusion_checkpoint_digits_{T}_4_attention.pt" for T in (20, 30))
+    flags = ["--mode", "inference", "--model_path", str(trained), "--num_images", "4", "--steps", "4", "--guidance_scale", "2"]
+    assert main([*flags, "--guide_path", fits, "--save_dir", "guided"]) == 0 and main([*flags, "--save_dir", "plain"]) == 0
+    first = [np.asarray(Image.open(f"{d}/images/000000_0.png"), dtype=int) for d in ("guided", "plain")]
+    assert np.abs(first[0] - first[1]).max() > 0
+    assert "does not fit the model: its schedule differ" in fails(capsys, *flags, "--guide_path", other)
+    assert "there is no checkpoint gone.pt" in fails(capsys, *flags, "--guide_path", "gone.pt")
+
+
 def test_all_classes_by_default_and_none_on_request(trained, folder):
     """Without --classes every class gets its share; --use_labels False draws without labels."""
     flags = ["--mode", "inference", "--model_path", str(trained), "--num_images", "20", "--steps", "2"]

@@ -3,6 +3,7 @@
 import dataclasses
 
 import pytest
+import torch
 
 import diffuser
 from diffuser import UserError, configure
@@ -95,3 +96,45 @@ def test_recommended_settings_are_the_documented_ones():
         assert row == (cfg.timesteps, cfg.schedule_type, cfg.beta_start, cfg.beta_end, cfg.batch_size, cfg.learning_rate,
                        cfg.emb_dim)
     assert configure(dataset="cifar10").num_heads == 8 and configure(dataset="cifar10_optimized").num_heads == 4
+
+
+@pytest.mark.parametrize("dataset", sorted(diffuser.BEST))
+def test_best_is_a_recipe_of_its_dataset(dataset):
+    """--recipe best stands above the preset and below flags; the network it names can be built."""
+    cfg = configure(dataset=dataset, recipe="best")
+    assert all(getattr(cfg, name) == value for name, value in diffuser.BEST[dataset].items())
+    assert configure(dataset=dataset, recipe="best", batch_size=7).batch_size == 7
+    shape = diffuser.image_shape(cfg)
+    with torch.device("meta"):
+        network = diffuser.build_unet(cfg, shape[0], 10)
+        assert network(torch.zeros(1, *shape), torch.zeros(1, dtype=torch.long)).shape == (1, *shape)
+
+
+def test_best_is_refused_where_there_is_none():
+    """A dataset without a measured best says which have one."""
+    with pytest.raises(UserError, match="best knows digits, mnist, cifar10, not celeba"):
+        configure(dataset="celeba", recipe="best")
+
+
+def test_a_length_asked_for_beats_a_recipes_minutes():
+    """--epochs and --iterations count where a recipe or a checkpoint counts in minutes."""
+    for length in (dict(epochs=3), dict(iterations=7)):
+        assert configure(dataset="mnist", recipe="best", **length).train_minutes == 0
+        assert configure({"dataset": "mnist", "train_minutes": 10.0, "iterations": 5}, **length).train_minutes == 0
+
+
+@pytest.mark.parametrize("options, words", [
+    (dict(zero_terminal_snr=True), "--zero_terminal_snr needs --prediction v or x0"),
+    (dict(zero_terminal_snr=True, prediction="v", eps_scale=1.1), "--eps_scale does not go"),
+    (dict(guide_path="weak.pt"), "--guide_path needs --guidance_scale"),
+    (dict(guidance_interval=(2.0, 0.5)), "--guidance_interval"), (dict(guidance_interval=(1.0,)), "--guidance_interval"),
+    (dict(train_minutes=-1.0), "--train_minutes"), (dict(time_scale=0.0), "--time_scale")])
+def test_contradicting_sampling_and_training_options(options, words):
+    """Options that contradict each other are one line that names the flag."""
+    with pytest.raises(UserError, match=words):
+        configure(**options)
+
+
+def test_pairs_of_numbers():
+    """--guidance_interval 0.2,2 is a pair of numbers; its ends keep their decimals."""
+    assert diffuser.parse_value("guidance_interval", "0.2,2") == (0.2, 2.0)

@@ -10,7 +10,7 @@ import time
 
 import pytest
 import torch
-from conftest import ROOT, TINY_FLAGS, heed_interrupts, tiny_training
+from conftest import ROOT, TINY_FLAGS, cli, heed_interrupts, tiny_training
 
 import diffuser
 import trackers
@@ -327,3 +327,51 @@ def test_a_tracker_that_is_missing_or_fails_does_not_stop_training(folder, monke
     monkeypatch.setattr(trackers, "start_trackers", lambda *a: {"broken": broken})
     train(tiny_training(experiment_name="b", use_tensorboard=True))
     assert capsys.readouterr().err.count("server gone") == 1
+
+
+def test_timesteps_of_a_batch_are_spread_evenly(folder):
+    """One timestep from each of batch_size equal parts of 0..T-1, other ones at the next step."""
+    run = Training(tiny_training(timesteps=160, batch_size=16), Runtime(tiny_training()))
+    first = run.draws()[0]
+    run.step = 1
+    assert torch.equal(first // 10, torch.arange(16)) and not torch.equal(first, run.draws()[0])
+
+
+def test_input_perturbation_adds_its_share_of_noise(folder):
+    """The network's noise is the target's plus gamma times other noise: its variance is 1 + gamma^2."""
+    def draws(gamma):
+        cfg = tiny_training(batch_size=256, input_perturbation=gamma)
+        return Training(cfg, Runtime(cfg)).draws()
+
+    _, eps, noise, _ = draws(0.5)
+    assert (noise - eps).std().item() == pytest.approx(0.5, rel=0.03) and noise.var().item() == pytest.approx(1.25, rel=0.03)
+    _, eps, noise, _ = draws(0.0)
+    assert noise is eps or torch.equal(noise, eps)
+
+
+@pytest.mark.parametrize("recipe", [
+    dict(min_snr_gamma=5.0), dict(prediction="v", zero_terminal_snr=True, min_snr_gamma=5.0), dict(prediction="x0", zero_terminal_snr=True),
+    dict(input_perturbation=0.1), dict(time_sampling="logit_normal"), dict(time_sampling="laplace", time_mean=1.0), dict(patch_size=2)])
+def test_every_training_recipe_learns(folder, recipe):
+    """Each switch reaches the training loop: with it the loss falls and the images are finite."""
+    cfg = tiny_training(iterations=60, batch_size=64, learning_rate=5e-3, log_every=10, timesteps=100, **recipe)
+    path = train(cfg)
+    losses = [float(r["loss"]) for r in rows()]
+    assert losses[-1] < 0.8 * losses[0], losses
+    assert diffuser.load(path).generate(["3"], 2, steps=5).float().std() > 0
+
+
+def test_training_for_minutes(folder):
+    """--train_minutes: the steps that fit are counted from real ones, stored, kept on resuming, and take about that
+    long; another number of minutes adds that many."""
+    flags = ["--mode", "train", "--dataset", "digits", "--train_minutes", "0.2", *TINY_FLAGS, "--sample_every", "1000"]
+    begun = time.perf_counter()
+    done = cli(*flags, cwd=folder)
+    took = time.perf_counter() - begun
+    path = next((folder / "checkpoints").glob("*.pt"))
+    first = load_checkpoint(path)
+    assert done.returncode == 0 and "steps fit into 0.2 minutes" in done.stdout, done.stderr
+    assert first["step"] == first["config"]["iterations"] > 20 and took < 12 * 1.5 + 6
+    assert cli(*flags, cwd=folder).returncode == 0 and load_checkpoint(path)["step"] == first["step"]
+    flags[flags.index("0.2")] = "0.1"
+    assert cli(*flags, cwd=folder).returncode == 0 and load_checkpoint(path)["step"] > first["step"]
