@@ -62,8 +62,14 @@ def batches(data: ImageData, size: int) -> Iterator[tuple[Tensor, Tensor]]:
 def train_ours(args: argparse.Namespace, data: ImageData, recipe: str) -> Trained:
     """diffuser.py, with the dataset's preset or its best recipe."""
     with tempfile.TemporaryDirectory() as folder:
+        settings = dict(dataset=args.dataset, recipe=recipe)
+        if args.path_to_data:                                                # the same settings for images found there
+            channels, *size = diffuser.DATASETS[args.dataset].shape
+            settings = {**diffuser.PRESETS[args.dataset], **(diffuser.BEST[args.dataset] if recipe else {}),
+                        "dataset": "folder", "path_to_data": args.path_to_data, "img_size": tuple(size),
+                        "channels": channels}
         cfg = diffuser.configure(
-            dataset=args.dataset, data_dir=args.data_dir, recipe=recipe, train_minutes=args.minutes, seed=args.seed,
+            **{**settings, "train_minutes": args.minutes}, data_dir=args.data_dir, seed=args.seed,
             working_directory=f"{folder}/checkpoints", generated_directory=f"{folder}/samples", sample_every=10**6,
             checkpoint_every=10**6)
         path = diffuser.train(cfg)
@@ -265,6 +271,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--dataset", default="mnist", help="digits, mnist or cifar10 [mnist]")
     parser.add_argument("--data_dir", default="data", help="where datasets are and the judge is kept [data]")
+    parser.add_argument("--path_to_data", default="", help="folder or ZIP that holds its images, in class folders")
     parser.add_argument("--minutes", type=float, default=10, help="training time of each contestant [10]")
     parser.add_argument("--images", type=int, default=1000, help="images drawn by each [1000]")
     parser.add_argument("--batch_size", type=int, default=64, help="of the peers [64]")
@@ -281,10 +288,8 @@ def main() -> int:
         if unknown:
             raise UserError(f"unknown: {', '.join(unknown)}")
         args.device = diffuser.pick_device("auto")
-        if args.checkpoint:
-            args.dataset = diffuser.load_checkpoint(args.checkpoint, peek=True)["config"]["dataset"]
         shape = diffuser.DATASETS[args.dataset].shape
-        reference = load_reference(args.dataset, args.data_dir, shape)
+        reference = load_reference(args.path_to_data or args.dataset, args.data_dir, shape)
         court = Court(reference, args.data_dir)
         floors = court.floor_of(args.images), court.floor
         print(f"{machine()}\njudge: accuracy {court.accuracy:.2%}; floor: {floors[0]:.3g} for {args.images:,} real "
