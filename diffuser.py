@@ -248,8 +248,12 @@ PRESETS = {
 # What benchmarks/ found best for a dataset: see its README for the experiments.
 BEST = {
     "digits": dict(),
-    "mnist": dict(),
-    "cifar10": dict(),
+    "mnist": dict(timesteps=1000, schedule_type="cosine", prediction="x0", time_sampling="logit_normal", patch_size=2,
+                  base_channels=64, channel_mults=(1, 2), batch_size=64, learning_rate=2e-3, train_minutes=10.0,
+                  guidance_scale=0.3),
+    "cifar10": dict(timesteps=1000, schedule_type="cosine", prediction="v", time_sampling="logit_normal",
+                    base_channels=128, channel_mults=(1, 2, 2), attention_levels=(1,), num_heads=4, batch_size=128,
+                    learning_rate=5e-4, ema_decay=0.9995, train_minutes=20.0, guidance_scale=0.2),
 }
 
 # Whole configurations: ho2020 is DDPM's CIFAR-10 network and training (Ho et al. 2020, appendix B).
@@ -1908,7 +1912,7 @@ def fit_to_minutes(cfg: Config, runtime: Runtime, state: dict | None, started: f
     with tempfile.TemporaryDirectory() as folder:
         validation, grid = timed(run.validate), timed(lambda: run.draw_grid(Path(folder), 0.0))
     each = step + validation / per_epoch + grid / (cfg.checkpoint_rate or cfg.sample_every * per_epoch)
-    left = 57 * cfg.train_minutes - (time.perf_counter() - started) - validation - grid  # of 60: some slack
+    left = 56 * cfg.train_minutes - (time.perf_counter() - started) - validation - grid  # of 60: some slack
     fitting = torch.tensor(max(1, int(left / each)), device=runtime.device)
     if runtime.world > 1:
         torch.distributed.broadcast(fitting, 0)

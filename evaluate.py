@@ -74,7 +74,7 @@ def load_reference(against: str, data_dir: str, shape: tuple[int, int, int]) -> 
         data = read_images(against, shape)
         return Reference(Path(against).stem, *divide(data))
     data = diffuser.load_data(diffuser.configure(dataset=against, data_dir=data_dir, channels=shape[0],
-                                                 img_size=tuple(shape[1:])))
+                                                 img_size=tuple(shape[1:]), channel_mults=(1,)))
     test = {"mnist": "MNIST", "cifar10": "CIFAR10"}.get(against)
     if test is None or tuple(shape) != diffuser.DATASETS[against].shape:
         return Reference(against, *divide(data))
@@ -179,7 +179,7 @@ class Court:
         device = diffuser.pick_device("auto")
         key = f"{reference.train.digest()[:12]}_{'x'.join(map(str, reference.train.images.shape[1:]))}"
         path = Path(data_dir, f"judge_{reference.name}_{key}.pt")
-        if not reference.train.class_names:
+        if len(reference.train.class_names) < 2:
             raise UserError(f"{reference.name} has no classes to train a judge on: use --metrics fid")
         shape, self.class_names = tuple(reference.train.images.shape[1:]), reference.train.class_names
         if path.exists():
@@ -377,8 +377,7 @@ def evaluate(args: argparse.Namespace) -> dict[str, float]:
     unknown = [m for m in metrics if m not in ("judge", *METRICS)]
     if unknown:
         raise UserError(f"--metrics {unknown[0]}: choose from judge, {', '.join(METRICS)}")
-    native = diffuser.DATASETS[args.against].shape if args.against in diffuser.DATASETS else None
-    generated = read_images(args.folder, native)
+    generated = read_images(args.folder)
     reference = load_reference(args.against, args.data_dir, tuple(generated.images.shape[1:]))
     found: dict[str, float] = {"images": len(generated.images)}
     if "judge" in metrics:
