@@ -65,7 +65,6 @@ from dataclasses import dataclass, field
 from datetime import timedelta
 from functools import lru_cache, partial
 from pathlib import Path
-from types import UnionType
 from typing import get_args, get_type_hints
 
 import numpy as np
@@ -88,12 +87,14 @@ class UserError(Exception):
         self.code = code
 
 
-def opt(default, help, *aliases, choices=None, spelled=None, lo=None, hi=None, ask=None, fixed=False):
-    """One option. `choices`: a function that gives the allowed values; `spelled`: other spellings of
-    them; `lo`, `hi`: range; `ask`: advice shown where the option is asked for; `fixed`: it shapes
-    the network or the schedule, so a checkpoint cannot be resumed with another value."""
-    return field(default=default, metadata=dict(help=help, aliases=aliases, choices=choices, ask=ask,
-                                                spelled=spelled or {}, lo=lo, hi=hi, fixed=fixed))
+def opt(default, help, *aliases, choices=None, spelled=None, lo=None, hi=None, ask=None, fixed=False, local=False,
+        group=None):
+    """One option. `choices`: a function that gives the allowed values; `spelled`: other spellings of them; `lo`,
+    `hi`: range; `ask`: advice shown where the option is asked for; `fixed`: it shapes the network or the schedule,
+    so a checkpoint cannot be resumed with another value; `local`: it belongs to one invocation and is never taken
+    from a checkpoint; `group`: heading of this and the following options in --help."""
+    return field(default=default, metadata=dict(help=help, aliases=aliases, choices=choices, spelled=spelled or {},
+                                                lo=lo, hi=hi, ask=ask, fixed=fixed, local=local, group=group))
 
 
 @dataclass(frozen=True)
@@ -101,25 +102,25 @@ class Config:
     """Every setting of a run. Fields that are None take the dataset's or the device's own value."""
 
     # ruff: disable[E501]
-    mode: str = opt("", "what to do", choices=lambda: COMMANDS, ask="train a model, or draw with one")
+    mode: str = opt("", "what to do", choices=lambda: COMMANDS, ask="train a model, or draw with one", local=True, group="run")
     dataset: str = opt("", "what to train on", choices=lambda: DATASETS, fixed=True, ask="digits is shipped and trains in a minute or two")
-    recipe: str = opt("", "a whole measured configuration", choices=lambda: RECIPES)
-    device: str = opt("auto", "auto: cuda, then mps, then cpu", choices=lambda: ("auto", "cuda", "mps", "cpu"))
+    recipe: str = opt("", "a whole measured configuration", choices=lambda: RECIPES, local=True)
+    device: str = opt("auto", "auto: cuda, then mps, then cpu", choices=lambda: ("auto", "cuda", "mps", "cpu"), local=True)
     seed: int = opt(0, "seed of everything random", lo=0, hi=2**63 - 1)
-    yes: bool = opt(False, "ask nothing: take every default")
-    dry_run: bool = opt(False, "print settings, parameters, steps and memory, then stop")
-    debug: bool = opt(False, "show the traceback of a failure")
+    yes: bool = opt(False, "ask nothing: take every default", local=True)
+    dry_run: bool = opt(False, "print settings, parameters, steps and memory, then stop", local=True)
+    debug: bool = opt(False, "show the traceback of a failure", local=True)
 
-    data_dir: str = opt("data", "where datasets are, are downloaded to, and are cached")
-    path_to_data: str = opt("", "image folder or ZIP file (dataset folder); subfolders are classes")
+    data_dir: str = opt("data", "where datasets are, are downloaded to, and are cached", local=True, group="data")
+    path_to_data: str = opt("", "image folder or ZIP file (dataset folder); subfolders are classes", local=True)
     img_size: tuple[int, int] | None = opt(None, "image size: a number or HxW", "--image_size", lo=1, hi=4096, fixed=True)
     channels: int | None = opt(None, "1 grey, 3 colour (default: what the images are)", choices=lambda: (1, 3), fixed=True)
     use_labels: bool | None = opt(None, "condition on class labels (default: where there are any)", fixed=True)
     flip: bool | None = opt(None, "mirror training images at random (default: where the dataset allows)")
-    num_workers: int = opt(2, "processes that decode images into the cache", lo=0, hi=256)
+    num_workers: int = opt(2, "processes that decode images into the cache", lo=0, hi=256, local=True)
     val_fraction: float = opt(0.02, "part of the data held out for the validation loss (at most 1,000 images)", lo=0, hi=0.5)
 
-    timesteps: int = opt(1000, "diffusion steps T", "--num_timesteps", "--num_diffusion_timesteps", lo=2, hi=100_000, fixed=True, ask="more steps: finer noise levels; 500 to 1000 is usual")
+    timesteps: int = opt(1000, "diffusion steps T", "--num_timesteps", "--num_diffusion_timesteps", lo=2, hi=100_000, fixed=True, ask="more steps: finer noise levels; 500 to 1000 is usual", group="diffusion")
     schedule_type: str = opt("linear", "noise schedule", "--schedule", choices=lambda: SCHEDULES, spelled={"l": "linear", "cos": "cosine", "DNS": "dns"}, fixed=True, ask="cosine is gentler on small images")
     beta_start: float = opt(1e-4, "first beta (linear, dns)", "--schedule_low", lo=1e-9, hi=0.999, fixed=True, ask="variance of the first step")
     beta_end: float = opt(0.02, "last beta (linear, dns)", "--schedule_high", lo=1e-9, hi=0.999, fixed=True, ask="variance of the last step")
@@ -134,7 +135,7 @@ class Config:
     time_mean: float = opt(0.0, "centre: log-odds of t/T (logit_normal), log-SNR (laplace)", lo=-100, hi=100)
     time_scale: float | None = opt(None, "width: deviation (logit_normal) [1], b (laplace) [0.5]", lo=1e-3, hi=1e3)
 
-    base_channels: int = opt(64, "channels of the first level", "--starting_channels", lo=2, hi=4096, fixed=True, ask="wider is better and slower")
+    base_channels: int = opt(64, "channels of the first level", "--starting_channels", lo=2, hi=4096, fixed=True, ask="wider is better and slower", group="network")
     channel_mults: tuple[int, ...] = opt((1, 2, 2), "channel multiplier of each level", lo=1, hi=64, fixed=True)
     num_res_blocks: int = opt(2, "residual blocks per level", lo=1, hi=16, fixed=True)
     use_attention: bool = opt(True, "self-attention at --attention_levels and in the bottleneck", fixed=True, ask="better structure for some time")
@@ -147,7 +148,7 @@ class Config:
     norm_groups: int = opt(32, "GroupNorm groups, lowered to a divisor of base_channels", lo=1, hi=1024, fixed=True)
     conditioning: str = opt("scale_shift", "how time and class enter: scaling and shifting each block, added to it, or as extra input channels", choices=lambda: ("scale_shift", "add", "concat"), fixed=True)
 
-    epochs: int = opt(100, "passes over the data", lo=1, hi=10**7, ask="one pass over the images each")
+    epochs: int = opt(100, "passes over the data", lo=1, hi=10**7, ask="one pass over the images each", group="training")
     iterations: int = opt(0, "optimizer steps; 0: use --epochs", "--num_training_steps", lo=0, hi=10**9)
     train_minutes: float = opt(0.0, "train for about that long: a few steps are timed, iterations set accordingly; 0: use --epochs", lo=0, hi=10**6)
     batch_size: int = opt(128, "images per step, over all devices", lo=1, hi=10**6, ask="lower it when memory runs out")
@@ -165,14 +166,14 @@ class Config:
     ema_start: int = opt(0, "steps before averaging begins", lo=0, hi=10**9)
     early_stop_loss_change: float = opt(0.0, "stop when the mean absolute change of the last ten logged losses is below this; 0: never", lo=0, hi=1e9)
     scale_lr: bool = opt(False, "multiply the learning rate by the number of devices")
-    num_gpus: int = opt(0, "GPUs for DataParallel; 0: all there are", lo=0, hi=64)
-    precision: str = opt("auto", "auto: bf16 where the hardware has it", choices=lambda: ("auto", "fp32", "bf16", "fp16"))
-    compile: bool = opt(False, "torch.compile the network")
-    channels_last: bool | None = opt(None, "store images channels last (default: but for mps)")
+    num_gpus: int = opt(0, "GPUs for DataParallel; 0: all there are", lo=0, hi=64, local=True)
+    precision: str = opt("auto", "auto: bf16 where the hardware has it", choices=lambda: ("auto", "fp32", "bf16", "fp16"), local=True)
+    compile: bool = opt(False, "torch.compile the network", local=True)
+    channels_last: bool | None = opt(None, "store images channels last (default: but for mps)", local=True)
 
-    experiment_name: str = opt("", "names the run; keeps checkpoints by step in a folder of their own")
-    working_directory: str = opt("checkpoints", "where checkpoints go")
-    generated_directory: str = opt("samples", "where sample grids, metrics.csv and config.json go")
+    experiment_name: str = opt("", "names the run; keeps checkpoints by step in a folder of their own", local=True, group="output")
+    working_directory: str = opt("checkpoints", "where checkpoints go", local=True)
+    generated_directory: str = opt("samples", "where sample grids, metrics.csv and config.json go", local=True)
     sample_every: int = opt(1, "epochs between sample grids", lo=1, hi=10**7, ask="a grid shows how far training is")
     checkpoint_every: int = opt(1, "epochs between checkpoints", lo=1, hi=10**7)
     checkpoint_rate: int = opt(0, "steps between checkpoints, each with a grid, instead of going by epochs; 0: go by epochs", "--evaluation_interval", lo=0, hi=10**9)
@@ -181,16 +182,16 @@ class Config:
     plot_freq_interval: int = opt(0, "timesteps between the pictures of a denoising strip; 0: no strips in training", lo=0, hi=100_000)
     preview_steps: int = opt(20, "sampling steps of the grids drawn in training", lo=1, hi=100_000)
     log_every: int = opt(50, "steps between rows of metrics.csv", "--log_rate", lo=1, hi=10**9)
-    resume: str = opt("auto", "auto: go on from the run's checkpoint; never: start over", choices=lambda: ("auto", "never"))
-    resume_from_checkpoint: str = opt("", "go on from this checkpoint: checkpoint_STEP of the experiment, or a path")
-    use_wandb: bool = opt(False, "log to Weights & Biases", "--log_to_wandb")
-    use_tensorboard: bool = opt(False, "log to TensorBoard")
-    project_name: str = opt("diffuser", "Weights & Biases project")
+    resume: str = opt("auto", "auto: go on from the run's checkpoint; never: start over", choices=lambda: ("auto", "never"), local=True)
+    resume_from_checkpoint: str = opt("", "go on from this checkpoint: checkpoint_STEP of the experiment, or a path", local=True)
+    use_wandb: bool = opt(False, "log to Weights & Biases", "--log_to_wandb", local=True)
+    use_tensorboard: bool = opt(False, "log to TensorBoard", local=True)
+    project_name: str = opt("diffuser", "Weights & Biases project", local=True)
 
-    model_path: str = opt("", "checkpoint to sample from")
-    classes: str = opt("", "classes to draw, by name or number: cat,3 or all")
-    num_images: int | None = opt(None, "images to draw in all (default: 10 of each class)", lo=1, hi=10**7)
-    save_dir: str = opt("", "folder for images/, grid.png and samples.json")
+    model_path: str = opt("", "checkpoint to sample from", local=True, group="sampling")
+    classes: str = opt("", "classes to draw, by name or number: cat,3 or all", local=True)
+    num_images: int | None = opt(None, "images to draw in all (default: 10 of each class)", lo=1, hi=10**7, local=True)
+    save_dir: str = opt("", "folder for images/, grid.png and samples.json", local=True)
     sampler: str = opt("dpmpp", "sampler", choices=lambda: SAMPLERS, spelled={"dpm++": "dpmpp"})
     steps: int | None = opt(None, "sampling steps (default: 25; ddim 50; ddpm all T)", lo=1, hi=100_000)
     spacing: str = opt("trailing", "how the sampling steps lie in 0..T-1", choices=lambda: SPACINGS)
@@ -200,29 +201,21 @@ class Config:
     use_noise_scaling: bool = opt(False, "let that noise fade in proportion to t/T")
     guidance_scale: float = opt(0.0, "classifier-free guidance w: (1 + w) eps_cond - w eps_uncond", lo=0, hi=1000)
     guidance_interval: tuple[float, float] | None = opt(None, "noise levels sqrt(1/alpha_bar - 1) between which guidance acts, such as 0.2,2 (default: all)", lo=0, hi=1e9)
-    guide_path: str = opt("", "checkpoint of a weaker model to guide away from, instead of from the image without a label")
+    guide_path: str = opt("", "checkpoint of a weaker model to guide away from, instead of from the image without a label", local=True)
     eps_scale: float = opt(1.0, "divide the predicted noise by this, such as 1.005", lo=0.5, hi=2)
     clip_x0: bool = opt(True, "clip the estimate of x0 to [-1, 1] at every step")
     dynamic_threshold: float = opt(0.0, "clip it to this quantile of its own size instead, such as 0.995; 0: no", lo=0, hi=1)
     start: str = opt("matched", "start from the Gaussian that matches q(x_T), or from N(0, I)", choices=lambda: ("matched", "gaussian"))
     sequential: bool = opt(False, "draw one image at a time: the same images, slower")
     sample_batch_size: int = opt(250, "images drawn at a time", lo=1, hi=10**6)
-    trajectory: bool = opt(False, "also save trajectory.png: rows images, columns from noise to image")
+    trajectory: bool = opt(False, "also save trajectory.png: rows images, columns from noise to image", local=True)
     # ruff: enable[E501]
 
 
 FIELDS = {f.name: f for f in dataclasses.fields(Config)}
-KINDS = {name: next(k for k in (get_args(hint) if isinstance(hint, UnionType) else (hint,)) if k is not type(None))
+KINDS = {name: get_args(hint)[0] if type(None) in get_args(hint) else hint      # the type, or that of `type | None`
          for name, hint in get_type_hints(Config).items()}
-GROUPS = {"mode": "run", "data_dir": "data", "timesteps": "diffusion", "base_channels": "network",
-          "epochs": "training", "experiment_name": "output", "model_path": "sampling"}
-
-# Options of one invocation: never taken from a checkpoint.
-LOCAL = {
-    "mode", "device", "yes", "dry_run", "debug", "data_dir", "path_to_data", "experiment_name", "recipe",
-    "working_directory", "generated_directory", "resume", "resume_from_checkpoint", "use_wandb", "use_tensorboard",
-    "project_name", "num_gpus", "num_workers", "precision", "compile", "channels_last", "model_path", "classes",
-    "num_images", "save_dir", "trajectory", "guide_path"}
+LOCAL = {name for name, spec in FIELDS.items() if spec.metadata["local"]}
 
 # The recommended settings of each dataset.
 PRESETS = {
@@ -290,15 +283,14 @@ def parse_value(name: str, text: str):
 
 def check_value(name: str, value) -> None:
     """Type, choices and range of one option. Raises UserError."""
-    meta, kind, default = FIELDS[name].metadata, KINDS[name], FIELDS[name].default
-    if (value is None and default is None) or value == default == "":
+    meta, entry_kinds = FIELDS[name].metadata, get_args(KINDS[name])         # of a tuple; () for a single value
+    if value == FIELDS[name].default and value in (None, ""):
         return
     entries = value if isinstance(value, tuple) else (value,)
-    pair = kind in (tuple[int, int], tuple[float, float])
-    allowed = {bool: bool, str: str, int: int, tuple[int, int]: int, tuple[int, ...]: int}.get(kind, (int, float))
-    fits = all(isinstance(e, allowed) and (kind is bool or not isinstance(e, bool)) for e in entries)
-    if (not fits or isinstance(value, tuple) != (kind not in (bool, str, int, float))
-            or (pair and len(entries) != 2)):
+    kind = entry_kinds[0] if entry_kinds else KINDS[name]
+    fits = all(isinstance(e, (int, float) if kind is float else kind) and isinstance(e, bool) == (kind is bool)
+               for e in entries) and isinstance(value, tuple) == bool(entry_kinds)
+    if not fits or (entry_kinds and ... not in entry_kinds and len(entries) != len(entry_kinds)):
         raise UserError(f"--{name} cannot be {value!r}")
     if meta["choices"] and value not in meta["choices"]():
         raise UserError(f"--{name} is one of {', '.join(map(str, meta['choices']()))}, not {value!r}")
@@ -308,9 +300,9 @@ def check_value(name: str, value) -> None:
 
 def check(cfg: Config) -> None:
     """Raise UserError for an option out of range or for options that contradict each other."""
-    levels = len(cfg.channel_mults)
     for name in FIELDS:
         check_value(name, getattr(cfg, name))
+    levels = len(cfg.channel_mults)
     if cfg.beta_end < cfg.beta_start:
         raise UserError(f"--beta_end {cfg.beta_end:g} is below --beta_start {cfg.beta_start:g}: noise has to grow")
     if cfg.prediction == "eps" and cfg.zero_terminal_snr:
@@ -323,15 +315,12 @@ def check(cfg: Config) -> None:
         raise UserError(f"--guidance_interval {cfg.guidance_interval} begins above its end")
     if levels == 0:
         raise UserError("--channel_mults needs one entry per level, such as 1,2,2")
-    if cfg.use_attention:
-        for level in cfg.attention_levels:
-            if level >= levels:
-                raise UserError(f"--attention_levels {level}: the network has levels 0 to {levels - 1}")
-        for level in {*cfg.attention_levels, levels - 1}:
-            width = cfg.base_channels * cfg.channel_mults[level]
-            if width % (cfg.head_dim or cfg.num_heads):
-                flag = "head_dim" if cfg.head_dim else "num_heads"
-                raise UserError(f"--{flag} {getattr(cfg, flag)} does not divide the {width} channels of level {level}")
+    for level in sorted({*cfg.attention_levels, levels - 1}, reverse=True) if cfg.use_attention else ():
+        if level >= levels:
+            raise UserError(f"--attention_levels {level}: the network has levels 0 to {levels - 1}")
+        width, flag = cfg.base_channels * cfg.channel_mults[level], "head_dim" if cfg.head_dim else "num_heads"
+        if width % getattr(cfg, flag):
+            raise UserError(f"--{flag} {getattr(cfg, flag)} does not divide the {width} channels of level {level}")
     if cfg.steps and cfg.steps > cfg.timesteps:
         raise UserError(f"--steps {cfg.steps} is more than the {cfg.timesteps} timesteps of the schedule")
     if cfg.dataset:
@@ -363,10 +352,8 @@ def given_values(given: dict) -> dict:
 
 
 def configure(checkpoint: dict | None = None, **given) -> Config:
-    """Settings from flags, then (when resuming) the checkpoint's, then the dataset's preset, then defaults.
-
-    `checkpoint`: the configuration stored in a checkpoint, as a dictionary. Raises UserError.
-    """
+    """Settings from flags, then (when resuming) `checkpoint`, the configuration stored in one as a dictionary,
+    then the dataset's preset, then defaults. Raises UserError."""
     given = given_values(given)
     inherited = {k: tuple(v) if isinstance(v, list) else v for k, v in (checkpoint or {}).items()
                  if k in FIELDS and k not in LOCAL}
@@ -438,11 +425,9 @@ def zero_terminal_snr(alpha_bar: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class Prediction:
-    """What a network learns. a = sqrt(alpha_bar_t), s = sqrt(1 - alpha_bar_t), snr = a^2 / s^2.
-
-    target(x0, eps, a, s); x0_from(out, xt, a, s); min_snr(snr, gamma): the weight under which its squared
-    error is that of x0 times min(snr, gamma) (2303.09556, sec. 3.4).
-    """
+    """What a network learns. a = sqrt(alpha_bar_t), s = sqrt(1 - alpha_bar_t), snr = a^2 / s^2. target(x0, eps, a, s);
+    x0_from(out, xt, a, s); min_snr(snr, gamma): the weight under which its squared error is that of x0 times
+    min(snr, gamma) (2303.09556, sec. 3.4)."""
 
     target: Callable
     x0_from: Callable
@@ -464,38 +449,32 @@ PREDICTIONS = {
 LOSSES = {"mse": F.mse_loss, "mae": F.l1_loss, "huber": F.huber_loss}
 
 
-# How often each timestep is trained: weights [T] from alpha_bar, the centre and the width.
-TIME_DENSITIES = {
-    "uniform": lambda alpha_bar, mean, scale: torch.ones_like(alpha_bar),
-    # t / T = sigmoid(n), n ~ N(mean, scale^2) (2403.03206, eq. 19)
-    "logit_normal": lambda alpha_bar, mean, scale: logit_normal((torch.arange(len(alpha_bar)) + 0.5) / len(alpha_bar),
-                                                                mean, scale or 1.0),
-    # log-SNR ~ Laplace(mean, scale) (2407.03297, table 1)
-    "laplace": lambda alpha_bar, mean, scale: laplace(2 * half_log_snr(alpha_bar), mean, scale or 0.5),
-}
-
-
 def half_log_snr(alpha_bar: Tensor) -> Tensor:
     """log(sqrt(alpha_bar) / sqrt(1 - alpha_bar)), falling with t; where no signal is left a little counts as there."""
     return (alpha_bar.clamp(min=alpha_bar[alpha_bar > 0].min() / 100) / (1 - alpha_bar)).log() / 2
 
 
-def logit_normal(time: Tensor, mean: float, scale: float) -> Tensor:
-    """Density of sigmoid(n), n ~ N(mean, scale^2), at times in (0, 1), up to a factor."""
-    return torch.exp(-((torch.logit(time) - mean) / scale) ** 2 / 2) / (time * (1 - time))
+def logit_normal(alpha_bar: Tensor, mean: float, scale: float | None) -> Tensor:
+    """t / T = sigmoid(n), n ~ N(mean, scale^2) (2403.03206, eq. 19)."""
+    time = (torch.arange(len(alpha_bar)) + 0.5) / len(alpha_bar)
+    return torch.exp(-((torch.logit(time) - mean) / (scale or 1.0)) ** 2 / 2) / (time * (1 - time))
 
 
-def laplace(log_snr: Tensor, mean: float, scale: float) -> Tensor:
-    """Weights of timesteps under which their log-SNR is Laplace(mean, scale): density times spacing."""
-    return torch.exp(-(log_snr - mean).abs() / scale) * torch.gradient(-log_snr)[0]
+def laplace(alpha_bar: Tensor, mean: float, scale: float | None) -> Tensor:
+    """log-SNR ~ Laplace(mean, scale): its density times the spacing of the timesteps (2407.03297, table 1)."""
+    log_snr = 2 * half_log_snr(alpha_bar)
+    return torch.exp(-(log_snr - mean).abs() / (scale or 0.5)) * torch.gradient(-log_snr)[0]
+
+
+# How often each timestep is trained: weights [T], up to a factor, from alpha_bar, a centre and a width.
+TIME_DENSITIES = {"uniform": lambda alpha_bar, mean, scale: torch.ones_like(alpha_bar),
+                  "logit_normal": logit_normal, "laplace": laplace}
 
 
 class Diffusion:
-    """q(x_t | x_0) = N(sqrt(alpha_bar_t) x0, (1 - alpha_bar_t) I), and what a network says about it.
-
-    alpha_bar: float64 [T]; prediction: a key of PREDICTIONS; loss_fn: a key of LOSSES; min_snr_gamma: 0 for
-    no weighting; time_weights: float64 [T], how often each timestep is trained, by default alike.
-    """
+    """q(x_t | x_0) = N(sqrt(alpha_bar_t) x0, (1 - alpha_bar_t) I), and what a network says about it. alpha_bar:
+    float64 [T]; prediction: a key of PREDICTIONS; loss_fn: a key of LOSSES; min_snr_gamma: 0 for no weighting;
+    time_weights: float64 [T], how often each timestep is trained, by default alike."""
 
     def __init__(self, alpha_bar: Tensor, prediction: str = "eps", loss_fn: str = "mse", device="cpu",
                  min_snr_gamma: float = 0.0, time_weights: Tensor | None = None):
@@ -522,11 +501,9 @@ class Diffusion:
 
     def estimates(self, out: Tensor, xt: Tensor, t: Tensor, clip: bool = True, dynamic_threshold: float = 0.0,
                   eps_scale: float = 1.0) -> tuple[Tensor, Tensor]:
-        """(x0_hat, eps_hat) from the network's output.
-
-        The noise in it is divided by eps_scale (2308.15321). Then x0_hat is clipped to [-1, 1], or to the
-        dynamic_threshold-quantile of its own size; eps_hat goes with it, so that the two always add up to x_t.
-        """
+        """(x0_hat, eps_hat) from the network's output. The noise in it is divided by eps_scale (2308.15321). Then
+        x0_hat is clipped to [-1, 1], or to the dynamic_threshold-quantile of its own size; eps_hat goes with it, so
+        that the two always add up to x_t."""
         a, s = self.scales(t)
         x0_hat = self.prediction.x0_from(out, xt, a, s)
         if eps_scale != 1:
@@ -579,11 +556,8 @@ class Attention(nn.Module):
 
 
 class ResBlock(nn.Module):
-    """GroupNorm, SiLU, 3x3 convolution, twice, around a residual connection; conditioned in the middle;
-    then attention where heads > 0. emb: width of the conditioning vector, 0 for none.
-
-    x [N, cin, H, W], cond [N, emb] -> [N, cout, H, W]
-    """
+    """x [N, cin, H, W], cond [N, emb] -> [N, cout, H, W]: GroupNorm, SiLU, 3x3 convolution, twice, around a residual
+    connection; conditioned in the middle, but for emb = 0; then attention where heads > 0."""
 
     def __init__(self, cin: int, cout: int, emb: int, groups: int, dropout: float, scale_shift: bool, heads: int = 0):
         super().__init__()
@@ -611,11 +585,9 @@ class ResBlock(nn.Module):
 
 
 class UNet(nn.Module):
-    """(xt [N, C, H, W], t [N], y [N] or None) -> [N, C, H, W], in the terms of `prediction`.
-
-    image_channels: C. num_classes: 0 for an unconditional network; label num_classes is the null class,
-    taken where y is None. H and W must divide by patch_size * 2 ** (levels - 1). Other arguments: see Config.
-    """
+    """(xt [N, C, H, W], t [N], y [N] or None) -> [N, C, H, W], in the terms of `prediction`. image_channels: C.
+    num_classes: 0 for an unconditional network; label num_classes is the null class, taken where y is None. H and W
+    must divide by patch_size * 2 ** (levels - 1). Other arguments: see Config."""
 
     def __init__(self, image_channels: int, num_classes: int = 0, *, base_channels: int = 64,
                  channel_mults: tuple[int, ...] = (1, 2, 2), num_res_blocks: int = 2, use_attention: bool = True,
@@ -752,11 +724,9 @@ def intervals(ts: list[int], alpha_bar: Tensor) -> Iterator[tuple[int, float, in
 def ddim(denoise: Denoiser, xT: Tensor, ts: list[int], alpha_bar: Tensor, draw_noise: Callable[[], Tensor], *,
          eta: float = 0.0, variance: str = "small", noise_scale: float = 1.0,
          fade: bool = False) -> Iterator[tuple[int, Tensor, Tensor]]:
-    """DDIM (2010.02502, eq. 12) over the descending grid ts; eta = 1 is ancestral DDPM.
-
-    With eta = 1 the mean is the posterior mean of DDPM (eq. 7) and `variance` chooses its noise: the
-    posterior's (small) or beta_t (large). noise_scale multiplies the noise, `fade` by t / T as well.
-    """
+    """DDIM (2010.02502, eq. 12) over the descending grid ts. eta = 1 is ancestral DDPM: the mean is its posterior mean
+    (eq. 7), and `variance` chooses its noise: the posterior's (small) or beta_t (large). noise_scale multiplies the
+    noise, `fade` by t / T as well."""
     x, T = xT, len(alpha_bar)
     for t, ab, _, ab_next in intervals(ts, alpha_bar):
         x0_hat, eps_hat = denoise(x, t)
@@ -802,16 +772,13 @@ def heun(denoise: Denoiser, xT: Tensor, ts: list[int], alpha_bar: Tensor,
         yield t, x, x0_hat
 
 
-def configured_ddim(cfg: Config, eta: float) -> Callable:
-    return partial(ddim, eta=eta, variance=cfg.variance, noise_scale=cfg.noise_scale, fade=cfg.use_noise_scaling)
-
-
 # To add a sampler: write its function and name it here, with the options it takes from the settings.
 SAMPLERS = {
     "dpmpp": lambda cfg: dpmpp,
     "heun": lambda cfg: heun,
-    "ddim": lambda cfg: configured_ddim(cfg, cfg.eta),
-    "ddpm": lambda cfg: configured_ddim(cfg, 1.0),
+    "ddim": lambda cfg: partial(ddim, eta=cfg.eta, variance=cfg.variance, noise_scale=cfg.noise_scale,
+                                fade=cfg.use_noise_scaling),
+    "ddpm": lambda cfg: partial(SAMPLERS["ddim"](cfg), eta=1.0),
 }
 DEFAULT_STEPS = {"dpmpp": 25, "heun": 25, "ddim": 50}                        # others visit every timestep
 
@@ -864,28 +831,24 @@ def image_noise(seed: int, indices: range, shape: tuple[int, ...], device) -> Ca
 
 @dataclass(frozen=True)
 class Moments:
-    """Mean and variance of each pixel over the training images: float [num_classes + 1, C, h, w], a
-    row per class and a last one over all; h x w may be coarser than the images."""
+    """Mean and variance of each pixel over the training images: float [num_classes + 1, C, h, w], a row per class
+    and a last one over all; h x w may be coarser than the images."""
 
     mean: Tensor
     var: Tensor
 
-    def to(self, device) -> Moments:
-        return Moments(self.mean.to(device), self.var.to(device))
-
     def start(self, noise: Tensor, y: Tensor, alpha_bar_T: float) -> Tensor:
         """x_T from the Gaussian with the first two moments of q(x_T), given noise [N, C, H, W] and rows y [N]."""
-        mean, var = (F.interpolate(m[y], noise.shape[2:], mode="bilinear") for m in (self.mean, self.var))
+        rows = (m.to(noise.device)[y] for m in (self.mean, self.var))
+        mean, var = (F.interpolate(m, noise.shape[2:], mode="bilinear") for m in rows)
         return math.sqrt(alpha_bar_T) * mean + (alpha_bar_T * var + 1 - alpha_bar_T).sqrt() * noise
 
 
 @dataclass
 class Model:
-    """A network with all that drawing images needs; `load` makes one from a checkpoint.
-
-    shape: (C, H, W). class_names: empty for an unconditional network. autocast: makes the context
-    the network runs in. guide: a weaker network, for autoguidance.
-    """
+    """A network with all that drawing images needs; `load` makes one from a checkpoint. shape: (C, H, W).
+    class_names: empty for an unconditional network. autocast: makes the context the network runs in. guide: a
+    weaker network, for autoguidance."""
 
     network: nn.Module
     diffusion: Diffusion
@@ -923,10 +886,10 @@ class Model:
             with self.autocast():
                 return network(*inputs)
 
-        return make_denoiser(
-            partial(run, self.network), self.diffusion, y if self.class_names else None, len(self.class_names),
-            cfg.guidance_scale, cfg.guidance_interval, partial(run, self.guide) if self.guide else None,
-            clip=cfg.clip_x0, dynamic_threshold=cfg.dynamic_threshold, eps_scale=cfg.eps_scale)
+        network, guide = partial(run, self.network), partial(run, self.guide) if self.guide else None
+        return make_denoiser(network, self.diffusion, y if self.class_names else None, len(self.class_names),
+                             cfg.guidance_scale, cfg.guidance_interval, guide, clip=cfg.clip_x0,
+                             dynamic_threshold=cfg.dynamic_threshold, eps_scale=cfg.eps_scale)
 
     def draw(self, labels: list[int], cfg: Config, progress: Callable = lambda: None, first=0) -> Iterator[Tensor]:
         """Images number first, first + 1, ... for labels in batches, uint8 [n, C, H, W] each; progress() after
@@ -938,11 +901,9 @@ class Model:
             yield to_uint8(x)
 
     def generate(self, classes: list[str | int] | None = None, num_images: int | None = None, **settings) -> Tensor:
-        """Images of the classes (names or numbers) in turn: uint8 [num_images, C, H, W] on the CPU.
-
-        num_images: by default one of each class. settings: sampling options of Config, such as steps,
-        sampler, seed, guidance_scale. Raises UserError for an unknown class or option.
-        """
+        """Images of the classes (names or numbers) in turn: uint8 [num_images, C, H, W] on the CPU. num_images: by
+        default one of each class. settings: sampling options of Config, such as steps, sampler, seed,
+        guidance_scale. Raises UserError for an unknown class or option."""
         numbers = parse_classes(classes, self.class_names) if classes is not None else None
         wrong = [name for name in settings if name not in FIELDS or FIELDS[name].metadata["fixed"]]
         if wrong:
@@ -1639,7 +1600,7 @@ def restore(state: dict, cfg: Config, runtime: Runtime | None = None) -> Model:
     runtime = runtime or Runtime(cfg)
     guide = network_of(load_guide(cfg.guide_path, state), runtime.device) if cfg.guide_path else None
     return Model(network_of(state, runtime.device, cfg), build_diffusion(cfg, runtime.device),
-                 Moments(**state["moments"]).to(runtime.device), cfg, tuple(state["shape"]), state["class_names"],
+                 Moments(**state["moments"]), cfg, tuple(state["shape"]), state["class_names"],
                  runtime.autocast, guide)
 
 
@@ -1727,7 +1688,7 @@ class Training:
         self.cfg, self.runtime, self.data, self.shape = cfg, runtime, data, shape
         self.null = len(data.class_names)
         indices, self.held_out = split(data, cfg.val_fraction)
-        self.moments = image_moments(data, indices, flip).to(runtime.device)
+        self.moments = image_moments(data, indices, flip)
         self.size = cfg.batch_size * cfg.gradient_accumulation_steps
         if self.size < runtime.world:
             raise UserError(f"--batch_size {cfg.batch_size} is too small for {runtime.world} processes")
@@ -2241,8 +2202,8 @@ def build_parser() -> Parser:
     parser = Parser("diffuser.py", description=intro, epilog=rest.split("\nChapters")[0], allow_abbrev=False,
                     argument_default=argparse.SUPPRESS, formatter_class=argparse.RawDescriptionHelpFormatter)
     for name, spec in FIELDS.items():
-        if name in GROUPS:
-            group = parser.add_argument_group(GROUPS[name])
+        if spec.metadata["group"]:
+            group = parser.add_argument_group(spec.metadata["group"])
         flags = [f"--{name}", *spec.metadata["aliases"]]
         choices = f" ({', '.join(map(str, spec.metadata['choices']()))})" if spec.metadata["choices"] else ""
         default = "" if spec.default in ("", None) else f" [{spec.default}]"
