@@ -950,8 +950,8 @@ def parse_classes(classes: str | list, class_names: list[str]) -> list[int]:
 
 @dataclass
 class ImageData:
-    """images: uint8 [N, C, H, W], possibly memory-mapped; labels: int64 [N]; class_names: empty where
-    there are no labels (labels are then 0)."""
+    """images: uint8 [N, C, H, W], possibly memory-mapped; labels: int64 [N]; class_names: empty where there are no
+    labels (labels are then 0)."""
 
     images: Tensor
     labels: Tensor
@@ -1003,13 +1003,13 @@ def load_celeba(cfg: Config) -> ImageData:
     """CelebA, 162,770 faces for training (Liu et al. 2015), without labels."""
     raw = torchvision_dataset("CelebA", cfg, "img_align_celeba.zip (unpacked) and the five list_*.txt and "
                               "identity_CelebA.txt files of CelebA", "celeba", split="train")
-    return cached(cfg, Decoder(raw, image_shape(cfg)), ("celeba", len(raw)), [])
+    return cached(cfg, raw, ("celeba", len(raw)), [])
 
 
 def load_folder(cfg: Config) -> ImageData:
     """A folder or ZIP of images; the folder that directly holds them names the class."""
     source = ImageFiles(cfg.path_to_data)
-    return cached(cfg, Decoder(source, image_shape(cfg, source)), ("folder", *source.fingerprint()), source.class_names)
+    return cached(cfg, source, ("folder", *source.fingerprint()), source.class_names)
 
 
 def in_memory(cfg: Config, source, images: Tensor, labels: list[int], names: tuple[str, ...]) -> ImageData:
@@ -1017,7 +1017,7 @@ def in_memory(cfg: Config, source, images: Tensor, labels: list[int], names: tup
     source, which gives (PIL image, label)."""
     if tuple(images.shape[1:]) == image_shape(cfg):
         return ImageData(images, torch.tensor(labels), list(names))
-    return cached(cfg, Decoder(source, image_shape(cfg)), (cfg.dataset, len(labels)), list(names))
+    return cached(cfg, source, (cfg.dataset, len(labels)), list(names))
 
 
 def torchvision_dataset(name: str, cfg: Config, what: str, where: str, **options):
@@ -1048,11 +1048,11 @@ DATASETS = {
 }
 
 
-def image_shape(cfg: Config, files: ImageFiles | None = None) -> tuple[int, int, int]:
-    """(C, H, W) of the training images: as asked for, else the dataset's own; files tell their own channels."""
-    channels, height, width = DATASETS[cfg.dataset].shape
-    channels = cfg.channels or (files.guess_channels() if files else channels)
-    return channels, *(cfg.img_size or (height, width))
+def image_shape(cfg: Config, source=None) -> tuple[int, int, int]:
+    """(C, H, W) of the training images: as asked for, else the dataset's own; ImageFiles tell their own channels."""
+    channels, *size = DATASETS[cfg.dataset].shape
+    channels = source.guess_channels() if isinstance(source, ImageFiles) and not cfg.channels else channels
+    return cfg.channels or channels, *(cfg.img_size or size)
 
 
 @lru_cache(maxsize=1)
@@ -1113,30 +1113,27 @@ class ImageFiles(torch.utils.data.Dataset):
         return str(self.path.resolve()), hashlib.sha256(repr((self.names, stats)).encode()).hexdigest()
 
 
+@dataclass
 class Decoder(torch.utils.data.Dataset):
     """Item i of `source`, (PIL image, label), as (uint8 [C, H, W], label); None where it cannot be read."""
 
-    MAX_PIXELS = 100_000_000
-
-    def __init__(self, source, shape: tuple[int, int, int]):
-        self.source, self.shape = source, shape
+    source: torch.utils.data.Dataset | list
+    shape: tuple[int, int, int]
 
     def __len__(self) -> int:
         return len(self.source)
 
-    def __getitem__(self, i: int):
+    def __getitem__(self, i: int) -> tuple[np.ndarray, int] | None:
         try:
             image, label = self.source[i]
-            if image.width * image.height > self.MAX_PIXELS:
-                return None
-            return self.decode(image), label if isinstance(label, int) else 0
+            if image.width * image.height <= 100_000_000:
+                return self.decode(image), label if isinstance(label, int) else 0
         except Exception:                                           # broken files raise errors of every kind
             return None
 
     def decode(self, image: Image.Image) -> np.ndarray:
         """Upright, on white where transparent, 16 bits to 8, cropped to the middle and resized: [C, H, W]."""
-        channels, height, width = self.shape
-        image = ImageOps.exif_transpose(image)
+        (channels, height, width), image = self.shape, ImageOps.exif_transpose(image)
         if image.mode.startswith("I") or image.mode == "F":         # PIL would clip what lies above 255
             pixels = np.asarray(image, dtype=np.float64)
             image = Image.fromarray((pixels / (257 if pixels.max() > 255 else 1)).round().clip(0, 255).astype(np.uint8))
@@ -1147,9 +1144,10 @@ class Decoder(torch.utils.data.Dataset):
         return np.array(image).reshape(height, width, channels).transpose(2, 0, 1).copy()
 
 
-def cached(cfg: Config, decoder: Decoder, key: tuple, class_names: list[str]) -> ImageData:
-    """The decoded images, memory-mapped from a cache file that is built the first time. Raises UserError
+def cached(cfg: Config, source, key: tuple, class_names: list[str]) -> ImageData:
+    """The images of source decoded, memory-mapped from a cache file that is built the first time. Raises UserError
     when more than a tenth of the images cannot be read."""
+    decoder = Decoder(source, image_shape(cfg, source))
     digest = hashlib.sha256(repr((key, decoder.shape, "v1")).encode()).hexdigest()[:16]
     index = Path(cfg.data_dir, "cache", f"{cfg.dataset}_{digest}.json")
     if not index.exists():
@@ -1192,9 +1190,7 @@ def load_data(cfg: Config) -> ImageData:
     data = DATASETS[cfg.dataset].load(cfg)
     if cfg.use_labels and not data.class_names:
         raise UserError(f"--use_labels: dataset {cfg.dataset} has no classes (in a folder, subfolders make them)")
-    if cfg.use_labels is False:
-        data = ImageData(data.images, torch.zeros_like(data.labels), [])
-    return data
+    return ImageData(data.images, torch.zeros_like(data.labels), []) if cfg.use_labels is False else data
 
 
 def held_out_size(images: int, fraction: float) -> int:
@@ -1234,11 +1230,9 @@ def from_uint8(images: Tensor) -> Tensor:
 
 
 class Batches:
-    """Training batches as a function of the step: step -> (x0 [n, C, H, W] in [-1, 1], y [n]).
-
-    Each epoch is a fresh permutation by (seed, epoch); a batch is the same whatever the number of
-    devices, of which each, `rank` of `world`, takes its share.
-    """
+    """Training batches as a function of the step: step -> (x0 [n, C, H, W] in [-1, 1], y [n]). Each epoch is a fresh
+    permutation by (seed, epoch); a batch is the same whatever the number of devices, of which each, `rank` of
+    `world`, takes its share."""
 
     def __init__(self, data: ImageData, indices: Tensor, size: int, flip: bool, seed: int, device, rank=0, world=1):
         self.data, self.indices, self.size, self.flip, self.seed = data, indices, size, flip, seed
@@ -1344,9 +1338,9 @@ def pick_device(wanted: str) -> torch.device:
     there = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
     if wanted != "auto" and not there[wanted]:
         raise UserError(f"--device {wanted}: torch {torch.__version__} finds none here")
-    kind = next(k for k in there if there[k]) if wanted == "auto" else wanted
-    device = torch.device(kind, int(os.environ.get("LOCAL_RANK", 0))) if kind == "cuda" else torch.device(kind)
-    if kind == "cuda":
+    device = torch.device(next(k for k in there if there[k]) if wanted == "auto" else wanted)
+    if device.type == "cuda":
+        device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
         torch.cuda.set_device(device)
     return device
 
@@ -1384,9 +1378,9 @@ class RunLog:
         write_json(path, dict(config=dataclasses.asdict(cfg), torch=torch.__version__, run_id=run_id))
         self.trackers = {}
         if cfg.use_tensorboard or cfg.use_wandb:
-            from trackers import start_trackers
+            import trackers
 
-            self.trackers = start_trackers(cfg, folder, run_id)
+            self.trackers = trackers.start_trackers(cfg, folder, run_id)
 
     def row(self, values: dict) -> None:
         """One line of metrics.csv, and the same numbers to the trackers."""
@@ -1429,8 +1423,7 @@ def save_grid(images: Tensor, path: Path, column_names: list[str], columns: int 
 
 def draw_with_bar(model: Model, labels: list[int], cfg: Config, first: int = 0) -> Iterator[Tensor]:
     """Model.draw with a progress bar over the network's steps."""
-    batches = math.ceil(len(labels) / (1 if cfg.sequential else cfg.sample_batch_size))
-    total = batches * sampling_steps(cfg)
+    total = math.ceil(len(labels) / (1 if cfg.sequential else cfg.sample_batch_size)) * sampling_steps(cfg)
     with tqdm(total=total, desc="sampling", unit="step", leave=False, disable=None) as bar:
         yield from model.draw(labels, cfg, bar.update, first)
 
@@ -1452,10 +1445,8 @@ def save_strip(model: Model, labels: list[int], cfg: Config, path: Path, first: 
 
 
 class EMA:
-    """An exponential moving average of the weights in a network of its own; `network` is that one.
-
-    After n updates the decay is min(decay, (1 + n) / (10 + n)); up to step `start` it is a plain copy.
-    """
+    """An exponential moving average of the weights in a network of its own; `network` is that one. After n updates
+    the decay is min(decay, (1 + n) / (10 + n)); up to step `start` it is a plain copy."""
 
     def __init__(self, network: nn.Module, decay: float, every: int = 1, start: int = 0):
         self.network = copy.deepcopy(network).eval().requires_grad_(False)
@@ -1497,22 +1488,21 @@ def write_json(path: Path, content: dict) -> None:
     write_atomically(path, lambda file: file.write(json.dumps(content, indent=1).encode()))
 
 
-def attention_name(cfg: Config) -> str:
-    return "attention" if cfg.use_attention else "noattention"
+def network_name(cfg: Config) -> str:
+    return f"{cfg.timesteps}_{cfg.emb_dim}_{'attention' if cfg.use_attention else 'noattention'}"
 
 
 def checkpoint_path(cfg: Config, step: int) -> Path:
     """Where the checkpoint of that step goes: one file per kind of run, or one folder per step of an experiment."""
     if cfg.experiment_name:
         return Path(cfg.working_directory, cfg.experiment_name, f"checkpoint_{step}", "model.pt")
-    name = f"diffusion_checkpoint_{cfg.dataset}_{cfg.timesteps}_{cfg.emb_dim}_{attention_name(cfg)}.pt"
-    return Path(cfg.working_directory, name)
+    return Path(cfg.working_directory, f"diffusion_checkpoint_{cfg.dataset}_{network_name(cfg)}.pt")
 
 
 def samples_path(cfg: Config) -> Path:
     """The folder for sample grids and metrics."""
-    name = f"{cfg.schedule_type}_{cfg.timesteps}_{cfg.emb_dim}_{attention_name(cfg)}"
-    return Path(cfg.generated_directory, f"samples_{cfg.experiment_name or cfg.dataset}_{name}")
+    name = cfg.experiment_name or cfg.dataset
+    return Path(cfg.generated_directory, f"samples_{name}_{cfg.schedule_type}_{network_name(cfg)}")
 
 
 def by_age(paths) -> list[Path]:
@@ -1543,16 +1533,14 @@ def save_checkpoint(state: dict, cfg: Config) -> Path:
 
 def find_checkpoint(cfg: Config) -> Path | None:
     """The checkpoint this run goes on from, if any. Raises UserError if the one asked for is not there."""
-    name = cfg.resume_from_checkpoint
-    if name:
-        home = Path(cfg.working_directory)
-        places = [Path(name), home / cfg.experiment_name / name / "model.pt", home / name, home / f"{name}.pt"]
-        found = next((p / "model.pt" if p.is_dir() else p for p in places if p.exists()), None)
-        if not found:
-            others = ", ".join(str(p) for p in kept_checkpoints(cfg)) or "none"
-            raise UserError(f"--resume_from_checkpoint {name}: not found; this run's checkpoints: {others}")
-        return found
-    return next(iter(kept_checkpoints(cfg)), None) if cfg.resume == "auto" else None
+    name, home, kept = cfg.resume_from_checkpoint, Path(cfg.working_directory), kept_checkpoints(cfg)
+    if not name:
+        return kept[0] if kept and cfg.resume == "auto" else None
+    for place in (Path(name), home / cfg.experiment_name / name / "model.pt", home / name, home / f"{name}.pt"):
+        if place.exists():
+            return place / "model.pt" if place.is_dir() else place
+    others = ", ".join(map(str, kept)) or "none"
+    raise UserError(f"--resume_from_checkpoint {name}: not found; this run's checkpoints: {others}")
 
 
 def load_checkpoint(path: str | Path, peek: bool = False) -> dict:
@@ -1595,12 +1583,12 @@ def load(path: str | Path, device: str = "auto", **settings) -> Model:
     return restore(state, configure(state["config"], device=device, **settings))
 
 
-def restore(state: dict, cfg: Config, runtime: Runtime | None = None) -> Model:
+def restore(state: dict, cfg: Config) -> Model:
     """The model in the content of a checkpoint. Raises UserError for a guide that does not fit it."""
-    runtime = runtime or Runtime(cfg)
+    runtime = Runtime(cfg)
+    network, diffusion = network_of(state, runtime.device, cfg), build_diffusion(cfg, runtime.device)
     guide = network_of(load_guide(cfg.guide_path, state), runtime.device) if cfg.guide_path else None
-    return Model(network_of(state, runtime.device, cfg), build_diffusion(cfg, runtime.device),
-                 Moments(**state["moments"]), cfg, tuple(state["shape"]), state["class_names"],
+    return Model(network, diffusion, Moments(**state["moments"]), cfg, tuple(state["shape"]), state["class_names"],
                  runtime.autocast, guide)
 
 
@@ -1651,32 +1639,8 @@ LR_SCHEDULES = {
 }
 
 
-class Meter:
-    """Sums and counts of losses by timestep quartile, kept on the device: since the last log and in this epoch."""
-
-    def __init__(self, device):
-        self.sums = torch.zeros(2, 4, 2, device=device)                      # [log or epoch, quartile, sum or count]
-
-    def add(self, losses: Tensor, quartile: Tensor) -> None:
-        """losses [n], quartile [n] in 0..3."""
-        self.sums += torch.zeros_like(self.sums[0]).index_add_(0, quartile, torch.stack(
-            [losses, torch.ones_like(losses)], dim=1))
-
-    def read(self, runtime: Runtime) -> tuple[float, list[float], float]:
-        """Mean loss since the last log, the same by quartile, and the mean of the epoch."""
-        sums = self.sums.clone()
-        if runtime.world > 1:
-            torch.distributed.all_reduce(sums)
-        logged, epoch = sums.tolist()
-        quartiles = [total / count if count else math.nan for total, count in logged]
-        means = [sum(s for s, _ in part) / max(1, sum(c for _, c in part)) for part in (logged, epoch)]
-        return means[0], quartiles, means[1]
-
-
 class Training:
     """The state of a run: network, average, optimizer, schedules, losses; and what is done with them."""
-
-    ELSE = "start another run with --experiment_name NAME, or --resume never"
 
     def __init__(self, cfg: Config, runtime: Runtime, state: dict | None = None):
         with runtime.main_first():
@@ -1711,7 +1675,8 @@ class Training:
         warmup = min(self.total // 10, 1000) if cfg.warmup_steps is None else cfg.warmup_steps
         self.lr_schedule = LR_SCHEDULES[cfg.lr_schedule](self.optimizer, lr, warmup, self.total)
         self.scaler = torch.amp.GradScaler(runtime.device.type, enabled=runtime.precision == "fp16")
-        self.meter, self.grad_norm = Meter(runtime.device), torch.zeros((), device=runtime.device)
+        self.meter = torch.zeros(2, 4, 2, device=runtime.device)             # [log or epoch, quartile, loss or count]
+        self.grad_norm = torch.zeros((), device=runtime.device)
         self.step, self.history, self.clock = 0, [], (0, time.perf_counter())
         if state:
             self.resume(state)
@@ -1727,19 +1692,20 @@ class Training:
         return dict(
             format=FORMAT, config=dataclasses.asdict(self.cfg), step=self.step, epoch=self.epoch,
             shape=list(self.shape), class_names=self.data.class_names, data=self.data.digest(),
-            loss_history=self.history,
+            loss_history=self.history, meter=self.meter, moments=vars(self.moments),
             model=self.network.state_dict(), ema=self.ema.network.state_dict() if self.cfg.use_ema else None,
-            optimizer=self.optimizer.state_dict(), scaler=self.scaler.state_dict(), meter=self.meter.sums,
-            lr_schedule=dict(name=self.cfg.lr_schedule, step=self.step, total_steps=self.total),
-            moments=dict(mean=self.moments.mean, var=self.moments.var))
+            optimizer=self.optimizer.state_dict(), scaler=self.scaler.state_dict(),
+            lr_schedule=dict(name=self.cfg.lr_schedule, step=self.step, total_steps=self.total))
 
     def resume(self, state: dict) -> None:
         """Go on from a checkpoint's state; what its optimizer learned is kept, the settings are this run's."""
-        if tuple(state["shape"]) != self.shape or state["class_names"] != self.data.class_names:
-            raise UserError(f"the checkpoint was trained on images {state['shape']} with {len(state['class_names'])} "
-                            f"classes, the data has {list(self.shape)} and {self.null}: {self.ELSE}")
-        if state["data"] != self.data.digest():
-            raise UserError(f"the checkpoint was trained on other images than these: {self.ELSE}")
+        shape, names = state["shape"], state["class_names"]
+        other = "other images than these" if state["data"] != self.data.digest() else ""
+        if tuple(shape) != self.shape or names != self.data.class_names:
+            other = f"images {shape} with {len(names)} classes, the data has {list(self.shape)} and {self.null}"
+        if other:
+            raise UserError(f"the checkpoint was trained on {other}: start another run with --experiment_name NAME, "
+                            "or --resume never")
         self.network.load_state_dict(state["model"])
         self.ema.network.load_state_dict(state["ema"] or state["model"])
         groups = self.optimizer.state_dict()["param_groups"]
@@ -1747,7 +1713,7 @@ class Training:
         if state["scaler"]:                                                  # empty unless it was fp16 as well
             self.scaler.load_state_dict(state["scaler"])
         if self.runtime.is_main:                                             # sums of rank 0; the others begin anew
-            self.meter.sums.copy_(state["meter"])
+            self.meter.copy_(state["meter"])
         self.step, self.history = state["step"], state["loss_history"]
         self.clock = (self.step, time.perf_counter())
         self.lr_schedule.last_epoch = min(self.step, self.total) - 1
@@ -1790,7 +1756,8 @@ class Training:
                     losses = self.diffusion.loss(self.forward, x0, t, eps, y, noise)
                 # DistributedDataParallel averages over processes: sum / size * world is the batch's mean
                 self.scaler.scale(losses.sum() * self.runtime.world / self.size).backward()
-            self.meter.add(losses.detach(), t * 4 // self.diffusion.T)
+            pairs = torch.stack([losses.detach(), torch.ones_like(losses)], dim=1)
+            self.meter += torch.zeros_like(self.meter[0]).index_add_(0, t * 4 // self.diffusion.T, pairs)
         self.scaler.unscale_(self.optimizer)
         self.grad_norm = nn.utils.clip_grad_norm_(self.network.parameters(), cfg.max_grad_norm or math.inf)
         self.scaler.step(self.optimizer)
@@ -1817,12 +1784,17 @@ class Training:
 
     def log(self, log: RunLog | None, evaluated: bool) -> float:
         """Write a row of metrics and return the epoch's mean loss."""
-        mean, quartiles, epoch_mean = self.meter.read(self.runtime)
+        sums = self.meter.clone()
+        if self.runtime.world > 1:
+            torch.distributed.all_reduce(sums)
+        logged, epoch = sums.tolist()
+        quartiles = [loss / count if count else math.nan for loss, count in logged]
+        mean, epoch_mean = (sum(s for s, _ in part) / max(1, sum(n for _, n in part)) for part in (logged, epoch))
         self.require_finite(torch.tensor(mean))
         since, start = self.clock
         now = time.perf_counter()
         self.history.append([self.step, mean])
-        self.meter.sums[0] = 0
+        self.meter[0] = 0
         if log:                                                              # only rank 0 has one
             numbers = dict(zip(("loss_q1", "loss_q2", "loss_q3", "loss_q4"), quartiles, strict=True), loss=mean,
                            val_loss=self.validate() if evaluated else "", lr=self.lr_schedule.get_last_lr()[0],
@@ -1924,7 +1896,7 @@ def training_loop(run: Training, log: RunLog | None, folder: Path, bar: tqdm) ->
                 runtime.say(f"the loss has settled at step {run.step}: stopping early")
                 draw = save = done = True
         if epochs:
-            run.meter.sums[1] = 0
+            run.meter[1] = 0
         if save or stopping:
             path = checkpoint_path(cfg, run.step)
             if runtime.is_main:
