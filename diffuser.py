@@ -74,8 +74,7 @@ from PIL import Image, ImageDraw, ImageFont, ImageOps
 from torch import Tensor, nn
 from tqdm import tqdm
 
-# ------------------------------------------------------------------------------------------------
-# 1  Configuration
+# ---- 1  Configuration --------------------------------------------------------------------------
 # One frozen dataclass holds every option; each field makes its flag, default, help and question.
 
 
@@ -368,8 +367,7 @@ def configure(checkpoint: dict | None = None, **given) -> Config:
     return cfg
 
 
-# ------------------------------------------------------------------------------------------------
-# 2  Noise schedules
+# ---- 2  Noise schedules ------------------------------------------------------------------------
 # Pure functions (T, beta_start, beta_end, s) -> beta, float64 [T]; t = 0 is the first noise added.
 
 
@@ -418,8 +416,7 @@ def zero_terminal_snr(alpha_bar: Tensor) -> Tensor:
     return ((root - root[-1]) * root[0] / (root[0] - root[-1])) ** 2
 
 
-# ------------------------------------------------------------------------------------------------
-# 3  Diffusion
+# ---- 3  Diffusion ------------------------------------------------------------------------------
 # The forward process, the one place where a network's output becomes (x0_hat, eps_hat), and the loss.
 
 
@@ -501,9 +498,8 @@ class Diffusion:
 
     def estimates(self, out: Tensor, xt: Tensor, t: Tensor, clip: bool = True, dynamic_threshold: float = 0.0,
                   eps_scale: float = 1.0) -> tuple[Tensor, Tensor]:
-        """(x0_hat, eps_hat) from the network's output. The noise in it is divided by eps_scale (2308.15321). Then
-        x0_hat is clipped to [-1, 1], or to the dynamic_threshold-quantile of its own size; eps_hat goes with it, so
-        that the two always add up to x_t."""
+        """(x0_hat, eps_hat) from the network's output, its noise divided by eps_scale (2308.15321). x0_hat is clipped
+        to [-1, 1], or to the dynamic_threshold-quantile of its own size; eps_hat follows: they add up to x_t."""
         a, s = self.scales(t)
         x0_hat = self.prediction.x0_from(out, xt, a, s)
         if eps_scale != 1:
@@ -531,8 +527,7 @@ def build_diffusion(cfg: Config, device) -> Diffusion:
     return Diffusion(alpha_bar, cfg.prediction, cfg.loss_fn, device, cfg.min_snr_gamma, weights)
 
 
-# ------------------------------------------------------------------------------------------------
-# 4  U-Net
+# ---- 4  U-Net ----------------------------------------------------------------------------------
 # The network of DDPM (appendix B) with the choices of ADM: each parameter has one counterpart of the
 # same shape in diffusers' UNet2DModel.
 
@@ -679,8 +674,7 @@ def build_unet(cfg: Config, image_channels: int, num_classes: int) -> UNet:
                 patch_size=cfg.patch_size, norm_groups=cfg.norm_groups, conditioning=cfg.conditioning)
 
 
-# ------------------------------------------------------------------------------------------------
-# 5  Samplers
+# ---- 5  Samplers -------------------------------------------------------------------------------
 # Pure functions of a denoiser, (xt, t) -> (x0_hat, eps_hat), that yield (t, x, x0_hat) after each step.
 # Guidance wraps the denoiser, so samplers never see it.
 
@@ -724,9 +718,8 @@ def intervals(ts: list[int], alpha_bar: Tensor) -> Iterator[tuple[int, float, in
 def ddim(denoise: Denoiser, xT: Tensor, ts: list[int], alpha_bar: Tensor, draw_noise: Callable[[], Tensor], *,
          eta: float = 0.0, variance: str = "small", noise_scale: float = 1.0,
          fade: bool = False) -> Iterator[tuple[int, Tensor, Tensor]]:
-    """DDIM (2010.02502, eq. 12) over the descending grid ts. eta = 1 is ancestral DDPM: the mean is its posterior mean
-    (eq. 7), and `variance` chooses its noise: the posterior's (small) or beta_t (large). noise_scale multiplies the
-    noise, `fade` by t / T as well."""
+    """DDIM (2010.02502, eq. 12) over the descending grid ts. eta = 1 is ancestral DDPM: its posterior mean (eq. 7) and,
+    by `variance`, the posterior's noise (small) or beta_t (large). noise_scale multiplies it, `fade` by t / T too."""
     x, T = xT, len(alpha_bar)
     for t, ab, _, ab_next in intervals(ts, alpha_bar):
         x0_hat, eps_hat = denoise(x, t)
@@ -823,8 +816,7 @@ def generator(*numbers: int, device="cpu") -> torch.Generator:
 
 
 def image_noise(seed: int, indices: range, shape: tuple[int, ...], device) -> Callable[[], Tensor]:
-    """A source of noise [N, *shape] for images `indices`: image i draws from a generator of its own, seeded
-    by (seed, i), so that it looks the same in every batch and on every device."""
+    """A source of noise [N, *shape]: image i has a generator by (seed, i), so that no batch or device changes it."""
     generators = [generator(seed, STREAM_SAMPLE, i) for i in indices]
     return lambda: torch.stack([torch.randn(shape, generator=g) for g in generators]).to(device)
 
@@ -846,9 +838,8 @@ class Moments:
 
 @dataclass
 class Model:
-    """A network with all that drawing images needs; `load` makes one from a checkpoint. shape: (C, H, W).
-    class_names: empty for an unconditional network. autocast: makes the context the network runs in. guide: a
-    weaker network, for autoguidance."""
+    """A network with all that drawing images needs, as `load` makes it from a checkpoint. shape: (C, H, W).
+    class_names: may be empty. autocast: makes the context the network runs in. guide: a weaker network, to guide."""
 
     network: nn.Module
     diffusion: Diffusion
@@ -892,8 +883,7 @@ class Model:
                              dynamic_threshold=cfg.dynamic_threshold, eps_scale=cfg.eps_scale)
 
     def draw(self, labels: list[int], cfg: Config, progress: Callable = lambda: None, first=0) -> Iterator[Tensor]:
-        """Images number first, first + 1, ... for labels in batches, uint8 [n, C, H, W] each; progress() after
-        every network step."""
+        """Images number first, first + 1, ... in batches, uint8 [n, C, H, W]; progress() after every step."""
         size = 1 if cfg.sequential else cfg.sample_batch_size
         for i in range(0, len(labels), size):
             for _, x, _ in self.sample(labels[i : i + size], cfg, first + i):  # noqa: B007 (the last x counts)
@@ -901,9 +891,8 @@ class Model:
             yield to_uint8(x)
 
     def generate(self, classes: list[str | int] | None = None, num_images: int | None = None, **settings) -> Tensor:
-        """Images of the classes (names or numbers) in turn: uint8 [num_images, C, H, W] on the CPU. num_images: by
-        default one of each class. settings: sampling options of Config, such as steps, sampler, seed,
-        guidance_scale. Raises UserError for an unknown class or option."""
+        """num_images of the classes (names or numbers) in turn, by default one each: uint8 [N, C, H, W] on the CPU.
+        settings: sampling options, such as steps, sampler, seed. Raises UserError for an unknown class or option."""
         numbers = parse_classes(classes, self.class_names) if classes is not None else None
         wrong = [name for name in settings if name not in FIELDS or FIELDS[name].metadata["fixed"]]
         if wrong:
@@ -915,13 +904,11 @@ class Model:
 
     @torch.no_grad()
     def loss(self, images: Tensor, labels: Tensor | None = None, seed: int = 0) -> Tensor:
-        """Loss of each image, float [N], at a random timestep each. images: uint8 [N, C, H, W]; labels: int64
-        [N], by default none."""
+        """Loss of each image, float [N], at a random timestep each, for uint8 [N, C, H, W] and labels int64 [N]."""
         random, x0 = generator(seed, STREAM_VALIDATION), from_uint8(images)
         t = torch.randint(self.diffusion.T, (len(x0),), generator=random)  # uniform, whatever training prefers
         batch = x0, t, torch.randn(x0.shape, generator=random), labels
-        batch = (None if v is None else v.to(self.device) for v in batch)
-        return self.diffusion.loss(self.network, *batch)
+        return self.diffusion.loss(self.network, *(None if v is None else v.to(self.device) for v in batch))
 
 
 def to_uint8(x: Tensor) -> Tensor:
@@ -943,15 +930,13 @@ def parse_classes(classes: str | list, class_names: list[str]) -> list[int]:
     return [index[str(c).lower()] for c in classes]
 
 
-# ------------------------------------------------------------------------------------------------
-# 6  Data
+# ---- 6  Data -----------------------------------------------------------------------------------
 # Every dataset becomes uint8 [N, C, H, W] with labels; batches are a function of (seed, step).
 
 
 @dataclass
 class ImageData:
-    """images: uint8 [N, C, H, W], possibly memory-mapped; labels: int64 [N]; class_names: empty where there are no
-    labels (labels are then 0)."""
+    """images: uint8 [N, C, H, W], perhaps memory-mapped; labels: int64 [N], all 0 where class_names is empty."""
 
     images: Tensor
     labels: Tensor
@@ -983,20 +968,19 @@ def load_digits(cfg: Config) -> ImageData:
         raise UserError(f"digits.npz is neither in {cfg.data_dir} nor in data/ beside diffuser.py: copy it there")
     with np.load(path) as file:
         images, labels = file["images"], file["labels"].tolist()
-    source = [(Image.fromarray(image), label) for image, label in zip(images, labels, strict=True)]
-    return in_memory(cfg, source, torch.from_numpy(images)[:, None], labels, DIGITS)
+    return in_memory(cfg, torch.from_numpy(images)[:, None], labels, DIGITS)
 
 
 def load_mnist(cfg: Config) -> ImageData:
     """MNIST, 60,000 handwritten digits (LeCun et al. 1998)."""
     raw = torchvision_dataset("MNIST", cfg, "the four *-ubyte.gz files of MNIST", "MNIST/raw", train=True)
-    return in_memory(cfg, raw, raw.data[:, None], raw.targets.tolist(), DIGITS)
+    return in_memory(cfg, raw.data[:, None], raw.targets.tolist(), DIGITS)
 
 
 def load_cifar10(cfg: Config) -> ImageData:
     """CIFAR-10, 50,000 photographs of ten kinds of things (Krizhevsky 2009)."""
     raw = torchvision_dataset("CIFAR10", cfg, "cifar-10-python.tar.gz from www.cs.toronto.edu/~kriz", "", train=True)
-    return in_memory(cfg, raw, torch.from_numpy(raw.data).permute(0, 3, 1, 2).contiguous(), raw.targets, CIFAR10)
+    return in_memory(cfg, torch.from_numpy(raw.data).permute(0, 3, 1, 2).contiguous(), raw.targets, CIFAR10)
 
 
 def load_celeba(cfg: Config) -> ImageData:
@@ -1012,11 +996,11 @@ def load_folder(cfg: Config) -> ImageData:
     return cached(cfg, source, ("folder", *source.fingerprint()), source.class_names)
 
 
-def in_memory(cfg: Config, source, images: Tensor, labels: list[int], names: tuple[str, ...]) -> ImageData:
-    """The images as they are, uint8 [N, C, H, W], where they have the size asked for; else decoded from
-    source, which gives (PIL image, label)."""
+def in_memory(cfg: Config, images: Tensor, labels: list[int], names: tuple[str, ...]) -> ImageData:
+    """The images, uint8 [N, C, H, W], as they are or, where another size is asked for, resized."""
     if tuple(images.shape[1:]) == image_shape(cfg):
         return ImageData(images, torch.tensor(labels), list(names))
+    source = list(zip(map(to_pil, images), labels, strict=True))
     return cached(cfg, source, (cfg.dataset, len(labels)), list(names))
 
 
@@ -1082,11 +1066,9 @@ class ImageFiles(torch.utils.data.Dataset):
         if not self.names:
             raise UserError(f"--path_to_data {path} holds no {', '.join(e[1:].upper() for e in self.ENDINGS)} image")
         folders = [n.rpartition("/")[0] for n in self.names]
-        classes = sorted(set(folders))
-        short = [os.path.basename(c) or "unsorted" for c in classes]
-        self.class_names = [] if len(classes) == 1 else short if len(set(short)) == len(short) else classes
-        number = {c: i for i, c in enumerate(classes)}
-        self.labels = [number[f] if self.class_names else 0 for f in folders]
+        number = {c: i for i, c in enumerate(sorted(set(folders)))}
+        self.labels, short = [number[f] for f in folders], [os.path.basename(c) or "unsorted" for c in number]
+        self.class_names = [] if len(number) == 1 else short if len(set(short)) == len(short) else list(number)
 
     def __len__(self) -> int:
         return len(self.names)
@@ -1164,16 +1146,15 @@ def build_cache(index: Path, decoder: Decoder, workers: int) -> None:
     temporary, labels, bad = index.with_suffix(f".{os.getpid()}.tmp"), [], []
     workers = 0 if len(decoder) < 1000 else workers
     loader = torch.utils.data.DataLoader(decoder, batch_size=64, num_workers=workers, collate_fn=list)
+    items = itertools.chain.from_iterable(loader)
     try:
-        with open(temporary, "wb") as file, tqdm(total=len(decoder), desc="caching images", disable=None) as bar:
-            for start, items in zip(range(0, len(decoder), 64), loader, strict=True):
-                for i, item in enumerate(items, start):
-                    if item is None:
-                        bad.append(i)
-                    else:
-                        file.write(item[0].tobytes())
-                        labels.append(int(item[1]))
-                bar.update(len(items))
+        with open(temporary, "wb") as file:
+            for i, item in enumerate(tqdm(items, "caching images", len(decoder), disable=None)):
+                if item is None:
+                    bad.append(i)
+                else:
+                    file.write(item[0].tobytes())
+                    labels.append(int(item[1]))
         names = [getattr(decoder.source, "names", range(len(decoder)))[i] for i in bad]
         if len(bad) > len(decoder) / 10 or not labels:
             raise UserError(f"{len(bad)} of {len(decoder)} images cannot be read, {names[0]} for one: remove them")
@@ -1230,9 +1211,8 @@ def from_uint8(images: Tensor) -> Tensor:
 
 
 class Batches:
-    """Training batches as a function of the step: step -> (x0 [n, C, H, W] in [-1, 1], y [n]). Each epoch is a fresh
-    permutation by (seed, epoch); a batch is the same whatever the number of devices, of which each, `rank` of
-    `world`, takes its share."""
+    """Training batches, step -> (x0 [n, C, H, W] in [-1, 1], y [n]). An epoch is a permutation by (seed, epoch); a
+    batch is the same for any number of devices, of which each, `rank` of `world`, takes its share."""
 
     def __init__(self, data: ImageData, indices: Tensor, size: int, flip: bool, seed: int, device, rank=0, world=1):
         self.data, self.indices, self.size, self.flip, self.seed = data, indices, size, flip, seed
@@ -1254,8 +1234,7 @@ class Batches:
         return x0, self.data.labels[chosen].to(self.device, non_blocking=True)
 
 
-# ------------------------------------------------------------------------------------------------
-# 7  Runtime
+# ---- 7  Runtime --------------------------------------------------------------------------------
 # Device, processes, precision and signals of a run, chosen once; and where it reports to.
 
 
@@ -1273,14 +1252,11 @@ class Runtime:
         self.replicas = 1 if self.world > 1 else cfg.num_gpus or max(gpus, 1)  # of DataParallel
         self.num_devices = self.world * self.replicas
         self.precision = pick_precision(cfg.precision, self.device)
+        dtype = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[self.precision]
+        self.autocast = partial(torch.autocast, self.device.type, dtype, enabled=self.precision != "fp32")
         self.is_main, self.stop_signal = self.rank == 0, 0
         if self.device.type == "cuda":
             torch.set_float32_matmul_precision("high")                       # TF32 for what stays float32
-
-    def autocast(self):
-        """The context the network runs in."""
-        dtype = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[self.precision]
-        return torch.autocast(self.device.type, dtype, enabled=self.precision != "fp32")
 
     def parallel(self, network: nn.Module, cfg: Config) -> Callable:
         """The network as training calls it: compiled, and spread over devices. Its parameters stay its own."""
@@ -1323,13 +1299,12 @@ class Runtime:
 
     def stopping(self, step: int) -> bool:
         """Whether to stop: at once when alone; processes agree on it every tenth step."""
-        if self.world == 1:
-            return self.stop_signal > 0
-        if step % 10:
+        if self.world > 1 and step % 10:
             return False
-        noted = torch.tensor(float(self.stop_signal), device=self.device)
-        torch.distributed.all_reduce(noted, torch.distributed.ReduceOp.MAX)
-        self.stop_signal = int(noted)
+        if self.world > 1:
+            noted = torch.tensor(float(self.stop_signal), device=self.device)
+            torch.distributed.all_reduce(noted, torch.distributed.ReduceOp.MAX)
+            self.stop_signal = int(noted)
         return self.stop_signal > 0
 
 
@@ -1367,10 +1342,9 @@ class RunLog:
         folder.mkdir(parents=True, exist_ok=True)
         path = folder / "metrics.csv"
         rows = path.read_text().splitlines()[1:] if step and path.exists() else []
-        whole = [row.split(",") for row in rows if row.count(",") == len(self.COLUMNS) - 1]
-        kept = [row for row in whole if int(row[0]) <= step]                 # what came after is trained again
-        text = "".join(",".join(row) + "\n" for row in (self.COLUMNS, *kept))
-        write_atomically(path, lambda file: file.write(text.encode()))
+        whole = [row for row in rows if row.count(",") == len(self.COLUMNS) - 1]
+        kept = [row for row in whole if int(row.split(",")[0]) <= step]      # what came after is trained again
+        write_atomically(path, lambda file: file.write("\n".join((",".join(self.COLUMNS), *kept, "")).encode()))
         self.file = open(path, "a")                                          # noqa: SIM115 (open for the whole run)
         path = folder / "config.json"
         known = json.loads(path.read_text()) if step and path.exists() else {}
@@ -1439,8 +1413,7 @@ def save_strip(model: Model, labels: list[int], cfg: Config, path: Path, first: 
     save_grid(torch.stack(frames, 1).flatten(0, 1), path, [], columns=len(frames))
 
 
-# ------------------------------------------------------------------------------------------------
-# 8  EMA and checkpoints
+# ---- 8  EMA and checkpoints --------------------------------------------------------------------
 # The averaged network that images are drawn from; files that are safe to load and atomic to write.
 
 
@@ -1544,8 +1517,7 @@ def find_checkpoint(cfg: Config) -> Path | None:
 
 
 def load_checkpoint(path: str | Path, peek: bool = False) -> dict:
-    """A checkpoint's content, tensors on the CPU (read only when used, for a peek). Nothing in the file is
-    executed. Raises UserError."""
+    """A checkpoint's content on the CPU, for a peek read only when used; nothing in it is run. Raises UserError."""
     try:
         state = torch.load(path, map_location="cpu", weights_only=True, mmap=peek)
     except FileNotFoundError:
@@ -1577,8 +1549,7 @@ def resume_point(cfg: Config, asked: dict) -> tuple[Path | None, dict | None]:
 
 
 def load(path: str | Path, device: str = "auto", **settings) -> Model:
-    """The model in a checkpoint, with averaged weights where there are any. settings: options of Config
-    such as precision and sampling options. Raises UserError."""
+    """The model in a checkpoint, averaged where it is. settings: options, as to configure. Raises UserError."""
     state = load_checkpoint(path)
     return restore(state, configure(state["config"], device=device, **settings))
 
@@ -1611,8 +1582,7 @@ def load_guide(path: str, state: dict) -> dict:
     return guide
 
 
-# ------------------------------------------------------------------------------------------------
-# 9  Training
+# ---- 9  Training -------------------------------------------------------------------------------
 # One step, and the loop around it. Blind to which data it trains on, and to the rank but for what it writes.
 
 OPTIMIZERS = {"adamw": torch.optim.AdamW, "adam": torch.optim.Adam}
@@ -1639,25 +1609,29 @@ LR_SCHEDULES = {
 }
 
 
+def training_length(cfg: Config, images: int) -> tuple[int, int, int]:
+    """Steps of a run over so many images, steps of an epoch, images of a step."""
+    size = cfg.batch_size * cfg.gradient_accumulation_steps
+    per_epoch = max(1, images // size)
+    return cfg.iterations or cfg.epochs * per_epoch, per_epoch, size
+
+
 class Training:
     """The state of a run: network, average, optimizer, schedules, losses; and what is done with them."""
 
     def __init__(self, cfg: Config, runtime: Runtime, state: dict | None = None):
         with runtime.main_first():
             data = load_data(cfg)
+        names, shape = data.class_names, tuple(data.images.shape[1:])
         flip = DATASETS[cfg.dataset].flip if cfg.flip is None else cfg.flip
-        shape = tuple(data.images.shape[1:])
-        cfg = dataclasses.replace(cfg, flip=flip, use_labels=bool(data.class_names), channels=shape[0],
-                                  img_size=shape[1:])
-        self.cfg, self.runtime, self.data, self.shape = cfg, runtime, data, shape
-        self.null = len(data.class_names)
+        cfg = dataclasses.replace(cfg, flip=flip, use_labels=bool(names), channels=shape[0], img_size=shape[1:])
+        self.cfg, self.runtime, self.data, self.shape, self.null = cfg, runtime, data, shape, len(names)
         indices, self.held_out = split(data, cfg.val_fraction)
         self.moments = image_moments(data, indices, flip)
-        self.size = cfg.batch_size * cfg.gradient_accumulation_steps
+        self.total, _, self.size = training_length(cfg, len(indices))
         if self.size < runtime.world:
             raise UserError(f"--batch_size {cfg.batch_size} is too small for {runtime.world} processes")
         self.batches = Batches(data, indices, self.size, flip, cfg.seed, runtime.device, runtime.rank, runtime.world)
-        self.total = cfg.iterations or cfg.epochs * self.batches.steps_per_epoch
         self.diffusion = build_diffusion(cfg, runtime.device)
 
         torch.manual_seed(mix(cfg.seed))
@@ -1667,8 +1641,7 @@ class Training:
         self.forward = runtime.parallel(self.network, cfg)
         average = (cfg.ema_decay, cfg.ema_update_rate, cfg.ema_start) if cfg.use_ema else (0.0,)  # 0: a plain copy
         self.ema = EMA(self.network, *average)
-        self.model = Model(self.ema.network, self.diffusion, self.moments, cfg, shape, data.class_names,
-                           runtime.autocast)
+        self.model = Model(self.ema.network, self.diffusion, self.moments, cfg, shape, names, runtime.autocast)
         lr = cfg.learning_rate * (runtime.num_devices if cfg.scale_lr else 1)
         self.optimizer = OPTIMIZERS[cfg.optimizer](self.network.parameters(), lr, weight_decay=cfg.weight_decay,
                                                    fused=runtime.device.type in ("cpu", "cuda"))
@@ -1850,18 +1823,19 @@ def fit_to_minutes(cfg: Config, runtime: Runtime, state: dict | None, started: f
 
 
 def train(cfg: Config, runtime: Runtime | None = None, point: tuple[Path | None, dict | None] | None = None) -> Path:
-    """Train as configured, from `point` (see resume_point) or from where the run's own checkpoint stands;
-    returns the checkpoint's path. Raises UserError."""
+    """Train as configured, from `point` (by default resume_point's); returns the last checkpoint. Raises UserError."""
     started, runtime = time.perf_counter(), runtime or Runtime(cfg)
     path, state = point or resume_point(cfg, dataclasses.asdict(cfg))
     if cfg.train_minutes and (not state or state["config"].get("train_minutes") != cfg.train_minutes):
         cfg = fit_to_minutes(cfg, runtime, state, started)
     run = Training(cfg, runtime, state)
-    folder = samples_path(cfg)
-    kept = kept_checkpoints(cfg)
+    folder, kept = samples_path(cfg), kept_checkpoints(cfg)
     if runtime.is_main and not (path and path.resolve() in [p.resolve() for p in kept]):  # another run's files
-        set_aside(folder, *([kept[0].parents[1]] if cfg.experiment_name and kept else kept), say=runtime.say)
-    runtime.say(run_report(run.cfg, runtime, run.network, run.shape, len(run.batches.indices), run.total))
+        for earlier in (folder, *([kept[0].parents[1]] if cfg.experiment_name and kept else kept)):
+            if earlier.is_file() or (earlier.is_dir() and any(earlier.iterdir())):
+                old = earlier.rename(free_path(earlier.with_stem(f"{earlier.stem}_old")))
+                runtime.say(f"kept an earlier run's {earlier} as {old.name}")
+    runtime.say(run_report(run.cfg, runtime, run.network, run.shape, len(run.batches.indices)))
     others = by_age(Path(cfg.working_directory).glob(f"diffusion_checkpoint_{cfg.dataset}_*.pt"))
     if run.step:
         runtime.say(f"resuming from {path} at step {run.step} of {run.total}")
@@ -1912,8 +1886,7 @@ def training_loop(run: Training, log: RunLog | None, folder: Path, bar: tqdm) ->
     return path
 
 
-# ------------------------------------------------------------------------------------------------
-# 10  Commands
+# ---- 10  Commands ------------------------------------------------------------------------------
 # What the two modes do, and the questions they ask where flags leave something open.
 
 
@@ -1978,17 +1951,17 @@ def run_training(given: dict) -> None:
                 f"draw with it: python diffuser.py --mode inference --model_path {path}")
 
 
-def run_report(cfg: Config, runtime: Runtime, network: nn.Module, shape, images: int, total: int) -> str:
+def run_report(cfg: Config, runtime: Runtime, network: nn.Module, shape, images: int) -> str:
     """What is about to happen, in a few lines."""
     cuda = runtime.device.type == "cuda"
     name = torch.cuda.get_device_name(runtime.device) if cuda else f"{torch.get_num_threads()} threads"
-    batch, parameters = cfg.batch_size * cfg.gradient_accumulation_steps, sum(p.numel() for p in network.parameters())
+    total, per_epoch, batch = training_length(cfg, images)
     size, left = "x".join(map(str, (*shape[1:], shape[0]))), alpha_bar_table(cfg)[-1].sqrt().item()
     lines = [f"device   {runtime.device.type} x {runtime.num_devices} ({name}), {runtime.precision}"
              + (", compiled" if cfg.compile else ""),
              f"data     {cfg.dataset}: {images:,} images {size}, {network.num_classes} classes",
-             f"network  {parameters:,} parameters",
-             f"training {total:,} steps of {batch} images ({total / max(1, images // batch):.4g} epochs)",
+             f"network  {sum(p.numel() for p in network.parameters()):,} parameters",
+             f"training {total:,} steps of {batch} images ({total / per_epoch:.4g} epochs)",
              f"noise    {cfg.schedule_type}, T = {cfg.timesteps}, {left:.2%} of the signal is left at T"]
     if left > 0.01:
         lines.append("         above 1%, so pure noise is the wrong start; " + (
@@ -1999,18 +1972,18 @@ def run_report(cfg: Config, runtime: Runtime, network: nn.Module, shape, images:
 def dry_run_report(cfg: Config, runtime: Runtime) -> str:
     """Settings, sizes and memory, without reading an image."""
     dataset, files = DATASETS[cfg.dataset], ImageFiles(cfg.path_to_data) if cfg.dataset == "folder" else None
-    classes = list(dataset.classes) if files is None else files.class_names
-    images = len(files) if files else dataset.num_images
+    classes, images = (files.class_names, len(files)) if files else (dataset.classes, dataset.num_images)
     shape = image_shape(cfg, files)
-    images -= held_out_size(images, cfg.val_fraction)
     with torch.device("meta"):
         network = build_unet(cfg, shape[0], 0 if cfg.use_labels is False else len(classes))
-    batch = cfg.batch_size * cfg.gradient_accumulation_steps
-    total = cfg.iterations or cfg.epochs * max(1, images // batch)
-    lines = [f"{name} = {getattr(cfg, name)}" for name in FIELDS if name not in LOCAL]
-    lines.append(run_report(cfg, runtime, network, shape, images, total))
+    report = run_report(cfg, runtime, network, shape, images - held_out_size(images, cfg.val_fraction))
     need = training_memory(network, shape, math.ceil(cfg.batch_size / runtime.num_devices), cfg.use_ema)
-    return "\n".join([*lines, f"memory   about {need / 2**30:.2g} GiB for training on each device"])
+    return f"{settings_text(cfg)}\n{report}\nmemory   about {need / 2**30:.2g} GiB for training on each device"
+
+
+def settings_text(cfg: Config) -> str:
+    """The settings that a checkpoint keeps, one on a line."""
+    return "\n".join(f"{name} = {getattr(cfg, name)}" for name in FIELDS if name not in LOCAL)
 
 
 def training_memory(network: UNet, shape, batch: int, ema: bool) -> float:
@@ -2021,14 +1994,6 @@ def training_memory(network: UNet, shape, batch: int, ema: bool) -> float:
             module.register_forward_hook(lambda module, inputs, output: outputs.append(output.numel()))
     network(torch.zeros(1, *shape, device="meta"), torch.zeros(1, dtype=torch.long, device="meta"))
     return 4 * (sum(p.numel() for p in network.parameters()) * (4 + ema) + 2 * batch * sum(outputs))
-
-
-def set_aside(*paths: Path, say: Callable[[str], None]) -> None:
-    """Rename what an earlier run left, so that a run from the start overwrites nothing."""
-    for path in paths:
-        if path.is_file() or (path.is_dir() and any(path.iterdir())):
-            old = path.rename(free_path(path.with_stem(f"{path.stem}_old")))
-            say(f"kept an earlier run's {path} as {old.name}")
 
 
 def run_inference(given: dict) -> None:
@@ -2047,14 +2012,13 @@ def run_inference(given: dict) -> None:
     print(f"{path}: {cfg.dataset}, epoch {state['epoch']:.4g}")
     print(f"{cfg.sampler}, {sampling_steps(cfg)} steps, {model.device}")
     if cfg.dry_run:
-        print("\n".join(f"{name} = {getattr(cfg, name)}" for name in FIELDS if name not in LOCAL))
+        print(settings_text(cfg))
     elif asked:
         converse(model, cfg, path)
     else:
         everything = None if wants_labels is False or not model.class_names else list(range(len(model.class_names)))
         numbers = parse_classes(cfg.classes, model.class_names) if cfg.classes else everything
-        folder = Path(cfg.save_dir) if cfg.save_dir else new_folder(cfg)
-        save_images(model, cfg, numbers, cfg.num_images or 10 * len(numbers or [0]), folder, path)
+        save_images(model, cfg, numbers, cfg.num_images or 10 * len(numbers or [0]), path)
 
 
 def choose_checkpoint(given: dict) -> Path:
@@ -2101,8 +2065,8 @@ def converse(model: Model, cfg: Config, path: Path) -> None:
                     lambda text: None if text.lower() in quits else parse_value("num_images", text), "8")
         if count is None:
             return
-        folder, count = new_folder(cfg), count * len(numbers or [0])
-        save_images(model, cfg, numbers, count, folder, path, drawn)
+        count *= len(numbers or [0])
+        folder = save_images(model, cfg, numbers, count, path, drawn)
         drawn += count
         if sys.stdout.isatty() and (os.environ.get("DISPLAY") or os.environ.get("WAYLAND_DISPLAY")
                                     or sys.platform in ("darwin", "win32")):
@@ -2114,19 +2078,16 @@ def free_path(path: Path) -> Path:
     return next(p for i in itertools.count(1) if not (p := path.with_stem(f"{path.stem}{i}")).exists())
 
 
-def new_folder(cfg: Config) -> Path:
-    return free_path(Path(cfg.generated_directory, f"inference_{cfg.dataset}_"))
-
-
 def file_name(class_name: str) -> str:
     """A class's name in the names of files."""
     return re.sub(r"[^\w.-]+", "_", class_name).strip(".") or "class"
 
 
-def save_images(model: Model, cfg: Config, numbers: list[int] | None, count: int, folder: Path, path: Path,
-                first: int = 0) -> None:
-    """Draw images number first to first + count - 1, the classes in turn, into folder/images, with grid.png
-    and samples.json."""
+def save_images(model: Model, cfg: Config, numbers: list[int] | None, count: int, path: Path, first: int = 0) -> Path:
+    """Draw `count` images from number first on, the classes in turn; returns the folder with images/, grid.png and
+    samples.json: --save_dir, or a new one."""
+    inference = Path(cfg.generated_directory, f"inference_{cfg.dataset}_")
+    folder = Path(cfg.save_dir) if cfg.save_dir else free_path(inference)
     if (folder / "images").exists() and any((folder / "images").iterdir()):
         raise UserError(f"{folder / 'images'} already holds images: give another --save_dir or remove it")
     (folder / "images").mkdir(parents=True, exist_ok=True)
@@ -2144,10 +2105,10 @@ def save_images(model: Model, cfg: Config, numbers: list[int] | None, count: int
                     classes=[model.class_names[n] for n in numbers or []], config=dataclasses.asdict(cfg))
     write_json(folder / "samples.json", settings)
     print(f"{count} images in {folder / 'images'}, grid {folder / 'grid.png'}")
+    return folder
 
 
-# ------------------------------------------------------------------------------------------------
-# 11  Command line
+# ---- 11  Command line --------------------------------------------------------------------------
 # Flags made from the fields of Config; no logic.
 
 COMMANDS = {"train": run_training, "inference": run_inference}
@@ -2201,9 +2162,8 @@ def main(argv: list[str] | None = None) -> int:
     except (UserError, OSError, torch.OutOfMemoryError) as error:
         if given.get("debug"):
             raise
-        memory = isinstance(error, torch.OutOfMemoryError)
         advice = "out of memory: lower --batch_size or --sample_batch_size"
-        print("diffuser:", advice if memory else error, file=sys.stderr)
+        print("diffuser:", advice if isinstance(error, torch.OutOfMemoryError) else error, file=sys.stderr)
         return getattr(error, "code", 1)
     except KeyboardInterrupt:
         print("\ndiffuser: interrupted", file=sys.stderr)
