@@ -968,19 +968,19 @@ def load_digits(cfg: Config) -> ImageData:
         raise UserError(f"digits.npz is neither in {cfg.data_dir} nor in data/ beside diffuser.py: copy it there")
     with np.load(path) as file:
         images, labels = file["images"], file["labels"].tolist()
-    return in_memory(cfg, torch.from_numpy(images)[:, None], labels, DIGITS)
+    return in_memory(cfg, torch.from_numpy(images)[:, None], labels)
 
 
 def load_mnist(cfg: Config) -> ImageData:
     """MNIST, 60,000 handwritten digits (LeCun et al. 1998)."""
     raw = torchvision_dataset("MNIST", cfg, "the four *-ubyte.gz files of MNIST", "MNIST/raw", train=True)
-    return in_memory(cfg, raw.data[:, None], raw.targets.tolist(), DIGITS)
+    return in_memory(cfg, raw.data[:, None], raw.targets.tolist())
 
 
 def load_cifar10(cfg: Config) -> ImageData:
     """CIFAR-10, 50,000 photographs of ten kinds of things (Krizhevsky 2009)."""
     raw = torchvision_dataset("CIFAR10", cfg, "cifar-10-python.tar.gz from www.cs.toronto.edu/~kriz", "", train=True)
-    return in_memory(cfg, torch.from_numpy(raw.data).permute(0, 3, 1, 2).contiguous(), raw.targets, CIFAR10)
+    return in_memory(cfg, torch.from_numpy(raw.data).permute(0, 3, 1, 2).contiguous(), raw.targets)
 
 
 def load_celeba(cfg: Config) -> ImageData:
@@ -996,12 +996,12 @@ def load_folder(cfg: Config) -> ImageData:
     return cached(cfg, source, ("folder", *source.fingerprint()), source.class_names)
 
 
-def in_memory(cfg: Config, images: Tensor, labels: list[int], names: tuple[str, ...]) -> ImageData:
+def in_memory(cfg: Config, images: Tensor, labels: list[int]) -> ImageData:
     """The images, uint8 [N, C, H, W], as they are or, where another size is asked for, resized."""
+    names = list(DATASETS[cfg.dataset].classes)
     if tuple(images.shape[1:]) == image_shape(cfg):
-        return ImageData(images, torch.tensor(labels), list(names))
-    source = list(zip(map(to_pil, images), labels, strict=True))
-    return cached(cfg, source, (cfg.dataset, len(labels)), list(names))
+        return ImageData(images, torch.tensor(labels), names)
+    return cached(cfg, list(zip(map(to_pil, images), labels, strict=True)), (cfg.dataset, len(labels)), names)
 
 
 def torchvision_dataset(name: str, cfg: Config, what: str, where: str, **options):
@@ -1127,8 +1127,7 @@ class Decoder(torch.utils.data.Dataset):
 
 
 def cached(cfg: Config, source, key: tuple, class_names: list[str]) -> ImageData:
-    """The images of source decoded, memory-mapped from a cache file that is built the first time. Raises UserError
-    when more than a tenth of the images cannot be read."""
+    """source decoded, memory-mapped from a cache made once. Raises UserError if over a tenth cannot be read."""
     decoder = Decoder(source, image_shape(cfg, source))
     digest = hashlib.sha256(repr((key, decoder.shape, "v1")).encode()).hexdigest()[:16]
     index = Path(cfg.data_dir, "cache", f"{cfg.dataset}_{digest}.json")
