@@ -1554,31 +1554,21 @@ def load(path: str | Path, device: str = "auto", **settings) -> Model:
 
 
 def restore(state: dict, cfg: Config) -> Model:
-    """The model in the content of a checkpoint. Raises UserError for a guide that does not fit it."""
-    runtime = Runtime(cfg)
-    network, diffusion = network_of(state, runtime.device, cfg), build_diffusion(cfg, runtime.device)
-    guide = network_of(load_guide(cfg.guide_path, state), runtime.device) if cfg.guide_path else None
-    return Model(network, diffusion, Moments(**state["moments"]), cfg, tuple(state["shape"]), state["class_names"],
-                 runtime.autocast, guide)
-
-
-def network_of(state: dict, device, cfg: Config | None = None) -> UNet:
-    """The network in a checkpoint's content, by default as it was configured, averaged where it is."""
-    cfg = cfg or configure(state["config"])
-    network = build_unet(cfg, state["shape"][0], len(state["class_names"]))
+    """The model in the content of a checkpoint, with its guide. Raises UserError for a guide that does not fit it."""
+    runtime, shape, names = Runtime(cfg), tuple(state["shape"]), state["class_names"]
+    network = build_unet(cfg, shape[0], len(names))
     network.load_state_dict((cfg.use_ema and state["ema"]) or state["model"])
-    return network.to(device).eval()
-
-
-def load_guide(path: str, state: dict) -> dict:
-    """The content of a guide's checkpoint. Raises UserError where its outputs mean something else."""
-    guide = load_checkpoint(path)
-    ours, theirs = (dict(schedule=alpha_bar_table(cfg := configure(s["config"])).tolist(), images=list(s["shape"]),
-                         prediction=cfg.prediction, classes=s["class_names"]) for s in (state, guide))
-    differing = [name for name in ours if ours[name] != theirs[name]]
-    if differing:
-        raise UserError(f"--guide_path {path} does not fit the model: its {' and '.join(differing)} differ")
-    return guide
+    model = Model(network.to(runtime.device).eval(), build_diffusion(cfg, runtime.device), Moments(**state["moments"]),
+                  cfg, shape, names, runtime.autocast)
+    if cfg.guide_path:                                              # its outputs have to mean the same
+        guide = load(cfg.guide_path, cfg.device)
+        ours, theirs = (dict(schedule=m.diffusion.alpha_bar.tolist(), images=m.shape, prediction=m.config.prediction,
+                             classes=m.class_names) for m in (model, guide))
+        differing = " and ".join(name for name in ours if ours[name] != theirs[name])
+        if differing:
+            raise UserError(f"--guide_path {cfg.guide_path} does not fit the model: its {differing} differ")
+        model.guide = guide.network
+    return model
 
 
 # ---- 9  Training -------------------------------------------------------------------------------
