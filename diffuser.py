@@ -65,7 +65,6 @@ from dataclasses import dataclass, field
 from datetime import timedelta
 from functools import lru_cache, partial
 from pathlib import Path
-from types import UnionType
 from typing import get_args, get_type_hints
 
 import numpy as np
@@ -75,8 +74,7 @@ from PIL import Image, ImageDraw, ImageFont, ImageOps
 from torch import Tensor, nn
 from tqdm import tqdm
 
-# ------------------------------------------------------------------------------------------------
-# 1  Configuration
+# ---- 1  Configuration --------------------------------------------------------------------------
 # One frozen dataclass holds every option; each field makes its flag, default, help and question.
 
 
@@ -88,12 +86,14 @@ class UserError(Exception):
         self.code = code
 
 
-def opt(default, help, *aliases, choices=None, spelled=None, lo=None, hi=None, ask=None, fixed=False):
-    """One option. `choices`: a function that gives the allowed values; `spelled`: other spellings of
-    them; `lo`, `hi`: range; `ask`: advice shown where the option is asked for; `fixed`: it shapes
-    the network or the schedule, so a checkpoint cannot be resumed with another value."""
-    return field(default=default, metadata=dict(help=help, aliases=aliases, choices=choices, ask=ask,
-                                                spelled=spelled or {}, lo=lo, hi=hi, fixed=fixed))
+def opt(default, help, *aliases, choices=None, spelled=None, lo=None, hi=None, ask=None, fixed=False, local=False,
+        group=None):
+    """One option. `choices`: a function that gives the allowed values; `spelled`: other spellings of them; `lo`,
+    `hi`: range; `ask`: advice shown where the option is asked for; `fixed`: it shapes the network or the schedule,
+    so a checkpoint cannot be resumed with another value; `local`: it belongs to one invocation and is never taken
+    from a checkpoint; `group`: heading of this and the following options in --help."""
+    return field(default=default, metadata=dict(help=help, aliases=aliases, choices=choices, spelled=spelled or {},
+                                                lo=lo, hi=hi, ask=ask, fixed=fixed, local=local, group=group))
 
 
 @dataclass(frozen=True)
@@ -101,25 +101,25 @@ class Config:
     """Every setting of a run. Fields that are None take the dataset's or the device's own value."""
 
     # ruff: disable[E501]
-    mode: str = opt("", "what to do", choices=lambda: COMMANDS, ask="train a model, or draw with one")
+    mode: str = opt("", "what to do", choices=lambda: COMMANDS, ask="train a model, or draw with one", local=True, group="run")
     dataset: str = opt("", "what to train on", choices=lambda: DATASETS, fixed=True, ask="digits is shipped and trains in a minute or two")
-    recipe: str = opt("", "a whole measured configuration", choices=lambda: RECIPES)
-    device: str = opt("auto", "auto: cuda, then mps, then cpu", choices=lambda: ("auto", "cuda", "mps", "cpu"))
+    recipe: str = opt("", "a whole measured configuration", choices=lambda: RECIPES, local=True)
+    device: str = opt("auto", "auto: cuda, then mps, then cpu", choices=lambda: ("auto", "cuda", "mps", "cpu"), local=True)
     seed: int = opt(0, "seed of everything random", lo=0, hi=2**63 - 1)
-    yes: bool = opt(False, "ask nothing: take every default")
-    dry_run: bool = opt(False, "print settings, parameters, steps and memory, then stop")
-    debug: bool = opt(False, "show the traceback of a failure")
+    yes: bool = opt(False, "ask nothing: take every default", local=True)
+    dry_run: bool = opt(False, "print settings, parameters, steps and memory, then stop", local=True)
+    debug: bool = opt(False, "show the traceback of a failure", local=True)
 
-    data_dir: str = opt("data", "where datasets are, are downloaded to, and are cached")
-    path_to_data: str = opt("", "image folder or ZIP file (dataset folder); subfolders are classes")
+    data_dir: str = opt("data", "where datasets are, are downloaded to, and are cached", local=True, group="data")
+    path_to_data: str = opt("", "image folder or ZIP file (dataset folder); subfolders are classes", local=True)
     img_size: tuple[int, int] | None = opt(None, "image size: a number or HxW", "--image_size", lo=1, hi=4096, fixed=True)
     channels: int | None = opt(None, "1 grey, 3 colour (default: what the images are)", choices=lambda: (1, 3), fixed=True)
     use_labels: bool | None = opt(None, "condition on class labels (default: where there are any)", fixed=True)
     flip: bool | None = opt(None, "mirror training images at random (default: where the dataset allows)")
-    num_workers: int = opt(2, "processes that decode images into the cache", lo=0, hi=256)
+    num_workers: int = opt(2, "processes that decode images into the cache", lo=0, hi=256, local=True)
     val_fraction: float = opt(0.02, "part of the data held out for the validation loss (at most 1,000 images)", lo=0, hi=0.5)
 
-    timesteps: int = opt(1000, "diffusion steps T", "--num_timesteps", "--num_diffusion_timesteps", lo=2, hi=100_000, fixed=True, ask="more steps: finer noise levels; 500 to 1000 is usual")
+    timesteps: int = opt(1000, "diffusion steps T", "--num_timesteps", "--num_diffusion_timesteps", lo=2, hi=100_000, fixed=True, ask="more steps: finer noise levels; 500 to 1000 is usual", group="diffusion")
     schedule_type: str = opt("linear", "noise schedule", "--schedule", choices=lambda: SCHEDULES, spelled={"l": "linear", "cos": "cosine", "DNS": "dns"}, fixed=True, ask="cosine is gentler on small images")
     beta_start: float = opt(1e-4, "first beta (linear, dns)", "--schedule_low", lo=1e-9, hi=0.999, fixed=True, ask="variance of the first step")
     beta_end: float = opt(0.02, "last beta (linear, dns)", "--schedule_high", lo=1e-9, hi=0.999, fixed=True, ask="variance of the last step")
@@ -134,7 +134,7 @@ class Config:
     time_mean: float = opt(0.0, "centre: log-odds of t/T (logit_normal), log-SNR (laplace)", lo=-100, hi=100)
     time_scale: float | None = opt(None, "width: deviation (logit_normal) [1], b (laplace) [0.5]", lo=1e-3, hi=1e3)
 
-    base_channels: int = opt(64, "channels of the first level", "--starting_channels", lo=2, hi=4096, fixed=True, ask="wider is better and slower")
+    base_channels: int = opt(64, "channels of the first level", "--starting_channels", lo=2, hi=4096, fixed=True, ask="wider is better and slower", group="network")
     channel_mults: tuple[int, ...] = opt((1, 2, 2), "channel multiplier of each level", lo=1, hi=64, fixed=True)
     num_res_blocks: int = opt(2, "residual blocks per level", lo=1, hi=16, fixed=True)
     use_attention: bool = opt(True, "self-attention at --attention_levels and in the bottleneck", fixed=True, ask="better structure for some time")
@@ -147,7 +147,7 @@ class Config:
     norm_groups: int = opt(32, "GroupNorm groups, lowered to a divisor of base_channels", lo=1, hi=1024, fixed=True)
     conditioning: str = opt("scale_shift", "how time and class enter: scaling and shifting each block, added to it, or as extra input channels", choices=lambda: ("scale_shift", "add", "concat"), fixed=True)
 
-    epochs: int = opt(100, "passes over the data", lo=1, hi=10**7, ask="one pass over the images each")
+    epochs: int = opt(100, "passes over the data", lo=1, hi=10**7, ask="one pass over the images each", group="training")
     iterations: int = opt(0, "optimizer steps; 0: use --epochs", "--num_training_steps", lo=0, hi=10**9)
     train_minutes: float = opt(0.0, "train for about that long: a few steps are timed, iterations set accordingly; 0: use --epochs", lo=0, hi=10**6)
     batch_size: int = opt(128, "images per step, over all devices", lo=1, hi=10**6, ask="lower it when memory runs out")
@@ -165,14 +165,14 @@ class Config:
     ema_start: int = opt(0, "steps before averaging begins", lo=0, hi=10**9)
     early_stop_loss_change: float = opt(0.0, "stop when the mean absolute change of the last ten logged losses is below this; 0: never", lo=0, hi=1e9)
     scale_lr: bool = opt(False, "multiply the learning rate by the number of devices")
-    num_gpus: int = opt(0, "GPUs for DataParallel; 0: all there are", lo=0, hi=64)
-    precision: str = opt("auto", "auto: bf16 where the hardware has it", choices=lambda: ("auto", "fp32", "bf16", "fp16"))
-    compile: bool = opt(False, "torch.compile the network")
-    channels_last: bool | None = opt(None, "store images channels last (default: but for mps)")
+    num_gpus: int = opt(0, "GPUs for DataParallel; 0: all there are", lo=0, hi=64, local=True)
+    precision: str = opt("auto", "auto: bf16 where the hardware has it", choices=lambda: ("auto", "fp32", "bf16", "fp16"), local=True)
+    compile: bool = opt(False, "torch.compile the network", local=True)
+    channels_last: bool | None = opt(None, "store images channels last (default: but for mps)", local=True)
 
-    experiment_name: str = opt("", "names the run; keeps checkpoints by step in a folder of their own")
-    working_directory: str = opt("checkpoints", "where checkpoints go")
-    generated_directory: str = opt("samples", "where sample grids, metrics.csv and config.json go")
+    experiment_name: str = opt("", "names the run; keeps checkpoints by step in a folder of their own", local=True, group="output")
+    working_directory: str = opt("checkpoints", "where checkpoints go", local=True)
+    generated_directory: str = opt("samples", "where sample grids, metrics.csv and config.json go", local=True)
     sample_every: int = opt(1, "epochs between sample grids", lo=1, hi=10**7, ask="a grid shows how far training is")
     checkpoint_every: int = opt(1, "epochs between checkpoints", lo=1, hi=10**7)
     checkpoint_rate: int = opt(0, "steps between checkpoints, each with a grid, instead of going by epochs; 0: go by epochs", "--evaluation_interval", lo=0, hi=10**9)
@@ -181,16 +181,16 @@ class Config:
     plot_freq_interval: int = opt(0, "timesteps between the pictures of a denoising strip; 0: no strips in training", lo=0, hi=100_000)
     preview_steps: int = opt(20, "sampling steps of the grids drawn in training", lo=1, hi=100_000)
     log_every: int = opt(50, "steps between rows of metrics.csv", "--log_rate", lo=1, hi=10**9)
-    resume: str = opt("auto", "auto: go on from the run's checkpoint; never: start over", choices=lambda: ("auto", "never"))
-    resume_from_checkpoint: str = opt("", "go on from this checkpoint: checkpoint_STEP of the experiment, or a path")
-    use_wandb: bool = opt(False, "log to Weights & Biases", "--log_to_wandb")
-    use_tensorboard: bool = opt(False, "log to TensorBoard")
-    project_name: str = opt("diffuser", "Weights & Biases project")
+    resume: str = opt("auto", "auto: go on from the run's checkpoint; never: start over", choices=lambda: ("auto", "never"), local=True)
+    resume_from_checkpoint: str = opt("", "go on from this checkpoint: checkpoint_STEP of the experiment, or a path", local=True)
+    use_wandb: bool = opt(False, "log to Weights & Biases", "--log_to_wandb", local=True)
+    use_tensorboard: bool = opt(False, "log to TensorBoard", local=True)
+    project_name: str = opt("diffuser", "Weights & Biases project", local=True)
 
-    model_path: str = opt("", "checkpoint to sample from")
-    classes: str = opt("", "classes to draw, by name or number: cat,3 or all")
-    num_images: int | None = opt(None, "images to draw in all (default: 10 of each class)", lo=1, hi=10**7)
-    save_dir: str = opt("", "folder for images/, grid.png and samples.json")
+    model_path: str = opt("", "checkpoint to sample from", local=True, group="sampling")
+    classes: str = opt("", "classes to draw, by name or number: cat,3 or all", local=True)
+    num_images: int | None = opt(None, "images to draw in all (default: 10 of each class)", lo=1, hi=10**7, local=True)
+    save_dir: str = opt("", "folder for images/, grid.png and samples.json", local=True)
     sampler: str = opt("dpmpp", "sampler", choices=lambda: SAMPLERS, spelled={"dpm++": "dpmpp"})
     steps: int | None = opt(None, "sampling steps (default: 25; ddim 50; ddpm all T)", lo=1, hi=100_000)
     spacing: str = opt("trailing", "how the sampling steps lie in 0..T-1", choices=lambda: SPACINGS)
@@ -200,29 +200,21 @@ class Config:
     use_noise_scaling: bool = opt(False, "let that noise fade in proportion to t/T")
     guidance_scale: float = opt(0.0, "classifier-free guidance w: (1 + w) eps_cond - w eps_uncond", lo=0, hi=1000)
     guidance_interval: tuple[float, float] | None = opt(None, "noise levels sqrt(1/alpha_bar - 1) between which guidance acts, such as 0.2,2 (default: all)", lo=0, hi=1e9)
-    guide_path: str = opt("", "checkpoint of a weaker model to guide away from, instead of from the image without a label")
+    guide_path: str = opt("", "checkpoint of a weaker model to guide away from, instead of from the image without a label", local=True)
     eps_scale: float = opt(1.0, "divide the predicted noise by this, such as 1.005", lo=0.5, hi=2)
     clip_x0: bool = opt(True, "clip the estimate of x0 to [-1, 1] at every step")
     dynamic_threshold: float = opt(0.0, "clip it to this quantile of its own size instead, such as 0.995; 0: no", lo=0, hi=1)
     start: str = opt("matched", "start from the Gaussian that matches q(x_T), or from N(0, I)", choices=lambda: ("matched", "gaussian"))
     sequential: bool = opt(False, "draw one image at a time: the same images, slower")
     sample_batch_size: int = opt(250, "images drawn at a time", lo=1, hi=10**6)
-    trajectory: bool = opt(False, "also save trajectory.png: rows images, columns from noise to image")
+    trajectory: bool = opt(False, "also save trajectory.png: rows images, columns from noise to image", local=True)
     # ruff: enable[E501]
 
 
 FIELDS = {f.name: f for f in dataclasses.fields(Config)}
-KINDS = {name: next(k for k in (get_args(hint) if isinstance(hint, UnionType) else (hint,)) if k is not type(None))
+KINDS = {name: get_args(hint)[0] if type(None) in get_args(hint) else hint      # the type, or that of `type | None`
          for name, hint in get_type_hints(Config).items()}
-GROUPS = {"mode": "run", "data_dir": "data", "timesteps": "diffusion", "base_channels": "network",
-          "epochs": "training", "experiment_name": "output", "model_path": "sampling"}
-
-# Options of one invocation: never taken from a checkpoint.
-LOCAL = {
-    "mode", "device", "yes", "dry_run", "debug", "data_dir", "path_to_data", "experiment_name", "recipe",
-    "working_directory", "generated_directory", "resume", "resume_from_checkpoint", "use_wandb", "use_tensorboard",
-    "project_name", "num_gpus", "num_workers", "precision", "compile", "channels_last", "model_path", "classes",
-    "num_images", "save_dir", "trajectory", "guide_path"}
+LOCAL = {name for name, spec in FIELDS.items() if spec.metadata["local"]}
 
 # The recommended settings of each dataset.
 PRESETS = {
@@ -294,15 +286,14 @@ def parse_value(name: str, text: str):
 
 def check_value(name: str, value) -> None:
     """Type, choices and range of one option. Raises UserError."""
-    meta, kind, default = FIELDS[name].metadata, KINDS[name], FIELDS[name].default
-    if (value is None and default is None) or value == default == "":
+    meta, entry_kinds = FIELDS[name].metadata, get_args(KINDS[name])         # of a tuple; () for a single value
+    if value == FIELDS[name].default and value in (None, ""):
         return
     entries = value if isinstance(value, tuple) else (value,)
-    pair = kind in (tuple[int, int], tuple[float, float])
-    allowed = {bool: bool, str: str, int: int, tuple[int, int]: int, tuple[int, ...]: int}.get(kind, (int, float))
-    fits = all(isinstance(e, allowed) and (kind is bool or not isinstance(e, bool)) for e in entries)
-    if (not fits or isinstance(value, tuple) != (kind not in (bool, str, int, float))
-            or (pair and len(entries) != 2)):
+    kind = entry_kinds[0] if entry_kinds else KINDS[name]
+    fits = all(isinstance(e, (int, float) if kind is float else kind) and isinstance(e, bool) == (kind is bool)
+               for e in entries) and isinstance(value, tuple) == bool(entry_kinds)
+    if not fits or (entry_kinds and ... not in entry_kinds and len(entries) != len(entry_kinds)):
         raise UserError(f"--{name} cannot be {value!r}")
     if meta["choices"] and value not in meta["choices"]():
         raise UserError(f"--{name} is one of {', '.join(map(str, meta['choices']()))}, not {value!r}")
@@ -312,9 +303,9 @@ def check_value(name: str, value) -> None:
 
 def check(cfg: Config) -> None:
     """Raise UserError for an option out of range or for options that contradict each other."""
-    levels = len(cfg.channel_mults)
     for name in FIELDS:
         check_value(name, getattr(cfg, name))
+    levels = len(cfg.channel_mults)
     if cfg.beta_end < cfg.beta_start:
         raise UserError(f"--beta_end {cfg.beta_end:g} is below --beta_start {cfg.beta_start:g}: noise has to grow")
     if cfg.prediction == "eps" and cfg.zero_terminal_snr:
@@ -327,15 +318,12 @@ def check(cfg: Config) -> None:
         raise UserError(f"--guidance_interval {cfg.guidance_interval} begins above its end")
     if levels == 0:
         raise UserError("--channel_mults needs one entry per level, such as 1,2,2")
-    if cfg.use_attention:
-        for level in cfg.attention_levels:
-            if level >= levels:
-                raise UserError(f"--attention_levels {level}: the network has levels 0 to {levels - 1}")
-        for level in {*cfg.attention_levels, levels - 1}:
-            width = cfg.base_channels * cfg.channel_mults[level]
-            if width % (cfg.head_dim or cfg.num_heads):
-                flag = "head_dim" if cfg.head_dim else "num_heads"
-                raise UserError(f"--{flag} {getattr(cfg, flag)} does not divide the {width} channels of level {level}")
+    for level in sorted({*cfg.attention_levels, levels - 1}, reverse=True) if cfg.use_attention else ():
+        if level >= levels:
+            raise UserError(f"--attention_levels {level}: the network has levels 0 to {levels - 1}")
+        width, flag = cfg.base_channels * cfg.channel_mults[level], "head_dim" if cfg.head_dim else "num_heads"
+        if width % getattr(cfg, flag):
+            raise UserError(f"--{flag} {getattr(cfg, flag)} does not divide the {width} channels of level {level}")
     if cfg.steps and cfg.steps > cfg.timesteps:
         raise UserError(f"--steps {cfg.steps} is more than the {cfg.timesteps} timesteps of the schedule")
     if cfg.dataset:
@@ -367,10 +355,8 @@ def given_values(given: dict) -> dict:
 
 
 def configure(checkpoint: dict | None = None, **given) -> Config:
-    """Settings from flags, then (when resuming) the checkpoint's, then the dataset's preset, then defaults.
-
-    `checkpoint`: the configuration stored in a checkpoint, as a dictionary. Raises UserError.
-    """
+    """Settings from flags, then (when resuming) `checkpoint`, the configuration stored in one as a dictionary,
+    then the dataset's preset, then defaults. Raises UserError."""
     given = given_values(given)
     inherited = {k: tuple(v) if isinstance(v, list) else v for k, v in (checkpoint or {}).items()
                  if k in FIELDS and k not in LOCAL}
@@ -385,8 +371,7 @@ def configure(checkpoint: dict | None = None, **given) -> Config:
     return cfg
 
 
-# ------------------------------------------------------------------------------------------------
-# 2  Noise schedules
+# ---- 2  Noise schedules ------------------------------------------------------------------------
 # Pure functions (T, beta_start, beta_end, s) -> beta, float64 [T]; t = 0 is the first noise added.
 
 
@@ -435,18 +420,15 @@ def zero_terminal_snr(alpha_bar: Tensor) -> Tensor:
     return ((root - root[-1]) * root[0] / (root[0] - root[-1])) ** 2
 
 
-# ------------------------------------------------------------------------------------------------
-# 3  Diffusion
+# ---- 3  Diffusion ------------------------------------------------------------------------------
 # The forward process, the one place where a network's output becomes (x0_hat, eps_hat), and the loss.
 
 
 @dataclass(frozen=True)
 class Prediction:
-    """What a network learns. a = sqrt(alpha_bar_t), s = sqrt(1 - alpha_bar_t), snr = a^2 / s^2.
-
-    target(x0, eps, a, s); x0_from(out, xt, a, s); min_snr(snr, gamma): the weight under which its squared
-    error is that of x0 times min(snr, gamma) (2303.09556, sec. 3.4).
-    """
+    """What a network learns. a = sqrt(alpha_bar_t), s = sqrt(1 - alpha_bar_t), snr = a^2 / s^2. target(x0, eps, a, s);
+    x0_from(out, xt, a, s); min_snr(snr, gamma): the weight under which its squared error is that of x0 times
+    min(snr, gamma) (2303.09556, sec. 3.4)."""
 
     target: Callable
     x0_from: Callable
@@ -468,38 +450,32 @@ PREDICTIONS = {
 LOSSES = {"mse": F.mse_loss, "mae": F.l1_loss, "huber": F.huber_loss}
 
 
-# How often each timestep is trained: weights [T] from alpha_bar, the centre and the width.
-TIME_DENSITIES = {
-    "uniform": lambda alpha_bar, mean, scale: torch.ones_like(alpha_bar),
-    # t / T = sigmoid(n), n ~ N(mean, scale^2) (2403.03206, eq. 19)
-    "logit_normal": lambda alpha_bar, mean, scale: logit_normal((torch.arange(len(alpha_bar)) + 0.5) / len(alpha_bar),
-                                                                mean, scale or 1.0),
-    # log-SNR ~ Laplace(mean, scale) (2407.03297, table 1)
-    "laplace": lambda alpha_bar, mean, scale: laplace(2 * half_log_snr(alpha_bar), mean, scale or 0.5),
-}
-
-
 def half_log_snr(alpha_bar: Tensor) -> Tensor:
     """log(sqrt(alpha_bar) / sqrt(1 - alpha_bar)), falling with t; where no signal is left a little counts as there."""
     return (alpha_bar.clamp(min=alpha_bar[alpha_bar > 0].min() / 100) / (1 - alpha_bar)).log() / 2
 
 
-def logit_normal(time: Tensor, mean: float, scale: float) -> Tensor:
-    """Density of sigmoid(n), n ~ N(mean, scale^2), at times in (0, 1), up to a factor."""
-    return torch.exp(-((torch.logit(time) - mean) / scale) ** 2 / 2) / (time * (1 - time))
+def logit_normal(alpha_bar: Tensor, mean: float, scale: float | None) -> Tensor:
+    """t / T = sigmoid(n), n ~ N(mean, scale^2) (2403.03206, eq. 19)."""
+    time = (torch.arange(len(alpha_bar)) + 0.5) / len(alpha_bar)
+    return torch.exp(-((torch.logit(time) - mean) / (scale or 1.0)) ** 2 / 2) / (time * (1 - time))
 
 
-def laplace(log_snr: Tensor, mean: float, scale: float) -> Tensor:
-    """Weights of timesteps under which their log-SNR is Laplace(mean, scale): density times spacing."""
-    return torch.exp(-(log_snr - mean).abs() / scale) * torch.gradient(-log_snr)[0]
+def laplace(alpha_bar: Tensor, mean: float, scale: float | None) -> Tensor:
+    """log-SNR ~ Laplace(mean, scale): its density times the spacing of the timesteps (2407.03297, table 1)."""
+    log_snr = 2 * half_log_snr(alpha_bar)
+    return torch.exp(-(log_snr - mean).abs() / (scale or 0.5)) * torch.gradient(-log_snr)[0]
+
+
+# How often each timestep is trained: weights [T], up to a factor, from alpha_bar, a centre and a width.
+TIME_DENSITIES = {"uniform": lambda alpha_bar, mean, scale: torch.ones_like(alpha_bar),
+                  "logit_normal": logit_normal, "laplace": laplace}
 
 
 class Diffusion:
-    """q(x_t | x_0) = N(sqrt(alpha_bar_t) x0, (1 - alpha_bar_t) I), and what a network says about it.
-
-    alpha_bar: float64 [T]; prediction: a key of PREDICTIONS; loss_fn: a key of LOSSES; min_snr_gamma: 0 for
-    no weighting; time_weights: float64 [T], how often each timestep is trained, by default alike.
-    """
+    """q(x_t | x_0) = N(sqrt(alpha_bar_t) x0, (1 - alpha_bar_t) I), and what a network says about it. alpha_bar:
+    float64 [T]; prediction: a key of PREDICTIONS; loss_fn: a key of LOSSES; min_snr_gamma: 0 for no weighting;
+    time_weights: float64 [T], how often each timestep is trained, by default alike."""
 
     def __init__(self, alpha_bar: Tensor, prediction: str = "eps", loss_fn: str = "mse", device="cpu",
                  min_snr_gamma: float = 0.0, time_weights: Tensor | None = None):
@@ -526,11 +502,8 @@ class Diffusion:
 
     def estimates(self, out: Tensor, xt: Tensor, t: Tensor, clip: bool = True, dynamic_threshold: float = 0.0,
                   eps_scale: float = 1.0) -> tuple[Tensor, Tensor]:
-        """(x0_hat, eps_hat) from the network's output.
-
-        The noise in it is divided by eps_scale (2308.15321). Then x0_hat is clipped to [-1, 1], or to the
-        dynamic_threshold-quantile of its own size; eps_hat goes with it, so that the two always add up to x_t.
-        """
+        """(x0_hat, eps_hat) from the network's output, its noise divided by eps_scale (2308.15321). x0_hat is clipped
+        to [-1, 1], or to the dynamic_threshold-quantile of its own size; eps_hat follows: they add up to x_t."""
         a, s = self.scales(t)
         x0_hat = self.prediction.x0_from(out, xt, a, s)
         if eps_scale != 1:
@@ -558,8 +531,7 @@ def build_diffusion(cfg: Config, device) -> Diffusion:
     return Diffusion(alpha_bar, cfg.prediction, cfg.loss_fn, device, cfg.min_snr_gamma, weights)
 
 
-# ------------------------------------------------------------------------------------------------
-# 4  U-Net
+# ---- 4  U-Net ----------------------------------------------------------------------------------
 # The network of DDPM (appendix B) with the choices of ADM: each parameter has one counterpart of the
 # same shape in diffusers' UNet2DModel.
 
@@ -583,11 +555,8 @@ class Attention(nn.Module):
 
 
 class ResBlock(nn.Module):
-    """GroupNorm, SiLU, 3x3 convolution, twice, around a residual connection; conditioned in the middle;
-    then attention where heads > 0. emb: width of the conditioning vector, 0 for none.
-
-    x [N, cin, H, W], cond [N, emb] -> [N, cout, H, W]
-    """
+    """x [N, cin, H, W], cond [N, emb] -> [N, cout, H, W]: GroupNorm, SiLU, 3x3 convolution, twice, around a residual
+    connection; conditioned in the middle, but for emb = 0; then attention where heads > 0."""
 
     def __init__(self, cin: int, cout: int, emb: int, groups: int, dropout: float, scale_shift: bool, heads: int = 0):
         super().__init__()
@@ -615,11 +584,9 @@ class ResBlock(nn.Module):
 
 
 class UNet(nn.Module):
-    """(xt [N, C, H, W], t [N], y [N] or None) -> [N, C, H, W], in the terms of `prediction`.
-
-    image_channels: C. num_classes: 0 for an unconditional network; label num_classes is the null class,
-    taken where y is None. H and W must divide by patch_size * 2 ** (levels - 1). Other arguments: see Config.
-    """
+    """(xt [N, C, H, W], t [N], y [N] or None) -> [N, C, H, W], in the terms of `prediction`. image_channels: C.
+    num_classes: 0 for an unconditional network; label num_classes is the null class, taken where y is None. H and W
+    must divide by patch_size * 2 ** (levels - 1). Other arguments: see Config."""
 
     def __init__(self, image_channels: int, num_classes: int = 0, *, base_channels: int = 64,
                  channel_mults: tuple[int, ...] = (1, 2, 2), num_res_blocks: int = 2, use_attention: bool = True,
@@ -711,8 +678,7 @@ def build_unet(cfg: Config, image_channels: int, num_classes: int) -> UNet:
                 patch_size=cfg.patch_size, norm_groups=cfg.norm_groups, conditioning=cfg.conditioning)
 
 
-# ------------------------------------------------------------------------------------------------
-# 5  Samplers
+# ---- 5  Samplers -------------------------------------------------------------------------------
 # Pure functions of a denoiser, (xt, t) -> (x0_hat, eps_hat), that yield (t, x, x0_hat) after each step.
 # Guidance wraps the denoiser, so samplers never see it.
 
@@ -756,11 +722,8 @@ def intervals(ts: list[int], alpha_bar: Tensor) -> Iterator[tuple[int, float, in
 def ddim(denoise: Denoiser, xT: Tensor, ts: list[int], alpha_bar: Tensor, draw_noise: Callable[[], Tensor], *,
          eta: float = 0.0, variance: str = "small", noise_scale: float = 1.0,
          fade: bool = False) -> Iterator[tuple[int, Tensor, Tensor]]:
-    """DDIM (2010.02502, eq. 12) over the descending grid ts; eta = 1 is ancestral DDPM.
-
-    With eta = 1 the mean is the posterior mean of DDPM (eq. 7) and `variance` chooses its noise: the
-    posterior's (small) or beta_t (large). noise_scale multiplies the noise, `fade` by t / T as well.
-    """
+    """DDIM (2010.02502, eq. 12) over the descending grid ts. eta = 1 is ancestral DDPM: its posterior mean (eq. 7) and,
+    by `variance`, the posterior's noise (small) or beta_t (large). noise_scale multiplies it, `fade` by t / T too."""
     x, T = xT, len(alpha_bar)
     for t, ab, _, ab_next in intervals(ts, alpha_bar):
         x0_hat, eps_hat = denoise(x, t)
@@ -806,16 +769,13 @@ def heun(denoise: Denoiser, xT: Tensor, ts: list[int], alpha_bar: Tensor,
         yield t, x, x0_hat
 
 
-def configured_ddim(cfg: Config, eta: float) -> Callable:
-    return partial(ddim, eta=eta, variance=cfg.variance, noise_scale=cfg.noise_scale, fade=cfg.use_noise_scaling)
-
-
 # To add a sampler: write its function and name it here, with the options it takes from the settings.
 SAMPLERS = {
     "dpmpp": lambda cfg: dpmpp,
     "heun": lambda cfg: heun,
-    "ddim": lambda cfg: configured_ddim(cfg, cfg.eta),
-    "ddpm": lambda cfg: configured_ddim(cfg, 1.0),
+    "ddim": lambda cfg: partial(ddim, eta=cfg.eta, variance=cfg.variance, noise_scale=cfg.noise_scale,
+                                fade=cfg.use_noise_scaling),
+    "ddpm": lambda cfg: partial(SAMPLERS["ddim"](cfg), eta=1.0),
 }
 DEFAULT_STEPS = {"dpmpp": 25, "heun": 25, "ddim": 50}                        # others visit every timestep
 
@@ -860,36 +820,30 @@ def generator(*numbers: int, device="cpu") -> torch.Generator:
 
 
 def image_noise(seed: int, indices: range, shape: tuple[int, ...], device) -> Callable[[], Tensor]:
-    """A source of noise [N, *shape] for images `indices`: image i draws from a generator of its own, seeded
-    by (seed, i), so that it looks the same in every batch and on every device."""
+    """A source of noise [N, *shape]: image i has a generator by (seed, i), so that no batch or device changes it."""
     generators = [generator(seed, STREAM_SAMPLE, i) for i in indices]
     return lambda: torch.stack([torch.randn(shape, generator=g) for g in generators]).to(device)
 
 
 @dataclass(frozen=True)
 class Moments:
-    """Mean and variance of each pixel over the training images: float [num_classes + 1, C, h, w], a
-    row per class and a last one over all; h x w may be coarser than the images."""
+    """Mean and variance of each pixel over the training images: float [num_classes + 1, C, h, w], a row per class
+    and a last one over all; h x w may be coarser than the images."""
 
     mean: Tensor
     var: Tensor
 
-    def to(self, device) -> Moments:
-        return Moments(self.mean.to(device), self.var.to(device))
-
     def start(self, noise: Tensor, y: Tensor, alpha_bar_T: float) -> Tensor:
         """x_T from the Gaussian with the first two moments of q(x_T), given noise [N, C, H, W] and rows y [N]."""
-        mean, var = (F.interpolate(m[y], noise.shape[2:], mode="bilinear") for m in (self.mean, self.var))
+        rows = (m.to(noise.device)[y] for m in (self.mean, self.var))
+        mean, var = (F.interpolate(m, noise.shape[2:], mode="bilinear") for m in rows)
         return math.sqrt(alpha_bar_T) * mean + (alpha_bar_T * var + 1 - alpha_bar_T).sqrt() * noise
 
 
 @dataclass
 class Model:
-    """A network with all that drawing images needs; `load` makes one from a checkpoint.
-
-    shape: (C, H, W). class_names: empty for an unconditional network. autocast: makes the context
-    the network runs in. guide: a weaker network, for autoguidance.
-    """
+    """A network with all that drawing images needs, as `load` makes it from a checkpoint. shape: (C, H, W).
+    class_names: may be empty. autocast: makes the context the network runs in. guide: a weaker network, to guide."""
 
     network: nn.Module
     diffusion: Diffusion
@@ -927,14 +881,13 @@ class Model:
             with self.autocast():
                 return network(*inputs)
 
-        return make_denoiser(
-            partial(run, self.network), self.diffusion, y if self.class_names else None, len(self.class_names),
-            cfg.guidance_scale, cfg.guidance_interval, partial(run, self.guide) if self.guide else None,
-            clip=cfg.clip_x0, dynamic_threshold=cfg.dynamic_threshold, eps_scale=cfg.eps_scale)
+        network, guide = partial(run, self.network), partial(run, self.guide) if self.guide else None
+        return make_denoiser(network, self.diffusion, y if self.class_names else None, len(self.class_names),
+                             cfg.guidance_scale, cfg.guidance_interval, guide, clip=cfg.clip_x0,
+                             dynamic_threshold=cfg.dynamic_threshold, eps_scale=cfg.eps_scale)
 
     def draw(self, labels: list[int], cfg: Config, progress: Callable = lambda: None, first=0) -> Iterator[Tensor]:
-        """Images number first, first + 1, ... for labels in batches, uint8 [n, C, H, W] each; progress() after
-        every network step."""
+        """Images number first, first + 1, ... in batches, uint8 [n, C, H, W]; progress() after every step."""
         size = 1 if cfg.sequential else cfg.sample_batch_size
         for i in range(0, len(labels), size):
             for _, x, _ in self.sample(labels[i : i + size], cfg, first + i):  # noqa: B007 (the last x counts)
@@ -942,11 +895,8 @@ class Model:
             yield to_uint8(x)
 
     def generate(self, classes: list[str | int] | None = None, num_images: int | None = None, **settings) -> Tensor:
-        """Images of the classes (names or numbers) in turn: uint8 [num_images, C, H, W] on the CPU.
-
-        num_images: by default one of each class. settings: sampling options of Config, such as steps,
-        sampler, seed, guidance_scale. Raises UserError for an unknown class or option.
-        """
+        """num_images of the classes (names or numbers) in turn, by default one each: uint8 [N, C, H, W] on the CPU.
+        settings: sampling options, such as steps, sampler, seed. Raises UserError for an unknown class or option."""
         numbers = parse_classes(classes, self.class_names) if classes is not None else None
         wrong = [name for name in settings if name not in FIELDS or FIELDS[name].metadata["fixed"]]
         if wrong:
@@ -958,13 +908,11 @@ class Model:
 
     @torch.no_grad()
     def loss(self, images: Tensor, labels: Tensor | None = None, seed: int = 0) -> Tensor:
-        """Loss of each image, float [N], at a random timestep each. images: uint8 [N, C, H, W]; labels: int64
-        [N], by default none."""
+        """Loss of each image, float [N], at a random timestep each, for uint8 [N, C, H, W] and labels int64 [N]."""
         random, x0 = generator(seed, STREAM_VALIDATION), from_uint8(images)
         t = torch.randint(self.diffusion.T, (len(x0),), generator=random)  # uniform, whatever training prefers
         batch = x0, t, torch.randn(x0.shape, generator=random), labels
-        batch = (None if v is None else v.to(self.device) for v in batch)
-        return self.diffusion.loss(self.network, *batch)
+        return self.diffusion.loss(self.network, *(None if v is None else v.to(self.device) for v in batch))
 
 
 def to_uint8(x: Tensor) -> Tensor:
@@ -986,15 +934,13 @@ def parse_classes(classes: str | list, class_names: list[str]) -> list[int]:
     return [index[str(c).lower()] for c in classes]
 
 
-# ------------------------------------------------------------------------------------------------
-# 6  Data
+# ---- 6  Data -----------------------------------------------------------------------------------
 # Every dataset becomes uint8 [N, C, H, W] with labels; batches are a function of (seed, step).
 
 
 @dataclass
 class ImageData:
-    """images: uint8 [N, C, H, W], possibly memory-mapped; labels: int64 [N]; class_names: empty where
-    there are no labels (labels are then 0)."""
+    """images: uint8 [N, C, H, W], perhaps memory-mapped; labels: int64 [N], all 0 where class_names is empty."""
 
     images: Tensor
     labels: Tensor
@@ -1026,41 +972,40 @@ def load_digits(cfg: Config) -> ImageData:
         raise UserError(f"digits.npz is neither in {cfg.data_dir} nor in data/ beside diffuser.py: copy it there")
     with np.load(path) as file:
         images, labels = file["images"], file["labels"].tolist()
-    source = [(Image.fromarray(image), label) for image, label in zip(images, labels, strict=True)]
-    return in_memory(cfg, source, torch.from_numpy(images)[:, None], labels, DIGITS)
+    return in_memory(cfg, torch.from_numpy(images)[:, None], labels)
 
 
 def load_mnist(cfg: Config) -> ImageData:
     """MNIST, 60,000 handwritten digits (LeCun et al. 1998)."""
     raw = torchvision_dataset("MNIST", cfg, "the four *-ubyte.gz files of MNIST", "MNIST/raw", train=True)
-    return in_memory(cfg, raw, raw.data[:, None], raw.targets.tolist(), DIGITS)
+    return in_memory(cfg, raw.data[:, None], raw.targets.tolist())
 
 
 def load_cifar10(cfg: Config) -> ImageData:
     """CIFAR-10, 50,000 photographs of ten kinds of things (Krizhevsky 2009)."""
     raw = torchvision_dataset("CIFAR10", cfg, "cifar-10-python.tar.gz from www.cs.toronto.edu/~kriz", "", train=True)
-    return in_memory(cfg, raw, torch.from_numpy(raw.data).permute(0, 3, 1, 2).contiguous(), raw.targets, CIFAR10)
+    return in_memory(cfg, torch.from_numpy(raw.data).permute(0, 3, 1, 2).contiguous(), raw.targets)
 
 
 def load_celeba(cfg: Config) -> ImageData:
     """CelebA, 162,770 faces for training (Liu et al. 2015), without labels."""
     raw = torchvision_dataset("CelebA", cfg, "img_align_celeba.zip (unpacked) and the five list_*.txt and "
                               "identity_CelebA.txt files of CelebA", "celeba", split="train")
-    return cached(cfg, Decoder(raw, image_shape(cfg)), ("celeba", len(raw)), [])
+    return cached(cfg, raw, ("celeba", len(raw)), [])
 
 
 def load_folder(cfg: Config) -> ImageData:
     """A folder or ZIP of images; the folder that directly holds them names the class."""
     source = ImageFiles(cfg.path_to_data)
-    return cached(cfg, Decoder(source, image_shape(cfg, source)), ("folder", *source.fingerprint()), source.class_names)
+    return cached(cfg, source, ("folder", *source.fingerprint()), source.class_names)
 
 
-def in_memory(cfg: Config, source, images: Tensor, labels: list[int], names: tuple[str, ...]) -> ImageData:
-    """The images as they are, uint8 [N, C, H, W], where they have the size asked for; else decoded from
-    source, which gives (PIL image, label)."""
+def in_memory(cfg: Config, images: Tensor, labels: list[int]) -> ImageData:
+    """The images, uint8 [N, C, H, W], as they are or, where another size is asked for, resized."""
+    names = list(DATASETS[cfg.dataset].classes)
     if tuple(images.shape[1:]) == image_shape(cfg):
-        return ImageData(images, torch.tensor(labels), list(names))
-    return cached(cfg, Decoder(source, image_shape(cfg)), (cfg.dataset, len(labels)), list(names))
+        return ImageData(images, torch.tensor(labels), names)
+    return cached(cfg, list(zip(map(to_pil, images), labels, strict=True)), (cfg.dataset, len(labels)), names)
 
 
 def torchvision_dataset(name: str, cfg: Config, what: str, where: str, **options):
@@ -1091,11 +1036,11 @@ DATASETS = {
 }
 
 
-def image_shape(cfg: Config, files: ImageFiles | None = None) -> tuple[int, int, int]:
-    """(C, H, W) of the training images: as asked for, else the dataset's own; files tell their own channels."""
-    channels, height, width = DATASETS[cfg.dataset].shape
-    channels = cfg.channels or (files.guess_channels() if files else channels)
-    return channels, *(cfg.img_size or (height, width))
+def image_shape(cfg: Config, source=None) -> tuple[int, int, int]:
+    """(C, H, W) of the training images: as asked for, else the dataset's own; ImageFiles tell their own channels."""
+    channels, *size = DATASETS[cfg.dataset].shape
+    channels = source.guess_channels() if isinstance(source, ImageFiles) and not cfg.channels else channels
+    return cfg.channels or channels, *(cfg.img_size or size)
 
 
 @lru_cache(maxsize=1)
@@ -1125,11 +1070,9 @@ class ImageFiles(torch.utils.data.Dataset):
         if not self.names:
             raise UserError(f"--path_to_data {path} holds no {', '.join(e[1:].upper() for e in self.ENDINGS)} image")
         folders = [n.rpartition("/")[0] for n in self.names]
-        classes = sorted(set(folders))
-        short = [os.path.basename(c) or "unsorted" for c in classes]
-        self.class_names = [] if len(classes) == 1 else short if len(set(short)) == len(short) else classes
-        number = {c: i for i, c in enumerate(classes)}
-        self.labels = [number[f] if self.class_names else 0 for f in folders]
+        number = {c: i for i, c in enumerate(sorted(set(folders)))}
+        self.labels, short = [number[f] for f in folders], [os.path.basename(c) or "unsorted" for c in number]
+        self.class_names = [] if len(number) == 1 else short if len(set(short)) == len(short) else list(number)
 
     def __len__(self) -> int:
         return len(self.names)
@@ -1156,30 +1099,27 @@ class ImageFiles(torch.utils.data.Dataset):
         return str(self.path.resolve()), hashlib.sha256(repr((self.names, stats)).encode()).hexdigest()
 
 
+@dataclass
 class Decoder(torch.utils.data.Dataset):
     """Item i of `source`, (PIL image, label), as (uint8 [C, H, W], label); None where it cannot be read."""
 
-    MAX_PIXELS = 100_000_000
-
-    def __init__(self, source, shape: tuple[int, int, int]):
-        self.source, self.shape = source, shape
+    source: torch.utils.data.Dataset | list
+    shape: tuple[int, int, int]
 
     def __len__(self) -> int:
         return len(self.source)
 
-    def __getitem__(self, i: int):
+    def __getitem__(self, i: int) -> tuple[np.ndarray, int] | None:
         try:
             image, label = self.source[i]
-            if image.width * image.height > self.MAX_PIXELS:
-                return None
-            return self.decode(image), label if isinstance(label, int) else 0
+            if image.width * image.height <= 100_000_000:
+                return self.decode(image), label if isinstance(label, int) else 0
         except Exception:                                           # broken files raise errors of every kind
             return None
 
     def decode(self, image: Image.Image) -> np.ndarray:
         """Upright, on white where transparent, 16 bits to 8, cropped to the middle and resized: [C, H, W]."""
-        channels, height, width = self.shape
-        image = ImageOps.exif_transpose(image)
+        (channels, height, width), image = self.shape, ImageOps.exif_transpose(image)
         if image.mode.startswith("I") or image.mode == "F":         # PIL would clip what lies above 255
             pixels = np.asarray(image, dtype=np.float64)
             image = Image.fromarray((pixels / (257 if pixels.max() > 255 else 1)).round().clip(0, 255).astype(np.uint8))
@@ -1190,9 +1130,9 @@ class Decoder(torch.utils.data.Dataset):
         return np.array(image).reshape(height, width, channels).transpose(2, 0, 1).copy()
 
 
-def cached(cfg: Config, decoder: Decoder, key: tuple, class_names: list[str]) -> ImageData:
-    """The decoded images, memory-mapped from a cache file that is built the first time. Raises UserError
-    when more than a tenth of the images cannot be read."""
+def cached(cfg: Config, source, key: tuple, class_names: list[str]) -> ImageData:
+    """source decoded, memory-mapped from a cache made once. Raises UserError if over a tenth cannot be read."""
+    decoder = Decoder(source, image_shape(cfg, source))
     digest = hashlib.sha256(repr((key, decoder.shape, "v1")).encode()).hexdigest()[:16]
     index = Path(cfg.data_dir, "cache", f"{cfg.dataset}_{digest}.json")
     if not index.exists():
@@ -1209,16 +1149,15 @@ def build_cache(index: Path, decoder: Decoder, workers: int) -> None:
     temporary, labels, bad = index.with_suffix(f".{os.getpid()}.tmp"), [], []
     workers = 0 if len(decoder) < 1000 else workers
     loader = torch.utils.data.DataLoader(decoder, batch_size=64, num_workers=workers, collate_fn=list)
+    items = itertools.chain.from_iterable(loader)
     try:
-        with open(temporary, "wb") as file, tqdm(total=len(decoder), desc="caching images", disable=None) as bar:
-            for start, items in zip(range(0, len(decoder), 64), loader, strict=True):
-                for i, item in enumerate(items, start):
-                    if item is None:
-                        bad.append(i)
-                    else:
-                        file.write(item[0].tobytes())
-                        labels.append(int(item[1]))
-                bar.update(len(items))
+        with open(temporary, "wb") as file:
+            for i, item in enumerate(tqdm(items, "caching images", len(decoder), disable=None)):
+                if item is None:
+                    bad.append(i)
+                else:
+                    file.write(item[0].tobytes())
+                    labels.append(int(item[1]))
         names = [getattr(decoder.source, "names", range(len(decoder)))[i] for i in bad]
         if len(bad) > len(decoder) / 10 or not labels:
             raise UserError(f"{len(bad)} of {len(decoder)} images cannot be read, {names[0]} for one: remove them")
@@ -1235,9 +1174,7 @@ def load_data(cfg: Config) -> ImageData:
     data = DATASETS[cfg.dataset].load(cfg)
     if cfg.use_labels and not data.class_names:
         raise UserError(f"--use_labels: dataset {cfg.dataset} has no classes (in a folder, subfolders make them)")
-    if cfg.use_labels is False:
-        data = ImageData(data.images, torch.zeros_like(data.labels), [])
-    return data
+    return ImageData(data.images, torch.zeros_like(data.labels), []) if cfg.use_labels is False else data
 
 
 def held_out_size(images: int, fraction: float) -> int:
@@ -1277,11 +1214,8 @@ def from_uint8(images: Tensor) -> Tensor:
 
 
 class Batches:
-    """Training batches as a function of the step: step -> (x0 [n, C, H, W] in [-1, 1], y [n]).
-
-    Each epoch is a fresh permutation by (seed, epoch); a batch is the same whatever the number of
-    devices, of which each, `rank` of `world`, takes its share.
-    """
+    """Training batches, step -> (x0 [n, C, H, W] in [-1, 1], y [n]). An epoch is a permutation by (seed, epoch); a
+    batch is the same for any number of devices, of which each, `rank` of `world`, takes its share."""
 
     def __init__(self, data: ImageData, indices: Tensor, size: int, flip: bool, seed: int, device, rank=0, world=1):
         self.data, self.indices, self.size, self.flip, self.seed = data, indices, size, flip, seed
@@ -1303,8 +1237,7 @@ class Batches:
         return x0, self.data.labels[chosen].to(self.device, non_blocking=True)
 
 
-# ------------------------------------------------------------------------------------------------
-# 7  Runtime
+# ---- 7  Runtime --------------------------------------------------------------------------------
 # Device, processes, precision and signals of a run, chosen once; and where it reports to.
 
 
@@ -1322,14 +1255,11 @@ class Runtime:
         self.replicas = 1 if self.world > 1 else cfg.num_gpus or max(gpus, 1)  # of DataParallel
         self.num_devices = self.world * self.replicas
         self.precision = pick_precision(cfg.precision, self.device)
+        dtype = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[self.precision]
+        self.autocast = partial(torch.autocast, self.device.type, dtype, enabled=self.precision != "fp32")
         self.is_main, self.stop_signal = self.rank == 0, 0
         if self.device.type == "cuda":
             torch.set_float32_matmul_precision("high")                       # TF32 for what stays float32
-
-    def autocast(self):
-        """The context the network runs in."""
-        dtype = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[self.precision]
-        return torch.autocast(self.device.type, dtype, enabled=self.precision != "fp32")
 
     def parallel(self, network: nn.Module, cfg: Config) -> Callable:
         """The network as training calls it: compiled, and spread over devices. Its parameters stay its own."""
@@ -1372,13 +1302,12 @@ class Runtime:
 
     def stopping(self, step: int) -> bool:
         """Whether to stop: at once when alone; processes agree on it every tenth step."""
-        if self.world == 1:
-            return self.stop_signal > 0
-        if step % 10:
+        if self.world > 1 and step % 10:
             return False
-        noted = torch.tensor(float(self.stop_signal), device=self.device)
-        torch.distributed.all_reduce(noted, torch.distributed.ReduceOp.MAX)
-        self.stop_signal = int(noted)
+        if self.world > 1:
+            noted = torch.tensor(float(self.stop_signal), device=self.device)
+            torch.distributed.all_reduce(noted, torch.distributed.ReduceOp.MAX)
+            self.stop_signal = int(noted)
         return self.stop_signal > 0
 
 
@@ -1387,9 +1316,9 @@ def pick_device(wanted: str) -> torch.device:
     there = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
     if wanted != "auto" and not there[wanted]:
         raise UserError(f"--device {wanted}: torch {torch.__version__} finds none here")
-    kind = next(k for k in there if there[k]) if wanted == "auto" else wanted
-    device = torch.device(kind, int(os.environ.get("LOCAL_RANK", 0))) if kind == "cuda" else torch.device(kind)
-    if kind == "cuda":
+    device = torch.device(next(k for k in there if there[k]) if wanted == "auto" else wanted)
+    if device.type == "cuda":
+        device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
         torch.cuda.set_device(device)
     return device
 
@@ -1416,10 +1345,9 @@ class RunLog:
         folder.mkdir(parents=True, exist_ok=True)
         path = folder / "metrics.csv"
         rows = path.read_text().splitlines()[1:] if step and path.exists() else []
-        whole = [row.split(",") for row in rows if row.count(",") == len(self.COLUMNS) - 1]
-        kept = [row for row in whole if int(row[0]) <= step]                 # what came after is trained again
-        text = "".join(",".join(row) + "\n" for row in (self.COLUMNS, *kept))
-        write_atomically(path, lambda file: file.write(text.encode()))
+        whole = [row for row in rows if row.count(",") == len(self.COLUMNS) - 1]
+        kept = [row for row in whole if int(row.split(",")[0]) <= step]      # what came after is trained again
+        write_atomically(path, lambda file: file.write("\n".join((",".join(self.COLUMNS), *kept, "")).encode()))
         self.file = open(path, "a")                                          # noqa: SIM115 (open for the whole run)
         path = folder / "config.json"
         known = json.loads(path.read_text()) if step and path.exists() else {}
@@ -1427,9 +1355,9 @@ class RunLog:
         write_json(path, dict(config=dataclasses.asdict(cfg), torch=torch.__version__, run_id=run_id))
         self.trackers = {}
         if cfg.use_tensorboard or cfg.use_wandb:
-            from trackers import start_trackers
+            import trackers
 
-            self.trackers = start_trackers(cfg, folder, run_id)
+            self.trackers = trackers.start_trackers(cfg, folder, run_id)
 
     def row(self, values: dict) -> None:
         """One line of metrics.csv, and the same numbers to the trackers."""
@@ -1472,8 +1400,7 @@ def save_grid(images: Tensor, path: Path, column_names: list[str], columns: int 
 
 def draw_with_bar(model: Model, labels: list[int], cfg: Config, first: int = 0) -> Iterator[Tensor]:
     """Model.draw with a progress bar over the network's steps."""
-    batches = math.ceil(len(labels) / (1 if cfg.sequential else cfg.sample_batch_size))
-    total = batches * sampling_steps(cfg)
+    total = math.ceil(len(labels) / (1 if cfg.sequential else cfg.sample_batch_size)) * sampling_steps(cfg)
     with tqdm(total=total, desc="sampling", unit="step", leave=False, disable=None) as bar:
         yield from model.draw(labels, cfg, bar.update, first)
 
@@ -1489,16 +1416,13 @@ def save_strip(model: Model, labels: list[int], cfg: Config, path: Path, first: 
     save_grid(torch.stack(frames, 1).flatten(0, 1), path, [], columns=len(frames))
 
 
-# ------------------------------------------------------------------------------------------------
-# 8  EMA and checkpoints
+# ---- 8  EMA and checkpoints --------------------------------------------------------------------
 # The averaged network that images are drawn from; files that are safe to load and atomic to write.
 
 
 class EMA:
-    """An exponential moving average of the weights in a network of its own; `network` is that one.
-
-    After n updates the decay is min(decay, (1 + n) / (10 + n)); up to step `start` it is a plain copy.
-    """
+    """An exponential moving average of the weights in a network of its own; `network` is that one. After n updates
+    the decay is min(decay, (1 + n) / (10 + n)); up to step `start` it is a plain copy."""
 
     def __init__(self, network: nn.Module, decay: float, every: int = 1, start: int = 0):
         self.network = copy.deepcopy(network).eval().requires_grad_(False)
@@ -1540,22 +1464,21 @@ def write_json(path: Path, content: dict) -> None:
     write_atomically(path, lambda file: file.write(json.dumps(content, indent=1).encode()))
 
 
-def attention_name(cfg: Config) -> str:
-    return "attention" if cfg.use_attention else "noattention"
+def network_name(cfg: Config) -> str:
+    return f"{cfg.timesteps}_{cfg.emb_dim}_{'attention' if cfg.use_attention else 'noattention'}"
 
 
 def checkpoint_path(cfg: Config, step: int) -> Path:
     """Where the checkpoint of that step goes: one file per kind of run, or one folder per step of an experiment."""
     if cfg.experiment_name:
         return Path(cfg.working_directory, cfg.experiment_name, f"checkpoint_{step}", "model.pt")
-    name = f"diffusion_checkpoint_{cfg.dataset}_{cfg.timesteps}_{cfg.emb_dim}_{attention_name(cfg)}.pt"
-    return Path(cfg.working_directory, name)
+    return Path(cfg.working_directory, f"diffusion_checkpoint_{cfg.dataset}_{network_name(cfg)}.pt")
 
 
 def samples_path(cfg: Config) -> Path:
     """The folder for sample grids and metrics."""
-    name = f"{cfg.schedule_type}_{cfg.timesteps}_{cfg.emb_dim}_{attention_name(cfg)}"
-    return Path(cfg.generated_directory, f"samples_{cfg.experiment_name or cfg.dataset}_{name}")
+    name = cfg.experiment_name or cfg.dataset
+    return Path(cfg.generated_directory, f"samples_{name}_{cfg.schedule_type}_{network_name(cfg)}")
 
 
 def by_age(paths) -> list[Path]:
@@ -1586,21 +1509,18 @@ def save_checkpoint(state: dict, cfg: Config) -> Path:
 
 def find_checkpoint(cfg: Config) -> Path | None:
     """The checkpoint this run goes on from, if any. Raises UserError if the one asked for is not there."""
-    name = cfg.resume_from_checkpoint
-    if name:
-        home = Path(cfg.working_directory)
-        places = [Path(name), home / cfg.experiment_name / name / "model.pt", home / name, home / f"{name}.pt"]
-        found = next((p / "model.pt" if p.is_dir() else p for p in places if p.exists()), None)
-        if not found:
-            others = ", ".join(str(p) for p in kept_checkpoints(cfg)) or "none"
-            raise UserError(f"--resume_from_checkpoint {name}: not found; this run's checkpoints: {others}")
-        return found
-    return next(iter(kept_checkpoints(cfg)), None) if cfg.resume == "auto" else None
+    name, home, kept = cfg.resume_from_checkpoint, Path(cfg.working_directory), kept_checkpoints(cfg)
+    if not name:
+        return kept[0] if kept and cfg.resume == "auto" else None
+    for place in (Path(name), home / cfg.experiment_name / name / "model.pt", home / name, home / f"{name}.pt"):
+        if place.exists():
+            return place / "model.pt" if place.is_dir() else place
+    others = ", ".join(map(str, kept)) or "none"
+    raise UserError(f"--resume_from_checkpoint {name}: not found; this run's checkpoints: {others}")
 
 
 def load_checkpoint(path: str | Path, peek: bool = False) -> dict:
-    """A checkpoint's content, tensors on the CPU (read only when used, for a peek). Nothing in the file is
-    executed. Raises UserError."""
+    """A checkpoint's content on the CPU, for a peek read only when used; nothing in it is run. Raises UserError."""
     try:
         state = torch.load(path, map_location="cpu", weights_only=True, mmap=peek)
     except FileNotFoundError:
@@ -1632,42 +1552,30 @@ def resume_point(cfg: Config, asked: dict) -> tuple[Path | None, dict | None]:
 
 
 def load(path: str | Path, device: str = "auto", **settings) -> Model:
-    """The model in a checkpoint, with averaged weights where there are any. settings: options of Config
-    such as precision and sampling options. Raises UserError."""
+    """The model in a checkpoint, averaged where it is. settings: options, as to configure. Raises UserError."""
     state = load_checkpoint(path)
     return restore(state, configure(state["config"], device=device, **settings))
 
 
-def restore(state: dict, cfg: Config, runtime: Runtime | None = None) -> Model:
-    """The model in the content of a checkpoint. Raises UserError for a guide that does not fit it."""
-    runtime = runtime or Runtime(cfg)
-    guide = network_of(load_guide(cfg.guide_path, state), runtime.device) if cfg.guide_path else None
-    return Model(network_of(state, runtime.device, cfg), build_diffusion(cfg, runtime.device),
-                 Moments(**state["moments"]).to(runtime.device), cfg, tuple(state["shape"]), state["class_names"],
-                 runtime.autocast, guide)
-
-
-def network_of(state: dict, device, cfg: Config | None = None) -> UNet:
-    """The network in a checkpoint's content, by default as it was configured, averaged where it is."""
-    cfg = cfg or configure(state["config"])
-    network = build_unet(cfg, state["shape"][0], len(state["class_names"]))
+def restore(state: dict, cfg: Config) -> Model:
+    """The model in the content of a checkpoint, with its guide. Raises UserError for a guide that does not fit it."""
+    runtime, shape, names = Runtime(cfg), tuple(state["shape"]), state["class_names"]
+    network = build_unet(cfg, shape[0], len(names))
     network.load_state_dict((cfg.use_ema and state["ema"]) or state["model"])
-    return network.to(device).eval()
+    model = Model(network.to(runtime.device).eval(), build_diffusion(cfg, runtime.device), Moments(**state["moments"]),
+                  cfg, shape, names, runtime.autocast)
+    if cfg.guide_path:                                              # its outputs have to mean the same
+        guide = load(cfg.guide_path, cfg.device)
+        ours, theirs = (dict(schedule=m.diffusion.alpha_bar.tolist(), images=m.shape, prediction=m.config.prediction,
+                             classes=m.class_names) for m in (model, guide))
+        differing = " and ".join(name for name in ours if ours[name] != theirs[name])
+        if differing:
+            raise UserError(f"--guide_path {cfg.guide_path} does not fit the model: its {differing} differ")
+        model.guide = guide.network
+    return model
 
 
-def load_guide(path: str, state: dict) -> dict:
-    """The content of a guide's checkpoint. Raises UserError where its outputs mean something else."""
-    guide = load_checkpoint(path)
-    ours, theirs = (dict(schedule=alpha_bar_table(cfg := configure(s["config"])).tolist(), images=list(s["shape"]),
-                         prediction=cfg.prediction, classes=s["class_names"]) for s in (state, guide))
-    differing = [name for name in ours if ours[name] != theirs[name]]
-    if differing:
-        raise UserError(f"--guide_path {path} does not fit the model: its {' and '.join(differing)} differ")
-    return guide
-
-
-# ------------------------------------------------------------------------------------------------
-# 9  Training
+# ---- 9  Training -------------------------------------------------------------------------------
 # One step, and the loop around it. Blind to which data it trains on, and to the rank but for what it writes.
 
 OPTIMIZERS = {"adamw": torch.optim.AdamW, "adam": torch.optim.Adam}
@@ -1694,49 +1602,29 @@ LR_SCHEDULES = {
 }
 
 
-class Meter:
-    """Sums and counts of losses by timestep quartile, kept on the device: since the last log and in this epoch."""
-
-    def __init__(self, device):
-        self.sums = torch.zeros(2, 4, 2, device=device)                      # [log or epoch, quartile, sum or count]
-
-    def add(self, losses: Tensor, quartile: Tensor) -> None:
-        """losses [n], quartile [n] in 0..3."""
-        self.sums += torch.zeros_like(self.sums[0]).index_add_(0, quartile, torch.stack(
-            [losses, torch.ones_like(losses)], dim=1))
-
-    def read(self, runtime: Runtime) -> tuple[float, list[float], float]:
-        """Mean loss since the last log, the same by quartile, and the mean of the epoch."""
-        sums = self.sums.clone()
-        if runtime.world > 1:
-            torch.distributed.all_reduce(sums)
-        logged, epoch = sums.tolist()
-        quartiles = [total / count if count else math.nan for total, count in logged]
-        means = [sum(s for s, _ in part) / max(1, sum(c for _, c in part)) for part in (logged, epoch)]
-        return means[0], quartiles, means[1]
+def training_length(cfg: Config, images: int) -> tuple[int, int, int]:
+    """Steps of a run over so many images, steps of an epoch, images of a step."""
+    size = cfg.batch_size * cfg.gradient_accumulation_steps
+    per_epoch = max(1, images // size)
+    return cfg.iterations or cfg.epochs * per_epoch, per_epoch, size
 
 
 class Training:
     """The state of a run: network, average, optimizer, schedules, losses; and what is done with them."""
 
-    ELSE = "start another run with --experiment_name NAME, or --resume never"
-
     def __init__(self, cfg: Config, runtime: Runtime, state: dict | None = None):
         with runtime.main_first():
             data = load_data(cfg)
+        names, shape = data.class_names, tuple(data.images.shape[1:])
         flip = DATASETS[cfg.dataset].flip if cfg.flip is None else cfg.flip
-        shape = tuple(data.images.shape[1:])
-        cfg = dataclasses.replace(cfg, flip=flip, use_labels=bool(data.class_names), channels=shape[0],
-                                  img_size=shape[1:])
-        self.cfg, self.runtime, self.data, self.shape = cfg, runtime, data, shape
-        self.null = len(data.class_names)
+        cfg = dataclasses.replace(cfg, flip=flip, use_labels=bool(names), channels=shape[0], img_size=shape[1:])
+        self.cfg, self.runtime, self.data, self.shape, self.null = cfg, runtime, data, shape, len(names)
         indices, self.held_out = split(data, cfg.val_fraction)
-        self.moments = image_moments(data, indices, flip).to(runtime.device)
-        self.size = cfg.batch_size * cfg.gradient_accumulation_steps
+        self.moments = image_moments(data, indices, flip)
+        self.total, _, self.size = training_length(cfg, len(indices))
         if self.size < runtime.world:
             raise UserError(f"--batch_size {cfg.batch_size} is too small for {runtime.world} processes")
         self.batches = Batches(data, indices, self.size, flip, cfg.seed, runtime.device, runtime.rank, runtime.world)
-        self.total = cfg.iterations or cfg.epochs * self.batches.steps_per_epoch
         self.diffusion = build_diffusion(cfg, runtime.device)
 
         torch.manual_seed(mix(cfg.seed))
@@ -1746,15 +1634,15 @@ class Training:
         self.forward = runtime.parallel(self.network, cfg)
         average = (cfg.ema_decay, cfg.ema_update_rate, cfg.ema_start) if cfg.use_ema else (0.0,)  # 0: a plain copy
         self.ema = EMA(self.network, *average)
-        self.model = Model(self.ema.network, self.diffusion, self.moments, cfg, shape, data.class_names,
-                           runtime.autocast)
+        self.model = Model(self.ema.network, self.diffusion, self.moments, cfg, shape, names, runtime.autocast)
         lr = cfg.learning_rate * (runtime.num_devices if cfg.scale_lr else 1)
         self.optimizer = OPTIMIZERS[cfg.optimizer](self.network.parameters(), lr, weight_decay=cfg.weight_decay,
                                                    fused=runtime.device.type in ("cpu", "cuda"))
         warmup = min(self.total // 10, 1000) if cfg.warmup_steps is None else cfg.warmup_steps
         self.lr_schedule = LR_SCHEDULES[cfg.lr_schedule](self.optimizer, lr, warmup, self.total)
         self.scaler = torch.amp.GradScaler(runtime.device.type, enabled=runtime.precision == "fp16")
-        self.meter, self.grad_norm = Meter(runtime.device), torch.zeros((), device=runtime.device)
+        self.meter = torch.zeros(2, 4, 2, device=runtime.device)             # [log or epoch, quartile, loss or count]
+        self.grad_norm = torch.zeros((), device=runtime.device)
         self.step, self.history, self.clock = 0, [], (0, time.perf_counter())
         if state:
             self.resume(state)
@@ -1770,19 +1658,20 @@ class Training:
         return dict(
             format=FORMAT, config=dataclasses.asdict(self.cfg), step=self.step, epoch=self.epoch,
             shape=list(self.shape), class_names=self.data.class_names, data=self.data.digest(),
-            loss_history=self.history,
+            loss_history=self.history, meter=self.meter, moments=vars(self.moments),
             model=self.network.state_dict(), ema=self.ema.network.state_dict() if self.cfg.use_ema else None,
-            optimizer=self.optimizer.state_dict(), scaler=self.scaler.state_dict(), meter=self.meter.sums,
-            lr_schedule=dict(name=self.cfg.lr_schedule, step=self.step, total_steps=self.total),
-            moments=dict(mean=self.moments.mean, var=self.moments.var))
+            optimizer=self.optimizer.state_dict(), scaler=self.scaler.state_dict(),
+            lr_schedule=dict(name=self.cfg.lr_schedule, step=self.step, total_steps=self.total))
 
     def resume(self, state: dict) -> None:
         """Go on from a checkpoint's state; what its optimizer learned is kept, the settings are this run's."""
-        if tuple(state["shape"]) != self.shape or state["class_names"] != self.data.class_names:
-            raise UserError(f"the checkpoint was trained on images {state['shape']} with {len(state['class_names'])} "
-                            f"classes, the data has {list(self.shape)} and {self.null}: {self.ELSE}")
-        if state["data"] != self.data.digest():
-            raise UserError(f"the checkpoint was trained on other images than these: {self.ELSE}")
+        shape, names = state["shape"], state["class_names"]
+        other = "other images than these" if state["data"] != self.data.digest() else ""
+        if tuple(shape) != self.shape or names != self.data.class_names:
+            other = f"images {shape} with {len(names)} classes, the data has {list(self.shape)} and {self.null}"
+        if other:
+            raise UserError(f"the checkpoint was trained on {other}: start another run with --experiment_name NAME, "
+                            "or --resume never")
         self.network.load_state_dict(state["model"])
         self.ema.network.load_state_dict(state["ema"] or state["model"])
         groups = self.optimizer.state_dict()["param_groups"]
@@ -1790,7 +1679,7 @@ class Training:
         if state["scaler"]:                                                  # empty unless it was fp16 as well
             self.scaler.load_state_dict(state["scaler"])
         if self.runtime.is_main:                                             # sums of rank 0; the others begin anew
-            self.meter.sums.copy_(state["meter"])
+            self.meter.copy_(state["meter"])
         self.step, self.history = state["step"], state["loss_history"]
         self.clock = (self.step, time.perf_counter())
         self.lr_schedule.last_epoch = min(self.step, self.total) - 1
@@ -1833,7 +1722,8 @@ class Training:
                     losses = self.diffusion.loss(self.forward, x0, t, eps, y, noise)
                 # DistributedDataParallel averages over processes: sum / size * world is the batch's mean
                 self.scaler.scale(losses.sum() * self.runtime.world / self.size).backward()
-            self.meter.add(losses.detach(), t * 4 // self.diffusion.T)
+            pairs = torch.stack([losses.detach(), torch.ones_like(losses)], dim=1)
+            self.meter += torch.zeros_like(self.meter[0]).index_add_(0, t * 4 // self.diffusion.T, pairs)
         self.scaler.unscale_(self.optimizer)
         self.grad_norm = nn.utils.clip_grad_norm_(self.network.parameters(), cfg.max_grad_norm or math.inf)
         self.scaler.step(self.optimizer)
@@ -1860,12 +1750,17 @@ class Training:
 
     def log(self, log: RunLog | None, evaluated: bool) -> float:
         """Write a row of metrics and return the epoch's mean loss."""
-        mean, quartiles, epoch_mean = self.meter.read(self.runtime)
+        sums = self.meter.clone()
+        if self.runtime.world > 1:
+            torch.distributed.all_reduce(sums)
+        logged, epoch = sums.tolist()
+        quartiles = [loss / count if count else math.nan for loss, count in logged]
+        mean, epoch_mean = (sum(s for s, _ in part) / max(1, sum(n for _, n in part)) for part in (logged, epoch))
         self.require_finite(torch.tensor(mean))
         since, start = self.clock
         now = time.perf_counter()
         self.history.append([self.step, mean])
-        self.meter.sums[0] = 0
+        self.meter[0] = 0
         if log:                                                              # only rank 0 has one
             numbers = dict(zip(("loss_q1", "loss_q2", "loss_q3", "loss_q4"), quartiles, strict=True), loss=mean,
                            val_loss=self.validate() if evaluated else "", lr=self.lr_schedule.get_last_lr()[0],
@@ -1921,18 +1816,19 @@ def fit_to_minutes(cfg: Config, runtime: Runtime, state: dict | None, started: f
 
 
 def train(cfg: Config, runtime: Runtime | None = None, point: tuple[Path | None, dict | None] | None = None) -> Path:
-    """Train as configured, from `point` (see resume_point) or from where the run's own checkpoint stands;
-    returns the checkpoint's path. Raises UserError."""
+    """Train as configured, from `point` (by default resume_point's); returns the last checkpoint. Raises UserError."""
     started, runtime = time.perf_counter(), runtime or Runtime(cfg)
     path, state = point or resume_point(cfg, dataclasses.asdict(cfg))
     if cfg.train_minutes and (not state or state["config"].get("train_minutes") != cfg.train_minutes):
         cfg = fit_to_minutes(cfg, runtime, state, started)
     run = Training(cfg, runtime, state)
-    folder = samples_path(cfg)
-    kept = kept_checkpoints(cfg)
+    folder, kept = samples_path(cfg), kept_checkpoints(cfg)
     if runtime.is_main and not (path and path.resolve() in [p.resolve() for p in kept]):  # another run's files
-        set_aside(folder, *([kept[0].parents[1]] if cfg.experiment_name and kept else kept), say=runtime.say)
-    runtime.say(run_report(run.cfg, runtime, run.network, run.shape, len(run.batches.indices), run.total))
+        for earlier in (folder, *([kept[0].parents[1]] if cfg.experiment_name and kept else kept)):
+            if earlier.is_file() or (earlier.is_dir() and any(earlier.iterdir())):
+                old = earlier.rename(free_path(earlier.with_stem(f"{earlier.stem}_old")))
+                runtime.say(f"kept an earlier run's {earlier} as {old.name}")
+    runtime.say(run_report(run.cfg, runtime, run.network, run.shape, len(run.batches.indices)))
     others = by_age(Path(cfg.working_directory).glob(f"diffusion_checkpoint_{cfg.dataset}_*.pt"))
     if run.step:
         runtime.say(f"resuming from {path} at step {run.step} of {run.total}")
@@ -1967,7 +1863,7 @@ def training_loop(run: Training, log: RunLog | None, folder: Path, bar: tqdm) ->
                 runtime.say(f"the loss has settled at step {run.step}: stopping early")
                 draw = save = done = True
         if epochs:
-            run.meter.sums[1] = 0
+            run.meter[1] = 0
         if save or stopping:
             path = checkpoint_path(cfg, run.step)
             if runtime.is_main:
@@ -1983,8 +1879,7 @@ def training_loop(run: Training, log: RunLog | None, folder: Path, bar: tqdm) ->
     return path
 
 
-# ------------------------------------------------------------------------------------------------
-# 10  Commands
+# ---- 10  Commands ------------------------------------------------------------------------------
 # What the two modes do, and the questions they ask where flags leave something open.
 
 
@@ -2049,17 +1944,17 @@ def run_training(given: dict) -> None:
                 f"draw with it: python diffuser.py --mode inference --model_path {path}")
 
 
-def run_report(cfg: Config, runtime: Runtime, network: nn.Module, shape, images: int, total: int) -> str:
+def run_report(cfg: Config, runtime: Runtime, network: nn.Module, shape, images: int) -> str:
     """What is about to happen, in a few lines."""
     cuda = runtime.device.type == "cuda"
     name = torch.cuda.get_device_name(runtime.device) if cuda else f"{torch.get_num_threads()} threads"
-    batch, parameters = cfg.batch_size * cfg.gradient_accumulation_steps, sum(p.numel() for p in network.parameters())
+    total, per_epoch, batch = training_length(cfg, images)
     size, left = "x".join(map(str, (*shape[1:], shape[0]))), alpha_bar_table(cfg)[-1].sqrt().item()
     lines = [f"device   {runtime.device.type} x {runtime.num_devices} ({name}), {runtime.precision}"
              + (", compiled" if cfg.compile else ""),
              f"data     {cfg.dataset}: {images:,} images {size}, {network.num_classes} classes",
-             f"network  {parameters:,} parameters",
-             f"training {total:,} steps of {batch} images ({total / max(1, images // batch):.4g} epochs)",
+             f"network  {sum(p.numel() for p in network.parameters()):,} parameters",
+             f"training {total:,} steps of {batch} images ({total / per_epoch:.4g} epochs)",
              f"noise    {cfg.schedule_type}, T = {cfg.timesteps}, {left:.2%} of the signal is left at T"]
     if left > 0.01:
         lines.append("         above 1%, so pure noise is the wrong start; " + (
@@ -2070,18 +1965,18 @@ def run_report(cfg: Config, runtime: Runtime, network: nn.Module, shape, images:
 def dry_run_report(cfg: Config, runtime: Runtime) -> str:
     """Settings, sizes and memory, without reading an image."""
     dataset, files = DATASETS[cfg.dataset], ImageFiles(cfg.path_to_data) if cfg.dataset == "folder" else None
-    classes = list(dataset.classes) if files is None else files.class_names
-    images = len(files) if files else dataset.num_images
+    classes, images = (files.class_names, len(files)) if files else (dataset.classes, dataset.num_images)
     shape = image_shape(cfg, files)
-    images -= held_out_size(images, cfg.val_fraction)
     with torch.device("meta"):
         network = build_unet(cfg, shape[0], 0 if cfg.use_labels is False else len(classes))
-    batch = cfg.batch_size * cfg.gradient_accumulation_steps
-    total = cfg.iterations or cfg.epochs * max(1, images // batch)
-    lines = [f"{name} = {getattr(cfg, name)}" for name in FIELDS if name not in LOCAL]
-    lines.append(run_report(cfg, runtime, network, shape, images, total))
+    report = run_report(cfg, runtime, network, shape, images - held_out_size(images, cfg.val_fraction))
     need = training_memory(network, shape, math.ceil(cfg.batch_size / runtime.num_devices), cfg.use_ema)
-    return "\n".join([*lines, f"memory   about {need / 2**30:.2g} GiB for training on each device"])
+    return f"{settings_text(cfg)}\n{report}\nmemory   about {need / 2**30:.2g} GiB for training on each device"
+
+
+def settings_text(cfg: Config) -> str:
+    """The settings that a checkpoint keeps, one on a line."""
+    return "\n".join(f"{name} = {getattr(cfg, name)}" for name in FIELDS if name not in LOCAL)
 
 
 def training_memory(network: UNet, shape, batch: int, ema: bool) -> float:
@@ -2092,14 +1987,6 @@ def training_memory(network: UNet, shape, batch: int, ema: bool) -> float:
             module.register_forward_hook(lambda module, inputs, output: outputs.append(output.numel()))
     network(torch.zeros(1, *shape, device="meta"), torch.zeros(1, dtype=torch.long, device="meta"))
     return 4 * (sum(p.numel() for p in network.parameters()) * (4 + ema) + 2 * batch * sum(outputs))
-
-
-def set_aside(*paths: Path, say: Callable[[str], None]) -> None:
-    """Rename what an earlier run left, so that a run from the start overwrites nothing."""
-    for path in paths:
-        if path.is_file() or (path.is_dir() and any(path.iterdir())):
-            old = path.rename(free_path(path.with_stem(f"{path.stem}_old")))
-            say(f"kept an earlier run's {path} as {old.name}")
 
 
 def run_inference(given: dict) -> None:
@@ -2118,14 +2005,13 @@ def run_inference(given: dict) -> None:
     print(f"{path}: {cfg.dataset}, epoch {state['epoch']:.4g}")
     print(f"{cfg.sampler}, {sampling_steps(cfg)} steps, {model.device}")
     if cfg.dry_run:
-        print("\n".join(f"{name} = {getattr(cfg, name)}" for name in FIELDS if name not in LOCAL))
+        print(settings_text(cfg))
     elif asked:
         converse(model, cfg, path)
     else:
         everything = None if wants_labels is False or not model.class_names else list(range(len(model.class_names)))
         numbers = parse_classes(cfg.classes, model.class_names) if cfg.classes else everything
-        folder = Path(cfg.save_dir) if cfg.save_dir else new_folder(cfg)
-        save_images(model, cfg, numbers, cfg.num_images or 10 * len(numbers or [0]), folder, path)
+        save_images(model, cfg, numbers, cfg.num_images or 10 * len(numbers or [0]), path)
 
 
 def choose_checkpoint(given: dict) -> Path:
@@ -2172,8 +2058,8 @@ def converse(model: Model, cfg: Config, path: Path) -> None:
                     lambda text: None if text.lower() in quits else parse_value("num_images", text), "8")
         if count is None:
             return
-        folder, count = new_folder(cfg), count * len(numbers or [0])
-        save_images(model, cfg, numbers, count, folder, path, drawn)
+        count *= len(numbers or [0])
+        folder = save_images(model, cfg, numbers, count, path, drawn)
         drawn += count
         if sys.stdout.isatty() and (os.environ.get("DISPLAY") or os.environ.get("WAYLAND_DISPLAY")
                                     or sys.platform in ("darwin", "win32")):
@@ -2185,19 +2071,16 @@ def free_path(path: Path) -> Path:
     return next(p for i in itertools.count(1) if not (p := path.with_stem(f"{path.stem}{i}")).exists())
 
 
-def new_folder(cfg: Config) -> Path:
-    return free_path(Path(cfg.generated_directory, f"inference_{cfg.dataset}_"))
-
-
 def file_name(class_name: str) -> str:
     """A class's name in the names of files."""
     return re.sub(r"[^\w.-]+", "_", class_name).strip(".") or "class"
 
 
-def save_images(model: Model, cfg: Config, numbers: list[int] | None, count: int, folder: Path, path: Path,
-                first: int = 0) -> None:
-    """Draw images number first to first + count - 1, the classes in turn, into folder/images, with grid.png
-    and samples.json."""
+def save_images(model: Model, cfg: Config, numbers: list[int] | None, count: int, path: Path, first: int = 0) -> Path:
+    """Draw `count` images from number first on, the classes in turn; returns the folder with images/, grid.png and
+    samples.json: --save_dir, or a new one."""
+    inference = Path(cfg.generated_directory, f"inference_{cfg.dataset}_")
+    folder = Path(cfg.save_dir) if cfg.save_dir else free_path(inference)
     if (folder / "images").exists() and any((folder / "images").iterdir()):
         raise UserError(f"{folder / 'images'} already holds images: give another --save_dir or remove it")
     (folder / "images").mkdir(parents=True, exist_ok=True)
@@ -2215,10 +2098,10 @@ def save_images(model: Model, cfg: Config, numbers: list[int] | None, count: int
                     classes=[model.class_names[n] for n in numbers or []], config=dataclasses.asdict(cfg))
     write_json(folder / "samples.json", settings)
     print(f"{count} images in {folder / 'images'}, grid {folder / 'grid.png'}")
+    return folder
 
 
-# ------------------------------------------------------------------------------------------------
-# 11  Command line
+# ---- 11  Command line --------------------------------------------------------------------------
 # Flags made from the fields of Config; no logic.
 
 COMMANDS = {"train": run_training, "inference": run_inference}
@@ -2245,8 +2128,8 @@ def build_parser() -> Parser:
     parser = Parser("diffuser.py", description=intro, epilog=rest.split("\nChapters")[0], allow_abbrev=False,
                     argument_default=argparse.SUPPRESS, formatter_class=argparse.RawDescriptionHelpFormatter)
     for name, spec in FIELDS.items():
-        if name in GROUPS:
-            group = parser.add_argument_group(GROUPS[name])
+        if spec.metadata["group"]:
+            group = parser.add_argument_group(spec.metadata["group"])
         flags = [f"--{name}", *spec.metadata["aliases"]]
         choices = f" ({', '.join(map(str, spec.metadata['choices']()))})" if spec.metadata["choices"] else ""
         default = "" if spec.default in ("", None) else f" [{spec.default}]"
@@ -2272,9 +2155,8 @@ def main(argv: list[str] | None = None) -> int:
     except (UserError, OSError, torch.OutOfMemoryError) as error:
         if given.get("debug"):
             raise
-        memory = isinstance(error, torch.OutOfMemoryError)
         advice = "out of memory: lower --batch_size or --sample_batch_size"
-        print("diffuser:", advice if memory else error, file=sys.stderr)
+        print("diffuser:", advice if isinstance(error, torch.OutOfMemoryError) else error, file=sys.stderr)
         return getattr(error, "code", 1)
     except KeyboardInterrupt:
         print("\ndiffuser: interrupted", file=sys.stderr)
