@@ -550,7 +550,12 @@ class Attention(nn.Module):
         tokens = self.norm(x).flatten(2).transpose(1, 2)                     # [N, HW, C]
         q, k, v = (f(tokens).view(n, h * w, self.heads, -1).transpose(1, 2)  # [N, heads, HW, C/heads]
                    for f in (self.q, self.k, self.v))
-        mixed = F.scaled_dot_product_attention(q, k, v).transpose(1, 2).reshape(n, h * w, c)
+        if x.device.type == "cpu":                                           # its bf16 kernel takes up to 8 times as long
+            with torch.autocast("cpu", enabled=False):
+                mixed = F.scaled_dot_product_attention(q.float(), k.float(), v.float())
+        else:
+            mixed = F.scaled_dot_product_attention(q, k, v)
+        mixed = mixed.transpose(1, 2).reshape(n, h * w, c)
         return x + self.out(mixed).transpose(1, 2).reshape(n, c, h, w)
 
 

@@ -79,8 +79,8 @@ def test_metrics_continue_after_a_resume(folder):
 
 def test_accumulation_and_one_big_batch_are_the_same_step(folder):
     """Three micro-batches of 8 are one batch of 24, to float tolerance."""
-    big = weights(train(tiny_training(batch_size=24, experiment_name="big", learning_rate=1e-3)))
-    small = weights(train(tiny_training(batch_size=8, gradient_accumulation_steps=3, experiment_name="small", learning_rate=1e-3)))
+    big = weights(train(tiny_training(batch_size=24, experiment_name="big", learning_rate=1e-3, precision="fp32")))
+    small = weights(train(tiny_training(batch_size=8, gradient_accumulation_steps=3, experiment_name="small", learning_rate=1e-3, precision="fp32")))
     assert same(big["model"], small["model"], exact=False)
 
 
@@ -273,7 +273,7 @@ def torchrun(arguments, cwd, processes=2):
 def test_two_processes_equal_one(folder):
     """torchrun with two CPU processes ends with the weights of one process, on an odd global batch too."""
     flags = ["--mode", "train", "--dataset", "digits", "--batch_size", "13", "--gradient_accumulation_steps", "2",
-             "--iterations", "6", "--timesteps", "50", "--log_every", "3", "--flip", *TINY_FLAGS]
+             "--iterations", "6", "--timesteps", "50", "--log_every", "3", "--flip", "--precision", "fp32", *TINY_FLAGS]
     done = torchrun([*flags, "--experiment_name", "two"], folder)
     assert done.returncode == 0, done.stderr[-2000:]
     assert diffuser.main([*flags, "--experiment_name", "one"]) == 0
