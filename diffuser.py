@@ -143,7 +143,7 @@ class Config:
     head_dim: int = opt(0, "channels per head; 0: use --num_heads", lo=0, hi=4096, fixed=True)
     emb_dim: int = opt(128, "embedding size; the conditioning vector has 4 x emb_dim entries", lo=1, hi=4096, fixed=True, ask="128 does for most")
     dropout: float = opt(0.0, "dropout in the residual blocks", lo=0, hi=0.99)
-    patch_size: int = opt(1, "side of the squares of pixels that the network works on as one: 2 is about four times faster", lo=1, hi=16, fixed=True)
+    patch_size: int = opt(1, "side of the squares of pixels that the network takes as one: 2 is up to four times faster at the same width", lo=1, hi=16, fixed=True)
     norm_groups: int = opt(32, "GroupNorm groups, lowered to a divisor of base_channels", lo=1, hi=1024, fixed=True)
     conditioning: str = opt("scale_shift", "how time and class enter: scaling and shifting each block, added to it, or as extra input channels", choices=lambda: ("scale_shift", "add", "concat"), fixed=True)
 
@@ -903,7 +903,7 @@ class Model:
         """num_images of the classes (names or numbers) in turn, by default one each: uint8 [N, C, H, W] on the CPU.
         settings: sampling options, such as steps, sampler, seed. Raises UserError for an unknown class or option."""
         numbers = parse_classes(classes, self.class_names) if classes is not None else None
-        wrong = [name for name in settings if name not in FIELDS or FIELDS[name].metadata["fixed"]]
+        wrong = [name for name in settings if name not in FIELDS or FIELDS[name].metadata["fixed"] or name in LOCAL]
         if wrong:
             raise UserError(f"{wrong[0]} is no sampling option")
         cfg = dataclasses.replace(self.config, **settings)
@@ -1193,10 +1193,12 @@ def split(data: ImageData, fraction: float) -> tuple[Tensor, Tensor]:
     return order[held_out:].sort().values, order[:held_out].sort().values
 
 
-def image_moments(data: ImageData, indices: Tensor, flip: bool, limit: int = 20_000, side: int = 64) -> Moments:
-    """Moments over at most `limit` images, pooled to at most side x side pixels."""
+def image_moments(data: ImageData, indices: Tensor, flip: bool, limit: int = 20_000, room: int = 2**20) -> Moments:
+    """Moments over at most `limit` images, pooled to at most 64 x 64 pixels, fewer where many classes would not fit
+    into `room` numbers. A class of fewer than ten images has those of all."""
     indices = indices[:: math.ceil(len(indices) / limit)]
     classes, shape = len(data.class_names), data.images.shape[1:]
+    side = max(1, min(64, math.isqrt(room // (shape[0] * (classes + 1)))))
     small = (shape[0], *(min(n, side) for n in shape[1:]))
     sums = torch.zeros(2, max(classes, 1), *small, dtype=torch.float64)      # of x and of x squared
     for chunk in indices.split(1000):
@@ -1206,8 +1208,8 @@ def image_moments(data: ImageData, indices: Tensor, flip: bool, limit: int = 20_
     counts = torch.bincount(data.labels[indices], minlength=max(classes, 1)).double()
     if classes:
         sums, counts = (torch.cat([v, v.sum(d, keepdim=True)], d) for v, d in ((sums, 1), (counts, 0)))
-    empty = counts == 0                                                      # such a class starts as all images do
-    sums[:, empty], counts[empty] = sums[:, -1:].clone(), counts[-1].item()
+    few = counts < 10
+    sums[:, few], counts[few] = sums[:, -1:].clone(), counts[-1].item()
     sums = (sums + sums.flip(-1)) / 2 if flip else sums
     mean, square = sums / counts.view(-1, 1, 1, 1)
     return Moments(mean.float(), (square - mean**2).clamp(min=0).float())
@@ -1281,9 +1283,11 @@ class Runtime:
         """Rank 0 goes through the block before the others do, so that downloads and caches are made once."""
         if not self.is_main:
             torch.distributed.barrier()
-        yield
-        if self.is_main and self.world > 1:
-            torch.distributed.barrier()
+        try:
+            yield
+        finally:                                                             # if it failed, the others fail likewise
+            if self.is_main and self.world > 1:
+                torch.distributed.barrier()
 
     def say(self, text: str) -> None:
         """Print a line, once, without breaking a progress bar."""
@@ -1934,7 +1938,7 @@ def run_training(given: dict) -> None:
     if "dataset" not in given and not given.get("resume_from_checkpoint"):
         if int(os.environ.get("WORLD_SIZE", 1)) > 1:
             raise UserError("name the data with --dataset: under torchrun nobody can be asked")
-        given = ask_training(given)
+        given = given_values(ask_training(given))
     cfg = configure(**given)
     point = resume_point(cfg, given)
     cfg = configure(point[1]["config"], **given) if point[0] else cfg
@@ -1954,12 +1958,15 @@ def run_report(cfg: Config, runtime: Runtime, network: nn.Module, shape, images:
     cuda = runtime.device.type == "cuda"
     name = torch.cuda.get_device_name(runtime.device) if cuda else f"{torch.get_num_threads()} threads"
     total, per_epoch, batch = training_length(cfg, images)
+    length = f"{total:,} steps of {batch} images ({total / per_epoch:.4g} epochs)"
+    if cfg.train_minutes and not cfg.iterations:
+        length = f"as many steps of {batch} images as fit into {cfg.train_minutes:g} minutes"
     size, left = "x".join(map(str, (*shape[1:], shape[0]))), alpha_bar_table(cfg)[-1].sqrt().item()
     lines = [f"device   {runtime.device.type} x {runtime.num_devices} ({name}), {runtime.precision}"
              + (", compiled" if cfg.compile else ""),
              f"data     {cfg.dataset}: {images:,} images {size}, {network.num_classes} classes",
              f"network  {sum(p.numel() for p in network.parameters()):,} parameters",
-             f"training {total:,} steps of {batch} images ({total / per_epoch:.4g} epochs)",
+             f"training {length}",
              f"noise    {cfg.schedule_type}, T = {cfg.timesteps}, {left:.2%} of the signal is left at T"]
     if left > 0.01:
         lines.append("         above 1%, so pure noise is the wrong start; " + (

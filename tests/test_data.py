@@ -265,6 +265,14 @@ def test_moments_are_those_of_the_data():
     assert torch.allclose(mirrored, mirrored.flip(-1), atol=1e-6)
 
 
+def test_moments_stay_small_and_sound():
+    """With many classes the moments are coarser, a megabyte or so; a class of few images has the moments of all."""
+    many = ImageData(torch.randint(0, 256, (600, 3, 64, 64), dtype=torch.uint8), torch.arange(600) % 200, [str(i) for i in range(200)])
+    moments = diffuser.image_moments(many, torch.arange(600), False)
+    assert len(moments.mean) == 201 and moments.mean.numel() <= 2**20 and moments.mean.shape[-1] > 16
+    assert torch.equal(moments.mean[7], moments.mean[-1]) and torch.equal(moments.var[7], moments.var[-1])
+
+
 def test_held_out_images_are_not_trained_on():
     """The held-out part is disjoint from the rest, at most a thousand, the same every time."""
     data = numbered(200)
