@@ -550,7 +550,7 @@ class Attention(nn.Module):
         tokens = self.norm(x).flatten(2).transpose(1, 2)                     # [N, HW, C]
         q, k, v = (f(tokens).view(n, h * w, self.heads, -1).transpose(1, 2)  # [N, heads, HW, C/heads]
                    for f in (self.q, self.k, self.v))
-        if x.device.type == "cpu":                                           # its bf16 kernel takes up to 8 times as long
+        if x.device.type == "cpu":                                           # its bf16 kernel is up to 8 times slower
             with torch.autocast("cpu", enabled=False):
                 mixed = F.scaled_dot_product_attention(q.float(), k.float(), v.float())
         else:
