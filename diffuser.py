@@ -1289,6 +1289,13 @@ class Runtime:
             if self.is_main and self.world > 1:
                 torch.distributed.barrier()
 
+    def agreed(self, number: int) -> int:
+        """Rank 0's number, on every rank."""
+        shared = torch.tensor(number, device=self.device)
+        if self.world > 1:
+            torch.distributed.broadcast(shared, 0)
+        return int(shared)
+
     def say(self, text: str) -> None:
         """Print a line, once, without breaking a progress bar."""
         if self.is_main:
@@ -1644,15 +1651,14 @@ class Training:
         average = (cfg.ema_decay, cfg.ema_update_rate, cfg.ema_start) if cfg.use_ema else (0.0,)  # 0: a plain copy
         self.ema = EMA(self.network, *average)
         self.model = Model(self.ema.network, self.diffusion, self.moments, cfg, shape, names, runtime.autocast)
-        lr = cfg.learning_rate * (runtime.num_devices if cfg.scale_lr else 1)
-        self.optimizer = OPTIMIZERS[cfg.optimizer](self.network.parameters(), lr, weight_decay=cfg.weight_decay,
+        self.lr = cfg.learning_rate * (runtime.num_devices if cfg.scale_lr else 1)
+        self.optimizer = OPTIMIZERS[cfg.optimizer](self.network.parameters(), self.lr, weight_decay=cfg.weight_decay,
                                                    fused=runtime.device.type in ("cpu", "cuda"))
-        warmup = min(self.total // 10, 1000) if cfg.warmup_steps is None else cfg.warmup_steps
-        self.lr_schedule = LR_SCHEDULES[cfg.lr_schedule](self.optimizer, lr, warmup, self.total)
         self.scaler = torch.amp.GradScaler(runtime.device.type, enabled=runtime.precision == "fp16")
         self.meter = torch.zeros(2, 4, 2, device=runtime.device)             # [log or epoch, quartile, loss or count]
         self.grad_norm = torch.zeros((), device=runtime.device)
         self.step, self.history, self.clock = 0, [], (0, time.perf_counter())
+        self.fit(self.total)
         if state:
             self.resume(state)
 
@@ -1691,10 +1697,19 @@ class Training:
             self.meter.copy_(state["meter"])
         self.step, self.history = state["step"], state["loss_history"]
         self.clock = (self.step, time.perf_counter())
-        self.lr_schedule.last_epoch = min(self.step, self.total) - 1
-        with warnings.catch_warnings():                                      # it expects the optimizer to go first
-            warnings.simplefilter("ignore")
-            self.lr_schedule.step()
+        self.fit(self.total)
+
+    def fit(self, total: int) -> None:
+        """Make it a run of `total` steps: the learning rate goes on from where such a run would stand by now."""
+        warmup = min(total // 10, 1000) if self.cfg.warmup_steps is None else self.cfg.warmup_steps
+        self.lr_schedule = LR_SCHEDULES[self.cfg.lr_schedule](self.optimizer, self.lr, warmup, total)
+        self.total = total
+        self.cfg = dataclasses.replace(self.cfg, iterations=total if self.cfg.iterations else 0)  # what is stored
+        if self.step:
+            self.lr_schedule.last_epoch = min(self.step, total) - 1
+            with warnings.catch_warnings():                                  # it expects the optimizer to go first
+                warnings.simplefilter("ignore")
+                self.lr_schedule.step()
 
     def require_finite(self, *values: Tensor) -> None:
         """Raise UserError where training has diverged: no checkpoint is made of that."""
@@ -1816,20 +1831,19 @@ def fit_to_minutes(cfg: Config, runtime: Runtime, state: dict | None, started: f
     with tempfile.TemporaryDirectory() as folder:
         validation, grid = timed(run.validate), timed(lambda: run.draw_grid(Path(folder), 0.0))
     each = step + validation / per_epoch + grid / (cfg.checkpoint_rate or cfg.sample_every * per_epoch)
-    left = 56 * cfg.train_minutes - (time.perf_counter() - started) - validation - grid  # of 60: some slack
-    fitting = torch.tensor(max(1, int(left / each)), device=runtime.device)
-    if runtime.world > 1:
-        torch.distributed.broadcast(fitting, 0)
-    runtime.say(f"{step * 1000:.3g} ms a step: {int(fitting):,} steps fit into {cfg.train_minutes:g} minutes")
-    return dataclasses.replace(cfg, iterations=first + int(fitting))
+    left = 57 * cfg.train_minutes - (time.perf_counter() - started) - validation - grid  # of 60: some slack
+    steps = max(1, runtime.agreed(int(left / each)))
+    runtime.say(f"{step * 1000:.3g} ms a step: {steps:,} steps fit into {cfg.train_minutes:g} minutes")
+    return dataclasses.replace(cfg, iterations=first + steps)
 
 
 def train(cfg: Config, runtime: Runtime | None = None, point: tuple[Path | None, dict | None] | None = None) -> Path:
     """Train as configured, from `point` (by default resume_point's); returns the last checkpoint. Raises UserError."""
     started, runtime = time.perf_counter(), runtime or Runtime(cfg)
     path, state = point or resume_point(cfg, dataclasses.asdict(cfg))
+    deadline = None
     if cfg.train_minutes and (not state or state["config"].get("train_minutes") != cfg.train_minutes):
-        cfg = fit_to_minutes(cfg, runtime, state, started)
+        cfg, deadline = fit_to_minutes(cfg, runtime, state, started), started + 57 * cfg.train_minutes
     run = Training(cfg, runtime, state)
     folder, kept = samples_path(cfg), kept_checkpoints(cfg)
     if runtime.is_main and not (path and path.resolve() in [p.resolve() for p in kept]):  # another run's files
@@ -1846,14 +1860,17 @@ def train(cfg: Config, runtime: Runtime | None = None, point: tuple[Path | None,
     log = RunLog(folder, run.cfg, run.step) if runtime.is_main else None
     with runtime.catching_signals(), tqdm(total=run.total, initial=run.step, unit="step", dynamic_ncols=True,
                                           disable=None if runtime.is_main else True) as bar:
-        path = training_loop(run, log, folder, bar)
+        path = training_loop(run, log, folder, bar, deadline)
     with runtime.main_first():                                               # the others wait for its last checkpoint
         return path
 
 
-def training_loop(run: Training, log: RunLog | None, folder: Path, bar: tqdm) -> Path:
-    """Steps until the end, a signal or a settled loss, with logs, grids and checkpoints when they are due."""
+def training_loop(run: Training, log: RunLog | None, folder: Path, bar: tqdm, deadline: float | None = None) -> Path:
+    """Steps until the end, a signal or a settled loss, with logs, grids and checkpoints when they are due. deadline:
+    a perf_counter by which to end; the pace of machines changes, so the number of steps is set anew on the way."""
     cfg, runtime, per_epoch = run.cfg, run.runtime, run.batches.steps_per_epoch
+    first, begun = run.step, time.perf_counter()
+    looks = {first + (run.total - first) * tenth // 10 for tenth in (1, 3, 6, 8)} if deadline else ()
     path, done = checkpoint_path(cfg, run.step), run.step >= run.total
     while not done:
         run.train_step()
@@ -1881,6 +1898,10 @@ def training_loop(run: Training, log: RunLog | None, folder: Path, bar: tqdm) ->
             picture = run.draw_grid(folder, loss)
             log.track(run.step, {"samples": picture})
             runtime.say(f"epoch {run.epoch:.4g}, step {run.step}: loss {loss:.4f}, {picture}")
+        if run.step in looks and not done:
+            pace = (time.perf_counter() - begun) / (run.step - first)
+            run.fit(run.step + max(1, runtime.agreed(int((deadline - time.perf_counter()) / pace))))
+            bar.total = run.total
         if draw or save:
             run.clock = (run.step, time.perf_counter())                      # drawing and saving are not training
         if stopping and not done:

@@ -375,3 +375,16 @@ def test_training_for_minutes(folder):
     assert cli(*flags, cwd=folder).returncode == 0 and load_checkpoint(path)["step"] == first["step"]
     flags[flags.index("0.2")] = "0.1"
     assert cli(*flags, cwd=folder).returncode == 0 and load_checkpoint(path)["step"] > first["step"]
+
+
+def test_the_number_of_steps_follows_the_pace(folder):
+    """A run against a deadline sets its length anew on the way, in both directions; the learning rate still comes
+    down to its end and the number is stored."""
+    for seconds, longer in ((0.0, False), (6.0, True)):
+        cfg = tiny_training(iterations=50, experiment_name=str(longer))
+        run = Training(cfg, Runtime(cfg))
+        with diffuser.tqdm(disable=True) as bar:
+            path = diffuser.training_loop(run, diffuser.RunLog(folder / "log", cfg, 0), folder, bar, time.perf_counter() + seconds)
+        state = load_checkpoint(path)
+        assert (state["step"] > 50) == longer and state["step"] == state["config"]["iterations"] == run.total
+        assert run.lr_schedule.get_last_lr()[0] < 0.01 * cfg.learning_rate
