@@ -310,8 +310,6 @@ def check(cfg: Config) -> None:
         raise UserError(f"--beta_end {cfg.beta_end:g} is below --beta_start {cfg.beta_start:g}: noise has to grow")
     if cfg.prediction == "eps" and cfg.zero_terminal_snr:
         raise UserError("--zero_terminal_snr needs --prediction v or x0: at T the noise tells nothing of the image")
-    if cfg.eps_scale != 1 and cfg.zero_terminal_snr:
-        raise UserError("--eps_scale does not go with --zero_terminal_snr: at T there is no image to scale against")
     if cfg.guide_path and not cfg.guidance_scale:
         raise UserError("--guide_path needs --guidance_scale above 0")
     if cfg.guidance_interval and cfg.guidance_interval[0] > cfg.guidance_interval[1]:
@@ -344,6 +342,8 @@ def given_values(given: dict) -> dict:
     """Options asked for: a recipe's, overridden by flags. A path to images means dataset folder."""
     given = dict(given)
     if given.get("epochs") or given.get("iterations"):                       # a length asked for beats one stored
+        if given.get("train_minutes"):
+            raise UserError("--train_minutes sets the number of steps: leave out --epochs and --iterations")
         given = {"iterations": 0, "train_minutes": 0.0, **given}
     if given.get("path_to_data") and not given.get("dataset"):
         given["dataset"] = "folder"
@@ -457,18 +457,18 @@ def half_log_snr(alpha_bar: Tensor) -> Tensor:
 
 def logit_normal(alpha_bar: Tensor, mean: float, scale: float | None) -> Tensor:
     """t / T = sigmoid(n), n ~ N(mean, scale^2) (2403.03206, eq. 19)."""
-    time = (torch.arange(len(alpha_bar)) + 0.5) / len(alpha_bar)
-    return torch.exp(-((torch.logit(time) - mean) / (scale or 1.0)) ** 2 / 2) / (time * (1 - time))
+    time = (torch.arange(len(alpha_bar), dtype=torch.float64) + 0.5) / len(alpha_bar)
+    return -(((torch.logit(time) - mean) / (scale or 1.0)) ** 2) / 2 - (time * (1 - time)).log()
 
 
 def laplace(alpha_bar: Tensor, mean: float, scale: float | None) -> Tensor:
     """log-SNR ~ Laplace(mean, scale): its density times the spacing of the timesteps (2407.03297, table 1)."""
     log_snr = 2 * half_log_snr(alpha_bar)
-    return torch.exp(-(log_snr - mean).abs() / (scale or 0.5)) * torch.gradient(-log_snr)[0]
+    return -(log_snr - mean).abs() / (scale or 0.5) + torch.gradient(-log_snr)[0].log()
 
 
-# How often each timestep is trained: weights [T], up to a factor, from alpha_bar, a centre and a width.
-TIME_DENSITIES = {"uniform": lambda alpha_bar, mean, scale: torch.ones_like(alpha_bar),
+# How often each timestep is trained: the logarithm [T], up to a constant, from alpha_bar, a centre and a width.
+TIME_DENSITIES = {"uniform": lambda alpha_bar, mean, scale: torch.zeros_like(alpha_bar),
                   "logit_normal": logit_normal, "laplace": laplace}
 
 
@@ -507,7 +507,8 @@ class Diffusion:
         a, s = self.scales(t)
         x0_hat = self.prediction.x0_from(out, xt, a, s)
         if eps_scale != 1:
-            x0_hat = x0_hat / eps_scale + (1 - 1 / eps_scale) * xt / a
+            scaled = x0_hat / eps_scale + (1 - 1 / eps_scale) * xt / a       # nonsense where all is noise
+            x0_hat = torch.where(a > 0.01, scaled, x0_hat)
         if dynamic_threshold:                                                # Imagen, 2205.11487, sec. 2.3
             limit = x0_hat.flatten(1).abs().quantile(dynamic_threshold, dim=1).clamp(min=1).view(-1, 1, 1, 1)
             x0_hat = x0_hat.clamp(-limit, limit) / limit
@@ -527,7 +528,7 @@ class Diffusion:
 def build_diffusion(cfg: Config, device) -> Diffusion:
     """The configured forward process and loss."""
     alpha_bar = alpha_bar_table(cfg)
-    weights = TIME_DENSITIES[cfg.time_sampling](alpha_bar, cfg.time_mean, cfg.time_scale)
+    weights = TIME_DENSITIES[cfg.time_sampling](alpha_bar, cfg.time_mean, cfg.time_scale).softmax(0)
     return Diffusion(alpha_bar, cfg.prediction, cfg.loss_fn, device, cfg.min_snr_gamma, weights)
 
 
@@ -700,7 +701,7 @@ SPACINGS = {
 
 def even_in_log_snr(half_log_snr: Tensor, n: int) -> list[int]:
     """T-1, and the timesteps whose log-SNR is nearest to equally spaced values, the last one short of t = 0's. They
-    begin where half of it is -5.1 or higher: schedules such as cosine fall endlessly at their end."""
+    begin where half of it is -5.1 or higher: cosine falls so steeply at its end that most steps would go there."""
     wanted = torch.linspace(max(half_log_snr[-1].item(), -5.1), half_log_snr[0], n + 1, dtype=torch.float64)[1:n]
     return [len(half_log_snr) - 1, *(half_log_snr[None] - wanted[:, None]).abs().argmin(1).tolist()]
 
@@ -760,8 +761,8 @@ def dpmpp(denoise: Denoiser, xT: Tensor, ts: list[int], alpha_bar: Tensor,
 def heun(denoise: Denoiser, xT: Tensor, ts: list[int], alpha_bar: Tensor,
          draw_noise: Callable[[], Tensor] | None = None) -> Iterator[tuple[int, Tensor, Tensor]]:
     """Heun's method in x / sqrt(alpha_bar) over sigma (EDM, 2206.00364, algorithm 1): a DDIM step, then again
-    with the mean of the noise at both ends. Two network calls a step, but one at the last and where sigma > 1000:
-    from there the slope of the far end says nothing of this one's."""
+    with the mean of the noise at both ends. Two network calls a step, but one at the last, and one where
+    sigma > 1000: so long a step leaves the range in which the mean of two slopes is any better."""
     x = xT
     for t, ab, t_next, ab_next in intervals(ts, alpha_bar):
         x0_hat, eps = denoise(x, t)
@@ -1586,7 +1587,7 @@ def restore(state: dict, cfg: Config) -> Model:
                              classes=m.class_names) for m in (model, guide))
         differing = " and ".join(name for name in ours if ours[name] != theirs[name])
         if differing:
-            raise UserError(f"--guide_path {cfg.guide_path} does not fit the model: its {differing} differ")
+            raise UserError(f"--guide_path {cfg.guide_path} does not fit the model in {differing}")
         model.guide = guide.network
     return model
 
@@ -1825,7 +1826,7 @@ def fit_to_minutes(cfg: Config, runtime: Runtime, state: dict | None, started: f
         float(run.grad_norm)                                                 # waits for the device
         return time.perf_counter() - before
 
-    run = Training(dataclasses.replace(cfg, iterations=10**9), runtime, state)
+    run = Training(dataclasses.replace(cfg, iterations=10**9), runtime, copy.deepcopy(state))
     first, per_epoch = run.step, run.batches.steps_per_epoch
     step = sorted(timed(run.train_step) for _ in range(20))[10]
     with tempfile.TemporaryDirectory() as folder:
@@ -1842,7 +1843,9 @@ def train(cfg: Config, runtime: Runtime | None = None, point: tuple[Path | None,
     started, runtime = time.perf_counter(), runtime or Runtime(cfg)
     path, state = point or resume_point(cfg, dataclasses.asdict(cfg))
     deadline = None
-    if cfg.train_minutes and (not state or state["config"].get("train_minutes") != cfg.train_minutes):
+    if cfg.train_minutes and state and state["config"].get("train_minutes") == cfg.train_minutes:
+        cfg = dataclasses.replace(cfg, iterations=state["config"]["iterations"])
+    elif cfg.train_minutes:
         cfg, deadline = fit_to_minutes(cfg, runtime, state, started), started + 57 * cfg.train_minutes
     run = Training(cfg, runtime, state)
     folder, kept = samples_path(cfg), kept_checkpoints(cfg)
@@ -1890,6 +1893,10 @@ def training_loop(run: Training, log: RunLog | None, folder: Path, bar: tqdm, de
                 draw = save = done = True
         if epochs:
             run.meter[1] = 0
+        if run.step in looks and not done:                                   # before it is saved
+            pace = (time.perf_counter() - begun) / (run.step - first)
+            run.fit(run.step + max(1, runtime.agreed(int((deadline - time.perf_counter()) / pace))))
+            bar.total = run.total
         if save or stopping:
             path = checkpoint_path(cfg, run.step)
             if runtime.is_main:
@@ -1898,10 +1905,6 @@ def training_loop(run: Training, log: RunLog | None, folder: Path, bar: tqdm, de
             picture = run.draw_grid(folder, loss)
             log.track(run.step, {"samples": picture})
             runtime.say(f"epoch {run.epoch:.4g}, step {run.step}: loss {loss:.4f}, {picture}")
-        if run.step in looks and not done:
-            pace = (time.perf_counter() - begun) / (run.step - first)
-            run.fit(run.step + max(1, runtime.agreed(int((deadline - time.perf_counter()) / pace))))
-            bar.total = run.total
         if draw or save:
             run.clock = (run.step, time.perf_counter())                      # drawing and saving are not training
         if stopping and not done:
@@ -1949,6 +1952,8 @@ def ask_training(given: dict) -> dict:
         given = {**given, "path_to_data": ask("path_to_data (a folder or ZIP file of images)", "--path_to_data",
                                               lambda text: ImageFiles(text) and text)}
     for name in FIELDS if not given.get("yes") else ():
+        if name == "epochs" and configure(**given).train_minutes:
+            continue                                                         # the length is given in minutes
         if FIELDS[name].metadata["ask"] and name not in ("mode", "dataset") and name not in given:
             given = ask_option(name, given, getattr(configure(**given), name))
     return given
@@ -2032,6 +2037,9 @@ def run_inference(given: dict) -> None:
     wants_labels = given.pop("use_labels", None)
     check_fits(path, given, state["config"])
     cfg = configure(state["config"], **{k: v for k, v in given.items() if k != "dataset"})
+    idle = [name for name in ("eta", "variance", "noise_scale", "use_noise_scaling") if name in given]
+    if idle and cfg.sampler not in ("ddim", "ddpm"):
+        raise UserError(f"--{idle[0]} is for samplers that add noise: --sampler ddim or ddpm, not {cfg.sampler}")
     model = restore(state, cfg)
     if wants_labels and not model.class_names:
         raise UserError(f"--use_labels: {path} was trained without classes")

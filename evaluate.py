@@ -44,15 +44,22 @@ class Reference:
     test: ImageData
     own_test: bool = False
 
-    def everything(self) -> Tensor:
+    def everything(self) -> ImageData:
         """The training images; all images where the set was divided here."""
-        return self.train.images if self.own_test else torch.cat([self.train.images, self.test.images])
+        if self.own_test:
+            return self.train
+        images, labels = (torch.cat([getattr(part, name) for part in (self.train, self.test)])
+                          for name in ("images", "labels"))
+        return ImageData(images, labels, self.train.class_names)
 
 
 def read_images(path: str, shape: tuple[int, int, int] | None = None) -> ImageData:
     """All images of a folder or ZIP (of DIR/images, where there is one), uint8 [N, C, H, W]; the label is the class
     in a name such as 000012_cat.png, else the folder's. shape: (C, H, W), by default the first image's own."""
-    files = diffuser.ImageFiles(str(Path(path, "images")) if Path(path, "images").is_dir() else path)
+    try:
+        files = diffuser.ImageFiles(str(Path(path, "images")) if Path(path, "images").is_dir() else path)
+    except UserError:
+        raise UserError(f"{path} is no folder or ZIP file with images in it") from None
     if shape is None:
         with files[0][0] as first:
             shape = files.guess_channels(), first.height, first.width
@@ -70,7 +77,7 @@ def read_images(path: str, shape: tuple[int, int, int] | None = None) -> ImageDa
 def load_reference(against: str, data_dir: str, shape: tuple[int, int, int]) -> Reference:
     """The dataset of that name, or the folder or ZIP there, its images in the given shape; one image in six is for
     testing where the dataset has no test part of its own."""
-    if against not in diffuser.DATASETS:
+    if against not in diffuser.DATASETS or against == "folder":
         data = read_images(against, shape)
         return Reference(Path(against).stem, *divide(data))
     data = diffuser.load_data(diffuser.configure(dataset=against, data_dir=data_dir, channels=shape[0],
@@ -94,6 +101,14 @@ def divide(data: ImageData) -> tuple[ImageData, ImageData]:
 
 # ------------------------------------------------------------------------------------------------
 # The judge
+
+
+def read_tensors(path: str) -> dict:
+    """The tensors in a file; nothing in it is executed. Raises UserError."""
+    try:
+        return torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:                                               # torch raises many kinds here
+        raise UserError(f"{path} is not a readable file of tensors ({type(error).__name__})") from error
 
 
 class Judge(nn.Module):
@@ -154,7 +169,7 @@ def look(judge: Judge, images: Tensor) -> tuple[Tensor, Tensor]:
     """The judge's features, float64 [N, 128], and its choice of class, int64 [N]."""
     device = next(judge.parameters()).device
     seen = [judge(batch.to(device)) for batch in images.split(500)]
-    return torch.cat([f.double().cpu() for f, _ in seen]), torch.cat([logits.argmax(1).cpu() for _, logits in seen])
+    return torch.cat([f.cpu().double() for f, _ in seen]), torch.cat([logits.argmax(1).cpu() for _, logits in seen])
 
 
 def moments(features: Tensor) -> tuple[Tensor, Tensor]:
@@ -184,7 +199,7 @@ class Court:
         shape, self.class_names = tuple(reference.train.images.shape[1:]), reference.train.class_names
         if path.exists():
             self.judge = Judge(shape, len(self.class_names)).to(device).eval()
-            self.judge.load_state_dict(torch.load(path, map_location=device, weights_only=True))
+            self.judge.load_state_dict(read_tensors(str(path)))
         else:
             self.judge = train_judge(reference, device)
             diffuser.write_atomically(path, lambda file: torch.save(self.judge.state_dict(), file))
@@ -194,9 +209,10 @@ class Court:
         self.floor = frechet_distance(self.real, moments(self.test_features))
 
     def floor_of(self, n: int) -> float:
-        """The distance of n test images, the mean of up to five draws: what n perfect images would score."""
+        """The distance of n test images, the mean of up to five draws: what n perfect images would score. n is at
+        most the number of test images."""
         order = torch.randperm(len(self.test_features), generator=torch.Generator().manual_seed(0))
-        draws = [part for part in order.split(n) if len(part) == n][:5] or [order]
+        draws = [part for part in order.split(n) if len(part) == n][:5]
         return sum(frechet_distance(self.real, moments(self.test_features[d])) for d in draws) / len(draws)
 
     def scores(self, images: Tensor, labels: Tensor | None = None) -> dict[str, float]:
@@ -215,9 +231,9 @@ def judge_folder(generated: ImageData, court: Court) -> dict[str, float]:
     names = {diffuser.file_name(name): i for i, name in enumerate(court.class_names)}
     known = generated.class_names and set(generated.class_names) <= set(names)
     labels = torch.tensor([names[n] for n in generated.class_names])[generated.labels] if known else None
-    scores = court.scores(generated.images, labels)
-    return {**scores, "floor": court.floor, f"floor of {len(generated.images)} images":
-            court.floor_of(len(generated.images)), "judge's own accuracy": court.accuracy}
+    count = min(len(generated.images), len(court.test_features))
+    return {**court.scores(generated.images, labels), "floor": court.floor,
+            f"floor of {count} images": court.floor_of(count), "judge's own accuracy": court.accuracy}
 
 
 # ------------------------------------------------------------------------------------------------
@@ -237,14 +253,6 @@ class Colour(torch.utils.data.Dataset):
 
     def __getitem__(self, i: int) -> Tensor:
         return self.images[i].expand(3, -1, -1)
-
-
-def read_tensors(path: str) -> dict:
-    """The tensors in a file; nothing in it is executed. Raises UserError."""
-    try:
-        return torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:                                               # torch raises many kinds here
-        raise UserError(f"--weights {path} is not a readable file of tensors ({type(error).__name__})") from error
 
 
 def inception_scores(generated: Tensor, real: Tensor, metrics: list[str], weights: str, features: int,
@@ -272,9 +280,10 @@ def inception_scores(generated: Tensor, real: Tensor, metrics: list[str], weight
             input1=Colour(generated), input2=Colour(real), **asked, **layers, kid_subset_size=subset, verbose=False,
             feature_extractor_weights_path=weights or None, cuda=torch.cuda.is_available(), batch_size=50,
             save_cpu_ram=True)
-    except OSError as error:
-        raise UserError(f"the Inception weights could not be loaded ({error}): download them elsewhere and give "
-                        "--weights", code=1) from error
+    except (OSError, RuntimeError) as error:
+        reason = str(error).strip().split("\n")[0]
+        raise UserError(f"the Inception network could not be loaded ({reason}): give its weights as torch-fidelity has "
+                        "them with --weights", code=1) from error
 
 
 # ------------------------------------------------------------------------------------------------
@@ -299,8 +308,9 @@ def bits_per_dimension(denoise: Callable, x0: Tensor, alpha_bar: Tensor, varianc
                        noise: Callable = torch.randn_like, tick: Callable = lambda: None) -> dict:
     """The variational bound on -log2 p(x0) per dimension (DDPM, eq. 5), as improved-diffusion's calc_bpd_loop has it.
 
-    denoise: (xt, t) -> (x0_hat, eps_hat); x0: [N, C, H, W] in [-1, 1]; alpha_bar: float64 [T], T > 1; variance:
-    of p(x_{t-1} | x_t), small or large as for --variance. Returns total, prior and terms (list, t = 0 first).
+    denoise: (xt, t) -> (x0_hat, eps_hat), on whatever device; x0: [N, C, H, W] in [-1, 1] on the CPU, as is noise(x0);
+    alpha_bar: float64 [T], T > 1; variance: of p(x_{t-1} | x_t), small or large as for --variance. Returns total,
+    prior and terms (list, t = 0 first).
     """
     bar = [1.0, *alpha_bar.tolist()]                                         # bar[t + 1] is alpha_bar_t
     beta = [1 - b / a for a, b in zip(bar, bar[1:])]
@@ -309,7 +319,7 @@ def bits_per_dimension(denoise: Callable, x0: Tensor, alpha_bar: Tensor, varianc
     terms = []
     for t in reversed(range(len(beta))):
         xt = math.sqrt(bar[t + 1]) * x0 + math.sqrt(1 - bar[t + 1]) * noise(x0)
-        x0_hat = denoise(xt, t)[0].double()
+        x0_hat = denoise(xt, t)[0].cpu().double()
         to_x0 = math.sqrt(bar[t]) * beta[t] / (1 - bar[t + 1])
         mean = to_x0 * x0_hat + math.sqrt(1 - beta[t]) * (1 - bar[t]) / (1 - bar[t + 1]) * xt
         nats = (gaussian_kl(mean + to_x0 * (x0 - x0_hat), posterior[t], mean, var[t]) if t else
@@ -321,8 +331,9 @@ def bits_per_dimension(denoise: Callable, x0: Tensor, alpha_bar: Tensor, varianc
 
 
 def checkpoint_bpd(path: str, data_dir: str, count: int, batch: int = 250) -> dict[str, float]:
-    """The bound for the model in a checkpoint, over `count` of the images that it was not trained on."""
-    model = diffuser.load(path, data_dir=data_dir, guidance_scale=0.0)
+    """The bound for the model in a checkpoint given the class of each image, in float32, over `count` of the images
+    that it was not trained on."""
+    model = diffuser.load(path, data_dir=data_dir, guidance_scale=0.0, precision="fp32")
     cfg = model.config
     if cfg.dataset == "folder":
         raise UserError(f"{path} was trained on a folder of images: --bpd is for named datasets")
@@ -330,15 +341,16 @@ def checkpoint_bpd(path: str, data_dir: str, count: int, batch: int = 250) -> di
     held_out = diffuser.split(data, cfg.val_fraction)[1][:count]
     if not len(held_out):
         raise UserError(f"{path} was trained with --val_fraction 0: no image is left to test it with")
-    random, found = diffuser.generator(cfg.seed, diffuser.STREAM_VALIDATION), []
+    random, total, prior, last = diffuser.generator(cfg.seed, diffuser.STREAM_VALIDATION), 0.0, 0.0, 0.0
     with tqdm(total=cfg.timesteps * math.ceil(len(held_out) / batch), desc="bound", leave=False, disable=None) as bar:
         for part in held_out.split(batch):
-            x0, y = diffuser.from_uint8(data.images[part]).to(model.device), data.labels[part].to(model.device)
-            bound = bits_per_dimension(model.denoiser(y, cfg), x0, model.diffusion.alpha_bar, cfg.variance, lambda x:
-                                       torch.randn(x.shape, generator=random).to(x.device), bar.update)
-            found.append((len(part), bound["total"], bound["prior"], bound["terms"][0]))
-    shares = [[n / len(held_out) * v for n, *values in found for v in [values[k]]] for k in range(3)]
-    total, prior, last = map(sum, shares)
+            denoise = model.denoiser(data.labels[part].to(model.device), cfg)
+            bound = bits_per_dimension(
+                lambda xt, t, denoise=denoise: denoise(xt.to(model.device), t), diffuser.from_uint8(data.images[part]),
+                model.diffusion.alpha_bar, cfg.variance, lambda x: torch.randn(x.shape, generator=random), bar.update)
+            share = len(part) / len(held_out)
+            total, prior = total + share * bound["total"], prior + share * bound["prior"]
+            last += share * bound["terms"][0]
     return {"bits per dimension": total, "of these the prior": prior, "of these t = 0": last, "images": len(held_out)}
 
 
@@ -382,10 +394,9 @@ def evaluate(args: argparse.Namespace) -> dict[str, float]:
     found: dict[str, float] = {"images": len(generated.images)}
     if "judge" in metrics:
         found |= judge_folder(generated, Court(reference, args.data_dir))
-    inception = [m for m in metrics if m != "judge"]
+    inception, real = [m for m in metrics if m != "judge"], reference.everything().images
     if inception:
-        found |= inception_scores(generated.images, reference.everything(), inception, args.weights, args.features,
-                                  args.kid_subset_size)
+        found |= inception_scores(generated.images, real, inception, args.weights, args.features, args.kid_subset_size)
     return found
 
 

@@ -6,9 +6,10 @@
     python benchmarks/quality.py --dataset mnist --minutes 1 --contestants preset,best,diffusers,lucidrains
 
 Each contestant trains from scratch, alone on the machine, and draws the same number of images; a classifier trained
-on the real images judges them (see evaluate.py). The peers train as their own training scripts do: their optimizer,
-learning rate, schedule and averaging, in float32; only the network's size is chosen for small images. Peers that are
-not installed are left out.
+on the real images judges them (see evaluate.py). The peers train as their own training scripts do, with their
+optimizer, learning rate, schedule and averaging, in float32, and draw with 50 DDIM steps; the size of the network and
+the batch are chosen for small images, and diffusers' network is given the labels. Peers that are not installed are left
+out.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ import argparse
 import dataclasses
 import importlib.util
 import json
+import math
 import platform
 import shutil
 import sys
@@ -32,7 +34,7 @@ from torch import Tensor
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import diffuser
 from diffuser import ImageData, UserError
-from evaluate import Court, load_reference
+from evaluate import Court, Judge, load_reference
 
 Draw = Callable[[list[int]], Tensor]                                         # labels -> uint8 [N, C, H, W]
 
@@ -68,6 +70,7 @@ def train_ours(args: argparse.Namespace, data: ImageData, recipe: str) -> Traine
             settings = {**diffuser.PRESETS[args.dataset], **(diffuser.BEST[args.dataset] if recipe else {}),
                         "dataset": "folder", "path_to_data": args.path_to_data, "img_size": tuple(size),
                         "channels": channels}
+            settings.pop("epochs")
         cfg = diffuser.configure(
             **{**settings, "train_minutes": args.minutes}, data_dir=args.data_dir, seed=args.seed,
             working_directory=f"{folder}/checkpoints", generated_directory=f"{folder}/samples", sample_every=10**6,
@@ -83,17 +86,13 @@ def train_ours(args: argparse.Namespace, data: ImageData, recipe: str) -> Traine
     return Trained(lambda labels: torch.cat(list(model.draw(labels, cfg))), seen, passes, bool(model.class_names))
 
 
-def train_loop(args: argparse.Namespace, step: Callable[[int], None]) -> int:
-    """Call step(total steps) over and over for the time given; returns how often."""
-    begun = time.perf_counter()
-    for _ in range(5):
-        step(10**6)
-    total = int(60 * args.minutes / ((time.perf_counter() - begun) / 5))
-    done = 5
-    while time.perf_counter() - begun < 60 * args.minutes:
-        step(total)
-        done += 1
-    return done
+def train_loop(args: argparse.Namespace, step: Callable[[float], None]) -> int:
+    """Call step(part of the time that is over) again and again for the time given; returns how often."""
+    begun, steps = time.perf_counter(), 0
+    while (part := (time.perf_counter() - begun) / (60 * args.minutes)) < 1:
+        step(part)
+        steps += 1
+    return steps
 
 
 def train_diffusers(args: argparse.Namespace, data: ImageData) -> Trained:
@@ -113,14 +112,13 @@ def train_diffusers(args: argparse.Namespace, data: ImageData) -> Trained:
     average = EMAModel(network.parameters(), decay=0.9999, use_ema_warmup=True, inv_gamma=1.0, power=0.75)
     source, done = batches(data, args.batch_size), [0]
 
-    def step(total: int) -> None:
+    def step(part: float) -> None:
         images, labels = (v.to(args.device) for v in next(source))
         noise, t = torch.randn_like(images), torch.randint(1000, (len(images),), device=args.device)
         out = network(noising.add_noise(images, noise, t), t, labels).sample
         torch.nn.functional.mse_loss(out, noise).backward()
         torch.nn.utils.clip_grad_norm_(network.parameters(), 1.0)
-        part = done[0] / total                                               # 500 steps of warm-up, then a cosine
-        rate = min(1.0, (done[0] + 1) / 500) * 0.5 * (1 + torch.cos(torch.tensor(min(1.0, part) * torch.pi)).item())
+        rate = min(1.0, (done[0] + 1) / 500) * 0.5 * (1 + math.cos(part * math.pi))  # 500 steps of warm-up, a cosine
         for group in optimizer.param_groups:
             group["lr"] = 1e-4 * rate
         optimizer.step()
@@ -159,7 +157,7 @@ def train_lucidrains(args: argparse.Namespace, data: ImageData) -> Trained:
     average = EMA(diffusion, beta=0.995, update_every=10)
     source = batches(data, args.batch_size)
 
-    def step(total: int) -> None:
+    def step(part: float) -> None:
         diffusion((next(source)[0].to(args.device) + 1) / 2).backward()      # it takes images in [0, 1]
         torch.nn.utils.clip_grad_norm_(diffusion.parameters(), 1.0)
         optimizer.step()
@@ -239,12 +237,13 @@ STUDIES = {
 }
 
 
-def study(args: argparse.Namespace, court: Court) -> list[dict]:
-    """A row per variation of the checkpoint's own sampling settings."""
-    model, rows = diffuser.load(args.checkpoint), []
+def study(args: argparse.Namespace, model: diffuser.Model, court: Court) -> list[dict]:
+    """A row per variation of the model's own sampling settings."""
+    rows = []
     for names in args.study.split(","):
         for change in STUDIES[names]:
             cfg = dataclasses.replace(model.config, seed=args.seed + 1, **change)
+            diffuser.check(cfg)
             labels = model.labels(list(range(len(model.class_names))), args.images)
             begun = time.perf_counter()
             images = torch.cat(list(model.draw(labels, cfg)))
@@ -257,6 +256,8 @@ def study(args: argparse.Namespace, court: Court) -> list[dict]:
 
 def table(rows: list[dict]) -> str:
     """Rows with the same keys as a Markdown table."""
+    if not rows:
+        return "nobody took part"
     lines = [list(rows[0]), ["---"] * len(rows[0]), *(map(str, row.values()) for row in rows)]
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)
 
@@ -265,6 +266,21 @@ def machine() -> str:
     """What the figures were made on."""
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else f"{torch.get_num_threads()} threads"
     return f"{platform.machine()}, {device}, torch {torch.__version__}, Python {platform.python_version()}"
+
+
+def check(args: argparse.Namespace) -> diffuser.Model | None:
+    """Raise UserError for what would fail later; returns the model to study, if any."""
+    unknown = ({*args.contestants.split(",")} - {*CONTESTANTS}) | ({*args.study.split(",")} - {*STUDIES})
+    if unknown or args.dataset not in diffuser.BEST:
+        raise UserError(f"unknown: {', '.join(unknown) or args.dataset}, see --help")
+    if args.images <= Judge.FEATURES or not args.minutes > 0 or args.batch_size < 1:
+        raise UserError(f"--images must be above {Judge.FEATURES}, --minutes and --batch_size above 0")
+    if not args.checkpoint:
+        return None
+    model = diffuser.load(args.checkpoint)
+    if model.shape != diffuser.DATASETS[args.dataset].shape:
+        raise UserError(f"{args.checkpoint} draws images {model.shape}, unlike {args.dataset}: give its --dataset")
+    return model
 
 
 def main() -> int:
@@ -284,24 +300,25 @@ def main() -> int:
     parser.add_argument("--json", default="", help="also write the rows to this file")
     args = parser.parse_args()
     try:
-        unknown = ({*args.contestants.split(",")} - {*CONTESTANTS}) | ({*args.study.split(",")} - {*STUDIES})
-        if unknown:
-            raise UserError(f"unknown: {', '.join(unknown)}")
+        model = check(args)
         args.device = diffuser.pick_device("auto")
         shape = diffuser.DATASETS[args.dataset].shape
         reference = load_reference(args.path_to_data or args.dataset, args.data_dir, shape)
+        if len(reference.test.images) < args.images:
+            args.images = len(reference.test.images)
+            print(f"drawing {args.images} images, as many as there are to test with")
         court = Court(reference, args.data_dir)
         floors = court.floor_of(args.images), court.floor
         print(f"{machine()}\njudge: accuracy {court.accuracy:.2%}; floor: {floors[0]:.3g} for {args.images:,} real "
               f"images, {floors[1]:.3g} for {len(reference.test.images):,}", flush=True)
-        rows = study(args, court) if args.checkpoint else race(args, court, reference.train)
+        rows = study(args, model, court) if model else race(args, court, reference.everything())
         print(table(rows))
         if args.json:
             Path(args.json).write_text(json.dumps(dict(machine=machine(), floor=court.floor, rows=rows), indent=1))
         return 0
-    except UserError as error:
+    except (UserError, OSError) as error:
         print("quality:", error, file=sys.stderr)
-        return error.code
+        return getattr(error, "code", 1)
 
 
 if __name__ == "__main__":

@@ -14,7 +14,7 @@ from PIL import Image
 import diffuser
 
 ROOT = Path(diffuser.__file__).resolve().parent
-REAL_DATA = Path(os.environ.get("DIFFUSER_TEST_DATA", ROOT.parent / "shared" / "data"))
+REAL_DATA = Path(os.environ.get("DIFFUSER_TEST_DATA", ROOT / "data"))
 
 # A network small enough to train in a second.
 TINY = dict(base_channels=8, channel_mults=(1, 2), num_res_blocks=1, emb_dim=8, num_heads=2)

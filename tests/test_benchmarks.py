@@ -37,7 +37,11 @@ def test_a_study_varies_one_model(raced):
     assert len(rows) == 5 and len({row["distance"] for row in rows}) > 1
 
 
-def test_unknown_contestants_are_refused(folder):
-    """A name that is not there is one line, before any training."""
-    done = cli("--contestants", "nobody", script="benchmarks/quality.py", cwd=folder)
-    assert done.returncode == 2 and "unknown: nobody" in done.stderr and "Traceback" not in done.stderr
+@pytest.mark.parametrize("flags, words", [
+    (["--contestants", "nobody"], "unknown: nobody"), (["--dataset", "celeba"], "unknown: celeba"),
+    (["--images", "100"], "--images must be above 128"), (["--minutes", "0"], "--minutes"),
+    (["--checkpoint", "gone.pt"], "there is no checkpoint gone.pt")])
+def test_bad_input_is_refused_before_any_training(folder, flags, words):
+    """A name that is not there or a number that makes no sense is one line and exit 2."""
+    done = cli(*flags, script="benchmarks/quality.py", cwd=folder)
+    assert done.returncode == 2 and words in done.stderr and "Traceback" not in done.stderr

@@ -1,7 +1,9 @@
 """Chapter 9: the step, resuming, signals, processes."""
 
+import copy
 import csv
 import dataclasses
+import itertools
 import os
 import signal
 import subprocess
@@ -10,7 +12,7 @@ import time
 
 import pytest
 import torch
-from conftest import ROOT, TINY_FLAGS, cli, heed_interrupts, tiny_training
+from conftest import ROOT, TINY_FLAGS, heed_interrupts, tiny_training
 
 import diffuser
 import trackers
@@ -358,33 +360,41 @@ def test_every_training_recipe_learns(folder, recipe):
     path = train(cfg)
     losses = [float(r["loss"]) for r in rows()]
     assert losses[-1] < 0.8 * losses[0], losses
+    plain = Training(tiny_training(batch_size=64, timesteps=100), Runtime(cfg))
+    changed = Training(dataclasses.replace(plain.cfg, **recipe), Runtime(cfg))
+    for _ in range(3):                                                       # the first output is 0 in any case
+        plain.train_step(), changed.train_step()
+    assert not torch.equal(plain.meter, changed.meter)
     assert diffuser.load(path).generate(["3"], 2, steps=5).float().std() > 0
 
 
-def test_training_for_minutes(folder):
-    """--train_minutes: the steps that fit are counted from real ones, stored, kept on resuming, and take about that
-    long; another number of minutes adds that many."""
-    flags = ["--mode", "train", "--dataset", "digits", "--train_minutes", "0.2", *TINY_FLAGS, "--sample_every", "1000"]
+def test_training_for_minutes(folder, capsys):
+    """train_minutes: the steps that fit are counted from real ones, stored, kept on resuming, and take about that
+    long; another number of minutes adds what fits into those."""
+    cfg = tiny_training(iterations=0, train_minutes=0.12, sample_every=1000)
     begun = time.perf_counter()
-    done = cli(*flags, cwd=folder)
-    took = time.perf_counter() - begun
-    path = next((folder / "checkpoints").glob("*.pt"))
-    first = load_checkpoint(path)
-    assert done.returncode == 0 and "steps fit into 0.2 minutes" in done.stdout, done.stderr
-    assert first["step"] == first["config"]["iterations"] > 20 and took < 12 * 1.5 + 6
-    assert cli(*flags, cwd=folder).returncode == 0 and load_checkpoint(path)["step"] == first["step"]
-    flags[flags.index("0.2")] = "0.1"
-    assert cli(*flags, cwd=folder).returncode == 0 and load_checkpoint(path)["step"] > first["step"]
+    path = train(cfg)
+    took, first = time.perf_counter() - begun, load_checkpoint(path)
+    assert "steps fit into 0.12 minutes" in capsys.readouterr().out
+    assert first["step"] == first["config"]["iterations"] > 20 and 2 < took < 60
+    assert load_checkpoint(train(cfg))["step"] == first["step"]              # the same call: it is done
+    longer, before = dataclasses.replace(cfg, train_minutes=0.05), copy.deepcopy(first["optimizer"])
+    diffuser.fit_to_minutes(longer, Runtime(longer), first, time.perf_counter())
+    assert same(first["optimizer"], before)                                  # timing a run leaves it alone
+    assert load_checkpoint(train(longer))["step"] > first["step"]
 
 
-def test_the_number_of_steps_follows_the_pace(folder):
+def test_the_number_of_steps_follows_the_pace(folder, monkeypatch):
     """A run against a deadline sets its length anew on the way, in both directions; the learning rate still comes
-    down to its end and the number is stored."""
-    for seconds, longer in ((0.0, False), (6.0, True)):
-        cfg = tiny_training(iterations=50, experiment_name=str(longer))
+    down to its end and the number is stored, also in a checkpoint on the way."""
+    ticks = itertools.count()
+    monkeypatch.setattr(diffuser.time, "perf_counter", lambda: next(ticks) / 10)  # each look at the clock takes 0.1 s
+    for seconds, longer in ((0.0, False), (12.0, True)):
+        cfg = tiny_training(iterations=50, experiment_name=str(longer), checkpoint_rate=5, num_keep_checkpoints=99)
         run = Training(cfg, Runtime(cfg))
         with diffuser.tqdm(disable=True) as bar:
-            path = diffuser.training_loop(run, diffuser.RunLog(folder / "log", cfg, 0), folder, bar, time.perf_counter() + seconds)
+            path = diffuser.training_loop(run, diffuser.RunLog(folder / "log", cfg, 0), folder, bar, next(ticks) / 10 + seconds)
         state = load_checkpoint(path)
         assert (state["step"] > 50) == longer and state["step"] == state["config"]["iterations"] == run.total
         assert run.lr_schedule.get_last_lr()[0] < 0.01 * cfg.learning_rate
+        assert load_checkpoint(diffuser.checkpoint_path(cfg, 5))["config"]["iterations"] != 50
