@@ -232,7 +232,7 @@ STUDIES = {
     + [dict(sampler="heun", steps=n) for n in (5, 10, 25)],
     "spacing": [dict(spacing=s, steps=n) for n in (10, 25) for s in diffuser.SPACINGS],
     "start": [dict(start=start, sampler=sampler, steps=steps) for sampler, steps in (
-        ("ddim", 50), ("dpmpp", 25), ("ddpm", None)) for start in ("gaussian", "matched")],
+        ("ddim", 50), ("dpmpp", 25), ("ddpm", 100)) for start in ("gaussian", "matched")],
     "eps_scale": [dict(eps_scale=k) for k in (0.995, 1.0, 1.005, 1.01, 1.02)],
 }
 
