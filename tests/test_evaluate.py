@@ -218,7 +218,7 @@ def test_the_bound_is_above_the_entropy_and_close_to_it(variance):
     found = evaluate.bits_per_dimension(exact(table), x0, table, variance, noise=lambda x: torch.randn(
         x.shape, dtype=torch.float64, generator=random))
     entropy = 0.5 * math.log2(2 * math.pi * math.e * VAR) + math.log2(127.5)
-    assert entropy - 0.02 < found["total"] < entropy + (0.75 if variance == "small" else 0.2)  # here beta_t is the better one
+    assert entropy - 0.02 < found["total"] < entropy + (0.85 if variance == "small" else 0.2)  # here beta_t is the better one
 
 
 def test_the_discretised_likelihood_is_a_distribution():
