@@ -103,7 +103,7 @@ class Config:
     # ruff: disable[E501]
     mode: str = opt("", "what to do", choices=lambda: COMMANDS, ask="train a model, or draw with one", local=True, group="run")
     dataset: str = opt("", "what to train on", choices=lambda: DATASETS, fixed=True, ask="digits is shipped and trains in a minute or two")
-    recipe: str = opt("", "a whole measured configuration", choices=lambda: RECIPES, local=True)
+    recipe: str = opt("", "a whole configuration; best: what is best for the dataset today", choices=lambda: RECIPES, local=True)
     device: str = opt("auto", "auto: cuda, then mps, then cpu", choices=lambda: ("auto", "cuda", "mps", "cpu"), local=True)
     seed: int = opt(0, "seed of everything random", lo=0, hi=2**63 - 1)
     yes: bool = opt(False, "ask nothing: take every default", local=True)

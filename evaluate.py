@@ -278,8 +278,8 @@ def inception_scores(generated: Tensor, real: Tensor, metrics: list[str], weight
     try:
         return calculate_metrics(
             input1=Colour(generated), input2=Colour(real), **asked, **layers, kid_subset_size=subset, verbose=False,
-            feature_extractor="inception-v3-compat", feature_extractor_weights_path=weights or None, cuda=torch.cuda.is_available(), batch_size=50,
-            save_cpu_ram=True)
+            feature_extractor="inception-v3-compat", feature_extractor_weights_path=weights or None,
+            cuda=torch.cuda.is_available(), batch_size=50, save_cpu_ram=True)
     except (OSError, RuntimeError) as error:
         reason = str(error).strip().split("\n")[0]
         raise UserError(f"the Inception network could not be loaded ({reason}): give its weights as torch-fidelity has "
