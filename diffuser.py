@@ -239,7 +239,7 @@ PRESETS = {
 
 # What benchmarks/ found best for a dataset: see its README for the experiments.
 BEST = {
-    "digits": dict(),
+    "digits": dict(),                                                        # the preset is at the floor already
     "mnist": dict(timesteps=1000, schedule_type="cosine", prediction="x0", time_sampling="logit_normal", patch_size=2,
                   base_channels=64, channel_mults=(1, 2), batch_size=64, learning_rate=2e-3, train_minutes=10.0,
                   guidance_scale=0.3),
