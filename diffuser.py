@@ -745,12 +745,12 @@ def dpmpp(denoise: Denoiser, xT: Tensor, ts: list[int], alpha_bar: Tensor,
           draw_noise: Callable[[], Tensor] | None = None) -> Iterator[tuple[int, Tensor, Tensor]]:
     """DPM-Solver++(2M) (2211.01095, algorithm 2): DDIM steps with x0_hat extrapolated, in half the log-SNR, to
     the middle of the step; second order for one network call. The first and the last step are DDIM's."""
-    x, x0_before, h_before = xT, None, math.inf
+    x, x0_before, h_before, lam = xT, None, math.inf, half_log_snr(alpha_bar)
     for t, ab, t_next, ab_next in intervals(ts, alpha_bar):
         x0_hat, _ = denoise(x, t)
         x0, h = x0_hat, math.inf                                             # from nothing, or to the image itself
         if t_next >= 0 and ab > 0:
-            h = (math.log(ab_next / (1 - ab_next)) - math.log(ab / (1 - ab))) / 2
+            h = (lam[t_next] - lam[t]).item()
             if x0_before is not None:
                 x0 = x0_hat + h / (2 * h_before) * (x0_hat - x0_before)
         x = math.sqrt(ab_next) * x0 + math.sqrt((1 - ab_next) / (1 - ab)) * (x - math.sqrt(ab) * x0)
@@ -1817,9 +1817,9 @@ class Training:
         return len(recent) == 10 and sum(changes) / len(changes) < self.cfg.early_stop_loss_change
 
 
-def fit_to_minutes(cfg: Config, runtime: Runtime, state: dict | None, started: float) -> Config:
-    """The configuration with as many iterations as fit into train_minutes from `started` (a perf_counter), by
-    the time of a few real steps, a validation and a grid on a copy of the run."""
+def fit_to_minutes(cfg: Config, runtime: Runtime, state: dict | None, deadline: float) -> Config:
+    """The configuration with as many iterations as fit until the deadline (a perf_counter), by the time of a few
+    real steps, a validation and a grid on a copy of the run."""
     def timed(work: Callable) -> float:
         before = time.perf_counter()
         work()
@@ -1832,7 +1832,7 @@ def fit_to_minutes(cfg: Config, runtime: Runtime, state: dict | None, started: f
     with tempfile.TemporaryDirectory() as folder:
         validation, grid = timed(run.validate), timed(lambda: run.draw_grid(Path(folder), 0.0))
     each = step + validation / per_epoch + grid / (cfg.checkpoint_rate or cfg.sample_every * per_epoch)
-    left = 57 * cfg.train_minutes - (time.perf_counter() - started) - validation - grid  # of 60: some slack
+    left = deadline - time.perf_counter() - validation - grid
     steps = max(1, runtime.agreed(int(left / each)))
     runtime.say(f"{step * 1000:.3g} ms a step: {steps:,} steps fit into {cfg.train_minutes:g} minutes")
     return dataclasses.replace(cfg, iterations=first + steps)
@@ -1846,7 +1846,8 @@ def train(cfg: Config, runtime: Runtime | None = None, point: tuple[Path | None,
     if cfg.train_minutes and state and state["config"].get("train_minutes") == cfg.train_minutes:
         cfg = dataclasses.replace(cfg, iterations=state["config"]["iterations"])
     elif cfg.train_minutes:
-        cfg, deadline = fit_to_minutes(cfg, runtime, state, started), started + 57 * cfg.train_minutes
+        deadline = started + 57 * cfg.train_minutes                          # of 60 seconds: some slack
+        cfg = fit_to_minutes(cfg, runtime, state, deadline)
     run = Training(cfg, runtime, state)
     folder, kept = samples_path(cfg), kept_checkpoints(cfg)
     if runtime.is_main and not (path and path.resolve() in [p.resolve() for p in kept]):  # another run's files

@@ -63,7 +63,8 @@ def read_images(path: str, shape: tuple[int, int, int] | None = None) -> ImageDa
     if shape is None:
         with files[0][0] as first:
             shape = files.guess_channels(), first.height, first.width
-    items = [diffuser.Decoder(files, shape)[i] for i in tqdm(range(len(files)), "reading", leave=False, disable=None)]
+    decoder = diffuser.Decoder(files, shape)
+    items = [decoder[i] for i in tqdm(range(len(files)), "reading", leave=False, disable=None)]
     if None in items:
         raise UserError(f"{files.names[items.index(None)]} in {path} cannot be read: remove it")
     images = torch.stack([torch.from_numpy(image) for image, _ in items])
@@ -191,12 +192,11 @@ class Court:
     """The judge of a reference, trained or found in data_dir, with the reference's own figures."""
 
     def __init__(self, reference: Reference, data_dir: str):
-        device = diffuser.pick_device("auto")
-        key = f"{reference.train.digest()[:12]}_{'x'.join(map(str, reference.train.images.shape[1:]))}"
-        path = Path(data_dir, f"judge_{reference.name}_{key}.pt")
-        if len(reference.train.class_names) < 2:
-            raise UserError(f"{reference.name} has no classes to train a judge on: use --metrics fid")
         shape, self.class_names = tuple(reference.train.images.shape[1:]), reference.train.class_names
+        device, key = diffuser.pick_device("auto"), f"{reference.train.digest()[:12]}_{'x'.join(map(str, shape))}"
+        path = Path(data_dir, f"judge_{reference.name}_{key}.pt")
+        if len(self.class_names) < 2:
+            raise UserError(f"{reference.name} has no classes to train a judge on: use --metrics fid")
         if path.exists():
             self.judge = Judge(shape, len(self.class_names)).to(device).eval()
             self.judge.load_state_dict(read_tensors(str(path)))
@@ -394,8 +394,9 @@ def evaluate(args: argparse.Namespace) -> dict[str, float]:
     found: dict[str, float] = {"images": len(generated.images)}
     if "judge" in metrics:
         found |= judge_folder(generated, Court(reference, args.data_dir))
-    inception, real = [m for m in metrics if m != "judge"], reference.everything().images
+    inception = [m for m in metrics if m != "judge"]
     if inception:
+        real = reference.everything().images
         found |= inception_scores(generated.images, real, inception, args.weights, args.features, args.kid_subset_size)
     return found
 

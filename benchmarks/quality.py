@@ -17,7 +17,6 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import importlib.util
-import json
 import math
 import platform
 import shutil
@@ -86,11 +85,11 @@ def train_ours(args: argparse.Namespace, data: ImageData, recipe: str) -> Traine
     return Trained(lambda labels: torch.cat(list(model.draw(labels, cfg))), seen, passes, bool(model.class_names))
 
 
-def train_loop(args: argparse.Namespace, step: Callable[[float], None]) -> int:
-    """Call step(part of the time that is over) again and again for the time given; returns how often."""
+def train_loop(args: argparse.Namespace, step: Callable[[float, int], None]) -> int:
+    """Call step(part of the time that is over, steps done) again and again for the time given; returns how often."""
     begun, steps = time.perf_counter(), 0
     while (part := (time.perf_counter() - begun) / (60 * args.minutes)) < 1:
-        step(part)
+        step(part, steps)
         steps += 1
     return steps
 
@@ -110,21 +109,20 @@ def train_diffusers(args: argparse.Namespace, data: ImageData) -> Trained:
     noising = DDPMScheduler(num_train_timesteps=1000)
     optimizer = torch.optim.AdamW(network.parameters(), 1e-4, (0.95, 0.999), 1e-8, 1e-6)
     average = EMAModel(network.parameters(), decay=0.9999, use_ema_warmup=True, inv_gamma=1.0, power=0.75)
-    source, done = batches(data, args.batch_size), [0]
+    source = batches(data, args.batch_size)
 
-    def step(part: float) -> None:
+    def step(part: float, done: int) -> None:
         images, labels = (v.to(args.device) for v in next(source))
         noise, t = torch.randn_like(images), torch.randint(1000, (len(images),), device=args.device)
         out = network(noising.add_noise(images, noise, t), t, labels).sample
         torch.nn.functional.mse_loss(out, noise).backward()
         torch.nn.utils.clip_grad_norm_(network.parameters(), 1.0)
-        rate = min(1.0, (done[0] + 1) / 500) * 0.5 * (1 + math.cos(part * math.pi))  # 500 steps of warm-up, a cosine
+        rate = min(1.0, (done + 1) / 500) * 0.5 * (1 + math.cos(part * math.pi))  # 500 steps of warm-up, a cosine
         for group in optimizer.param_groups:
             group["lr"] = 1e-4 * rate
         optimizer.step()
         optimizer.zero_grad()
         average.step(network.parameters())
-        done[0] += 1
 
     steps = train_loop(args, step)
     average.copy_to(network.parameters())
@@ -157,7 +155,7 @@ def train_lucidrains(args: argparse.Namespace, data: ImageData) -> Trained:
     average = EMA(diffusion, beta=0.995, update_every=10)
     source = batches(data, args.batch_size)
 
-    def step(part: float) -> None:
+    def step(part: float, done: int) -> None:
         diffusion((next(source)[0].to(args.device) + 1) / 2).backward()      # it takes images in [0, 1]
         torch.nn.utils.clip_grad_norm_(diffusion.parameters(), 1.0)
         optimizer.step()
@@ -170,7 +168,7 @@ def train_lucidrains(args: argparse.Namespace, data: ImageData) -> Trained:
     @torch.no_grad()
     def draw(labels: list[int]) -> Tensor:
         drawn = [average.ema_model.sample(batch_size=min(250, len(labels) - i)) for i in range(0, len(labels), 250)]
-        return (torch.cat(drawn) * 255).round().clamp(0, 255).to(torch.uint8).cpu()
+        return diffuser.to_uint8(torch.cat(drawn) * 2 - 1)                   # it gives images in [0, 1]
 
     return Trained(draw, steps * args.batch_size, 50, labels=False)
 
@@ -314,7 +312,7 @@ def main() -> int:
         rows = study(args, model, court) if model else race(args, court, reference.everything())
         print(table(rows))
         if args.json:
-            Path(args.json).write_text(json.dumps(dict(machine=machine(), floor=court.floor, rows=rows), indent=1))
+            diffuser.write_json(Path(args.json), dict(machine=machine(), floor=court.floor, rows=rows))
         return 0
     except (UserError, OSError) as error:
         print("quality:", error, file=sys.stderr)
