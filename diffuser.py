@@ -537,6 +537,128 @@ def build_diffusion(cfg: Config, device) -> Diffusion:
 # same shape in diffusers' UNet2DModel.
 
 
+class NormOnCPU(torch.autograd.Function):
+    """Group norm of x [N, C, H, W], times weight plus bias (float [N or 1, C]), then SiLU where `silu`: for bf16 on a
+    CPU, where torch's own takes up to four times as long. Of x alone it keeps a copy for the way back."""
+
+    @staticmethod
+    def forward(ctx, x, weight, bias, groups: int, eps: float, silu: bool):
+        n, c, h, w = x.shape
+        rows = x.permute(0, 2, 3, 1)                                         # as they lie in channels-last memory
+        # sums over rows are rounded to bf16, either way, and the errors even out in the sums of those
+        mean, square = (v.sum(1).view(n, w, groups, -1).sum((1, 3), dtype=torch.float32).view(n, groups, 1)
+                        / (c // groups * h * w) for v in (rows, rows.square()))                  # [N, groups, 1]
+        rstd = (square - mean**2).clamp_(min=0).add_(eps).rsqrt_()
+        a = (weight.view(-1, groups, c // groups) * rstd).to(x.dtype)        # what follows is a x + b
+        b = (bias.view(-1, groups, c // groups) - mean * a).to(x.dtype)
+        a, b = a.view(n, c, 1, 1), b.view(n, c, 1, 1)
+        ctx.save_for_backward(x, weight, mean, rstd, a, b)
+        ctx.silu = silu
+        z = torch.addcmul(b, x, a)
+        return F.silu(z, inplace=True) if silu else z
+
+    @staticmethod
+    def backward(ctx, g):
+        x, weight, mean, rstd, a, b = ctx.saved_tensors
+        (n, c, h, w), groups = x.shape, mean.shape[1]
+        if ctx.silu:
+            z = torch.addcmul(b, x, a)
+            g = torch.ops.aten.silu_backward.grad_input(g, z, grad_input=z)
+        db, dot = (v.sum((2, 3)).view(n, groups, -1).float() for v in (g, g * x))                # [N, groups, C/groups]
+        dw = (dot - mean * db) * rstd
+        along, across = ((weight.view(-1, groups, c // groups) * v).sum(2, keepdim=True) / (c // groups * h * w)
+                         for v in (dw, db))                                  # group means of dxhat xhat and of dxhat
+        p = -along * rstd**2
+        q = -across * rstd - p * mean
+        p, q = (v.to(x.dtype).expand_as(dw).reshape(n, c, 1, 1) for v in (p, q))
+        dx = torch.addcmul(q, x, p).addcmul_(g, a)                           # a g + p x + q
+        return dx, *(v.view(n, c) if len(weight) == n else v.sum(0).view(1, c) for v in (dw, db)), None, None, None
+
+
+def normalise(norm: nn.GroupNorm, x: Tensor, scale: Tensor | None = None, shift: Tensor | None = None,
+              silu: bool = True) -> Tensor:
+    """silu(norm(x) * (1 + scale) + shift), scale and shift [N, C] or none; without the SiLU where not `silu`."""
+    if x.is_cpu and x.dtype == torch.bfloat16 and x.shape[2] * x.shape[3] > 16:
+        weight, bias = norm.weight[None], norm.bias[None]
+        if scale is not None:
+            weight, bias = weight * (1 + scale), bias * (1 + scale) + shift
+        return NormOnCPU.apply(x, weight, bias, norm.num_groups, norm.eps, silu)
+    h = norm(x)
+    if scale is not None:                                                    # ADM, adaptive group norm
+        h = h * (1 + scale[:, :, None, None]) + shift[:, :, None, None]
+    return F.silu(h) if silu else h
+
+
+class SmallMapConvolution(torch.autograd.Function):
+    """3x3 convolution with padding, the gradient of its weight by one matrix product: for maps of a few pixels in bf16
+    on a CPU, where torch's own takes up to four times as long."""
+
+    @staticmethod
+    def forward(ctx, x, weight, bias):
+        ctx.save_for_backward(x, weight)
+        return F.conv2d(x, weight, bias, padding=1)
+
+    @staticmethod
+    def backward(ctx, g):
+        x, weight = ctx.saved_tensors
+        (n, cin, h, w), cout = x.shape, len(weight)
+        dx, _, _ = torch.ops.aten.convolution_backward(g, x, weight, None, [1, 1], [1, 1], [1, 1], False, [0, 0], 1,
+                                                       [True, False, False])
+        padded = F.pad(x.permute(0, 2, 3, 1), (0, 0, 1, 1, 1, 1))            # [N, H + 2, W + 2, cin]
+        image, row, column, _ = padded.stride()
+        windows = padded.as_strided((n, h, w, 3, 3, cin), (image, row, column, row, column, 1))
+        dw = g.permute(1, 0, 2, 3).reshape(cout, -1) @ windows.reshape(n * h * w, -1)            # [cout, 9 cin]
+        return dx, dw.view(cout, 3, 3, cin).permute(0, 3, 1, 2), g.sum((0, 2, 3))
+
+
+class Convolution(nn.Conv2d):
+    """3x3 convolution, [N, cin, H, W] -> [N, cout, H, W] divided by `stride`."""
+
+    def __init__(self, cin: int, cout: int, stride: int = 1):
+        super().__init__(cin, cout, 3, stride, padding=1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        if x.is_cpu and x.dtype == torch.bfloat16 and x.shape[2] * x.shape[3] <= 64 and self.stride == (1, 1):
+            return SmallMapConvolution.apply(x, *(v.to(x.dtype) for v in (self.weight, self.bias)))
+        return super().forward(x)
+
+
+class Dropout(nn.Dropout):
+    """nn.Dropout, with random bits from numpy on a CPU: torch's take ten times as long. p is a multiple of 2^-16."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        if not (x.is_cpu and self.training and self.p):
+            return super().forward(x)
+        bits = np.random.SFC64(int(torch.randint(2**62, ()))).random_raw(-(-x.numel() // 4)).view(np.int16)
+        dropped = round(self.p * 2**16) - 2**15                              # smaller numbers are
+        kept = torch.from_numpy(bits[: x.numel()]).clamp_(dropped - 1, dropped).sub_(dropped - 1)
+        kept = kept.to(x.dtype).mul_(2**16 / (2**15 - dropped))
+        return x * kept.view(x.permute(0, 2, 3, 1).shape).permute(0, 3, 1, 2)
+
+
+class Concatenation(torch.autograd.Function):
+    """[N, a, H, W] and [N, b, H, W] -> [N, a + b, H, W]; the parts of the gradient are laid out in memory like images:
+    as views of the whole they would slow every convolution behind them."""
+
+    @staticmethod
+    def forward(ctx, a, b):
+        ctx.widths = a.shape[1], b.shape[1]
+        return torch.cat([a, b], dim=1)
+
+    @staticmethod
+    def backward(ctx, g):
+        layout = torch.channels_last if g.is_contiguous(memory_format=torch.channels_last) else torch.contiguous_format
+        return tuple(part.contiguous(memory_format=layout) for part in g.split(ctx.widths, dim=1))
+
+
+def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """softmax(q k^T / sqrt(d)) v over [N, heads, tokens, d]."""
+    if q.is_cpu and q.dtype == torch.bfloat16 and q.requires_grad and q.shape[2] <= 1024:
+        weights = (q * q.shape[3] ** -0.5) @ k.transpose(2, 3)               # torch's own backward is 3 times slower
+        return weights.softmax(3) @ v
+    return F.scaled_dot_product_attention(q, k, v)
+
+
 class Attention(nn.Module):
     """Multi-head self-attention over all pixels, pre-norm, residual. [N, C, H, W] -> the same."""
 
@@ -548,15 +670,10 @@ class Attention(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         n, c, h, w = x.shape
-        tokens = self.norm(x).flatten(2).transpose(1, 2)                     # [N, HW, C]
+        tokens = normalise(self.norm, x, silu=False).flatten(2).transpose(1, 2)                  # [N, HW, C]
         q, k, v = (f(tokens).view(n, h * w, self.heads, -1).transpose(1, 2)  # [N, heads, HW, C/heads]
                    for f in (self.q, self.k, self.v))
-        if x.device.type == "cpu":                                           # its bf16 kernel is up to 8 times slower
-            with torch.autocast("cpu", enabled=False):
-                mixed = F.scaled_dot_product_attention(q.float(), k.float(), v.float())
-        else:
-            mixed = F.scaled_dot_product_attention(q, k, v)
-        mixed = mixed.transpose(1, 2).reshape(n, h * w, c)
+        mixed = attend(q, k, v).transpose(1, 2).reshape(n, h * w, c)
         return x + self.out(mixed).transpose(1, 2).reshape(n, c, h, w)
 
 
@@ -568,25 +685,22 @@ class ResBlock(nn.Module):
         super().__init__()
         self.scale_shift = scale_shift
         self.norm1 = nn.GroupNorm(groups, cin)
-        self.conv1 = nn.Conv2d(cin, cout, 3, padding=1)
+        self.conv1 = Convolution(cin, cout)
         self.condition = nn.Linear(emb, 2 * cout if scale_shift else cout) if emb else None
         self.norm2 = nn.GroupNorm(groups, cout)
-        self.dropout = nn.Dropout(dropout)
-        self.conv2 = nn.Conv2d(cout, cout, 3, padding=1)
+        self.dropout = Dropout(dropout)
+        self.conv2 = Convolution(cout, cout)
         self.shortcut = nn.Conv2d(cin, cout, 1) if cin != cout else nn.Identity()
         self.attention = Attention(cout, heads, groups) if heads else nn.Identity()
 
     def forward(self, x: Tensor, cond: Tensor | None) -> Tensor:
-        h = self.conv1(F.silu(self.norm1(x)))                                # [N, cout, H, W]
-        c = self.condition(cond)[:, :, None, None] if self.condition else None
-        if c is None:
-            h = self.norm2(h)
-        elif self.scale_shift:                                               # ADM, adaptive group norm
-            scale, shift = c.chunk(2, dim=1)
-            h = self.norm2(h) * (1 + scale) + shift
-        else:
-            h = self.norm2(h + c)
-        return self.attention(self.shortcut(x) + self.conv2(self.dropout(F.silu(h))))
+        h, scale, shift = self.conv1(normalise(self.norm1, x)), None, None   # [N, cout, H, W]
+        if self.condition and self.scale_shift:
+            scale, shift = self.condition(cond).chunk(2, dim=1)
+        elif self.condition:
+            h = h + self.condition(cond)[:, :, None, None]
+        h = self.conv2(self.dropout(normalise(self.norm2, h, scale, shift)))
+        return self.attention(self.shortcut(x) + h)
 
 
 class UNet(nn.Module):
@@ -613,7 +727,7 @@ class UNet(nn.Module):
         self.time_mlp = nn.Sequential(nn.Linear(base_channels, emb), nn.SiLU(), nn.Linear(emb, emb))
         self.class_embedding = nn.Embedding(num_classes + 1, emb) if num_classes else None
         extra = emb * (1 + bool(num_classes)) if self.concat else 0
-        self.conv_in = nn.Conv2d(image_channels + extra, base_channels, 3, padding=1)
+        self.conv_in = Convolution(image_channels + extra, base_channels)
 
         self.down, self.up, skips, cin = nn.ModuleList(), nn.ModuleList(), [base_channels], base_channels
         for i, width in enumerate(widths):
@@ -621,7 +735,7 @@ class UNet(nn.Module):
                 self.down.append(block(cin, width, i in attention_levels))
                 skips.append(cin := width)
             if i < len(widths) - 1:
-                self.down.append(nn.Conv2d(width, width, 3, stride=2, padding=1))
+                self.down.append(Convolution(width, width, stride=2))
                 skips.append(width)
         self.mid = nn.ModuleList([block(cin, cin, True), block(cin, cin, False)])
         for i, width in reversed(list(enumerate(widths))):
@@ -629,10 +743,10 @@ class UNet(nn.Module):
                 self.up.append(block(cin + skips.pop(), width, i in attention_levels))
                 cin = width
             if i > 0:                                                        # nearest neighbour, then a convolution
-                self.up.append(nn.Sequential(nn.Upsample(scale_factor=2.0), nn.Conv2d(width, width, 3, padding=1)))
+                self.up.append(nn.Sequential(nn.Upsample(scale_factor=2.0), Convolution(width, width)))
 
         self.norm_out = nn.GroupNorm(groups, cin)
-        self.conv_out = nn.Conv2d(cin, image_channels, 3, padding=1)
+        self.conv_out = Convolution(cin, image_channels)
         self.apply(self.initialise)
 
     @staticmethod
@@ -672,8 +786,8 @@ class UNet(nn.Module):
         for block in self.mid:
             h = block(h, cond)
         for module in self.up:
-            h = module(torch.cat([h, skips.pop()], 1), cond) if isinstance(module, ResBlock) else module(h)
-        return F.pixel_shuffle(self.conv_out(F.silu(self.norm_out(h))), self.patch_size)
+            h = module(Concatenation.apply(h, skips.pop()), cond) if isinstance(module, ResBlock) else module(h)
+        return F.pixel_shuffle(self.conv_out(normalise(self.norm_out, h)), self.patch_size)
 
 
 def build_unet(cfg: Config, image_channels: int, num_classes: int) -> UNet:
