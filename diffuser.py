@@ -43,6 +43,7 @@ from __future__ import annotations
 
 import argparse
 import copy
+import ctypes
 import dataclasses
 import difflib
 import hashlib
@@ -60,7 +61,7 @@ import time
 import warnings
 import zipfile
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass, field
 from datetime import timedelta
 from functools import lru_cache, partial
@@ -166,9 +167,10 @@ class Config:
     early_stop_loss_change: float = opt(0.0, "stop when the mean absolute change of the last ten logged losses is below this; 0: never", lo=0, hi=1e9)
     scale_lr: bool = opt(False, "multiply the learning rate by the number of devices")
     num_gpus: int = opt(0, "GPUs for DataParallel; 0: all there are", lo=0, hi=64, local=True)
-    precision: str = opt("auto", "auto: bf16 where the hardware has it", choices=lambda: ("auto", "fp32", "bf16", "fp16"), local=True)
-    compile: bool = opt(False, "torch.compile the network", local=True)
+    precision: str = opt("auto", "auto: bf16 where it is faster, measured where that is not clear", choices=lambda: ("auto", "fp32", "bf16", "fp16"), local=True)
+    compile: bool | None = opt(None, "torch.compile the network (default: on cuda, where the run is long enough)", local=True)
     channels_last: bool | None = opt(None, "store images channels last (default: but for mps)", local=True)
+    gradient_checkpointing: bool = opt(False, "compute activations again on the way back: about a third of the memory, a third more time")
 
     experiment_name: str = opt("", "names the run; keeps checkpoints by step in a folder of their own", local=True, group="output")
     working_directory: str = opt("checkpoints", "where checkpoints go", local=True)
@@ -206,7 +208,7 @@ class Config:
     dynamic_threshold: float = opt(0.0, "clip it to this quantile of its own size instead, such as 0.995; 0: no", lo=0, hi=1)
     start: str = opt("matched", "start from the Gaussian that matches q(x_T), or from N(0, I)", choices=lambda: ("matched", "gaussian"))
     sequential: bool = opt(False, "draw one image at a time: the same images, slower")
-    sample_batch_size: int = opt(250, "images drawn at a time", lo=1, hi=10**6)
+    sample_batch_size: int | None = opt(None, "images drawn at a time (default: as many as keep the device busy)", lo=1, hi=10**6)
     trajectory: bool = opt(False, "also save trajectory.png: rows images, columns from noise to image", local=True)
     # ruff: enable[E501]
 
@@ -266,6 +268,8 @@ RECIPES = {
 def parse_value(name: str, text: str):
     """The value of option `name` written as `text`, checked. Raises UserError."""
     meta, kind, text = FIELDS[name].metadata, KINDS[name], text.strip()
+    if text == "auto" and FIELDS[name].default is None:
+        return None
     try:
         if kind is bool:
             value = {"true": True, "yes": True, "y": True, "on": True, "1": True,
@@ -537,6 +541,11 @@ def build_diffusion(cfg: Config, device) -> Diffusion:
 # same shape in diffusers' UNet2DModel.
 
 
+def hand_tuned(x: Tensor) -> bool:
+    """Whether x is what the functions below are for: bf16 on a CPU, outside torch.compile."""
+    return x.is_cpu and x.dtype == torch.bfloat16 and not torch.compiler.is_compiling()
+
+
 class NormOnCPU(torch.autograd.Function):
     """Group norm of x [N, C, H, W], times weight plus bias (float [N or 1, C]), then SiLU where `silu`: for bf16 on a
     CPU, where torch's own takes up to four times as long. Of x alone it keeps a copy for the way back."""
@@ -578,7 +587,7 @@ class NormOnCPU(torch.autograd.Function):
 def normalise(norm: nn.GroupNorm, x: Tensor, scale: Tensor | None = None, shift: Tensor | None = None,
               silu: bool = True) -> Tensor:
     """silu(norm(x) * (1 + scale) + shift), scale and shift [N, C] or none; without the SiLU where not `silu`."""
-    if x.is_cpu and x.dtype == torch.bfloat16 and x.shape[2] * x.shape[3] > 16:
+    if hand_tuned(x) and x.shape[2] * x.shape[3] > 16:
         weight, bias = norm.weight[None], norm.bias[None]
         if scale is not None:
             weight, bias = weight * (1 + scale), bias * (1 + scale) + shift
@@ -618,7 +627,7 @@ class Convolution(nn.Conv2d):
         super().__init__(cin, cout, 3, stride, padding=1)
 
     def forward(self, x: Tensor) -> Tensor:
-        if x.is_cpu and x.dtype == torch.bfloat16 and x.shape[2] * x.shape[3] <= 64 and self.stride == (1, 1):
+        if hand_tuned(x) and x.shape[2] * x.shape[3] <= 64 and self.stride == (1, 1):
             return SmallMapConvolution.apply(x, *(v.to(x.dtype) for v in (self.weight, self.bias)))
         return super().forward(x)
 
@@ -627,7 +636,7 @@ class Dropout(nn.Dropout):
     """nn.Dropout, with random bits from numpy on a CPU: torch's take ten times as long. p is a multiple of 2^-16."""
 
     def forward(self, x: Tensor) -> Tensor:
-        if not (x.is_cpu and self.training and self.p):
+        if not (hand_tuned(x) and self.training and self.p):
             return super().forward(x)
         bits = np.random.SFC64(int(torch.randint(2**62, ()))).random_raw(-(-x.numel() // 4)).view(np.int16)
         dropped = round(self.p * 2**16) - 2**15                              # smaller numbers are
@@ -637,8 +646,8 @@ class Dropout(nn.Dropout):
 
 
 class Concatenation(torch.autograd.Function):
-    """[N, a, H, W] and [N, b, H, W] -> [N, a + b, H, W]; the parts of the gradient are laid out in memory like images:
-    as views of the whole they would slow every convolution behind them."""
+    """torch.cat along the channels, the parts of the gradient laid out in memory like images: as views of the whole
+    they would slow every convolution behind them."""
 
     @staticmethod
     def forward(ctx, a, b):
@@ -651,9 +660,14 @@ class Concatenation(torch.autograd.Function):
         return tuple(part.contiguous(memory_format=layout) for part in g.split(ctx.widths, dim=1))
 
 
+def concatenate(a: Tensor, b: Tensor) -> Tensor:
+    """[N, a, H, W] and [N, b, H, W] -> [N, a + b, H, W]."""
+    return Concatenation.apply(a, b) if hand_tuned(a) else torch.cat([a, b], dim=1)
+
+
 def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     """softmax(q k^T / sqrt(d)) v over [N, heads, tokens, d]."""
-    if q.is_cpu and q.dtype == torch.bfloat16 and q.requires_grad and q.shape[2] <= 1024:
+    if hand_tuned(q) and q.requires_grad and q.shape[2] <= 1024:
         weights = (q * q.shape[3] ** -0.5) @ k.transpose(2, 3)               # torch's own backward is 3 times slower
         return weights.softmax(3) @ v
     return F.scaled_dot_product_attention(q, k, v)
@@ -711,9 +725,11 @@ class UNet(nn.Module):
     def __init__(self, image_channels: int, num_classes: int = 0, *, base_channels: int = 64,
                  channel_mults: tuple[int, ...] = (1, 2, 2), num_res_blocks: int = 2, use_attention: bool = True,
                  attention_levels: tuple[int, ...] = (), num_heads: int = 4, head_dim: int = 0, emb_dim: int = 128,
-                 dropout: float = 0.0, patch_size: int = 1, norm_groups: int = 32, conditioning: str = "scale_shift"):
+                 dropout: float = 0.0, patch_size: int = 1, norm_groups: int = 32, conditioning: str = "scale_shift",
+                 gradient_checkpointing: bool = False):
         super().__init__()
         self.base_channels, self.num_classes, self.patch_size = base_channels, num_classes, patch_size
+        self.gradient_checkpointing = gradient_checkpointing
         image_channels *= patch_size**2
         self.concat = conditioning == "concat"
         emb = emb_dim if self.concat else 4 * emb_dim
@@ -767,6 +783,12 @@ class UNet(nn.Module):
         angle = t[:, None].float() * frequency
         return F.pad(torch.cat([angle.cos(), angle.sin()], dim=1), (0, self.base_channels % 2))
 
+    def run(self, block: ResBlock, *inputs: Tensor) -> Tensor:
+        """block(*inputs), of which only the inputs are kept for the way back where memory is to be saved."""
+        if self.gradient_checkpointing and torch.is_grad_enabled():          # 1604.06174
+            return torch.utils.checkpoint.checkpoint(block, *inputs, use_reentrant=False)
+        return block(*inputs)
+
     def forward(self, xt: Tensor, t: Tensor, y: Tensor | None = None) -> Tensor:
         xt = F.pixel_unshuffle(xt, self.patch_size)                          # [N, C p^2, H/p, W/p]
         vectors = [self.time_mlp(self.embed_time(t))]                        # [N, emb] each
@@ -781,12 +803,12 @@ class UNet(nn.Module):
         skips = [self.conv_in(xt)]                                           # every output on the way down
         for module in self.down:
             h = skips[-1]                                                    # [N, width, H / 2^level, W / 2^level]
-            skips.append(module(h, cond) if isinstance(module, ResBlock) else module(h))
+            skips.append(self.run(module, h, cond) if isinstance(module, ResBlock) else module(h))
         h = skips[-1]
         for block in self.mid:
-            h = block(h, cond)
+            h = self.run(block, h, cond)
         for module in self.up:
-            h = module(Concatenation.apply(h, skips.pop()), cond) if isinstance(module, ResBlock) else module(h)
+            h = self.run(module, concatenate(h, skips.pop()), cond) if isinstance(module, ResBlock) else module(h)
         return F.pixel_shuffle(self.conv_out(normalise(self.norm_out, h)), self.patch_size)
 
 
@@ -795,7 +817,8 @@ def build_unet(cfg: Config, image_channels: int, num_classes: int) -> UNet:
     return UNet(image_channels, num_classes, base_channels=cfg.base_channels, channel_mults=cfg.channel_mults,
                 num_res_blocks=cfg.num_res_blocks, use_attention=cfg.use_attention, num_heads=cfg.num_heads,
                 attention_levels=cfg.attention_levels, head_dim=cfg.head_dim, emb_dim=cfg.emb_dim, dropout=cfg.dropout,
-                patch_size=cfg.patch_size, norm_groups=cfg.norm_groups, conditioning=cfg.conditioning)
+                patch_size=cfg.patch_size, norm_groups=cfg.norm_groups, conditioning=cfg.conditioning,
+                gradient_checkpointing=cfg.gradient_checkpointing)
 
 
 # ---- 5  Samplers -------------------------------------------------------------------------------
@@ -963,7 +986,7 @@ class Moments:
 @dataclass
 class Model:
     """A network with all that drawing images needs, as `load` makes it from a checkpoint. shape: (C, H, W).
-    class_names: may be empty. autocast: makes the context the network runs in. guide: a weaker network, to guide."""
+    class_names: may be empty. guide: a weaker network, to guide. arithmetic: how the networks are run."""
 
     network: nn.Module
     diffusion: Diffusion
@@ -971,7 +994,7 @@ class Model:
     config: Config
     shape: tuple[int, int, int]
     class_names: list[str]
-    autocast: Callable = nullcontext
+    arithmetic: Arithmetic = field(default_factory=lambda: Arithmetic())
     guide: nn.Module | None = None
 
     @property
@@ -998,7 +1021,7 @@ class Model:
     def denoiser(self, y: Tensor, cfg: Config) -> Denoiser:
         """What the samplers see of the network, for labels y [N]."""
         def run(network: Callable, *inputs) -> Tensor:
-            with self.autocast():
+            with self.arithmetic.autocast():
                 return network(*inputs)
 
         network, guide = partial(run, self.network), partial(run, self.guide) if self.guide else None
@@ -1006,13 +1029,32 @@ class Model:
                              cfg.guidance_scale, cfg.guidance_interval, guide, clip=cfg.clip_x0,
                              dynamic_threshold=cfg.dynamic_threshold, eps_scale=cfg.eps_scale)
 
+    def batch_size(self, cfg: Config) -> int:
+        """Images drawn at a time: as asked for, else as many as keep the device busy and fit into its memory."""
+        if cfg.sequential or cfg.sample_batch_size:
+            return 1 if cfg.sequential else cfg.sample_batch_size
+        if self.device.type != "cuda":
+            return max(1, 2**17 // math.prod(self.shape[1:]))                # larger ones are no faster
+        each = 2 * activation_count(self.config, self.shape, len(self.class_names)) * (2 if cfg.guidance_scale else 1)
+        return max(1, min(1024, free_memory(self.device) // each))
+
     def draw(self, labels: list[int], cfg: Config, progress: Callable = lambda: None, first=0) -> Iterator[Tensor]:
-        """Images number first, first + 1, ... in batches, uint8 [n, C, H, W]; progress() after every step."""
-        size = 1 if cfg.sequential else cfg.sample_batch_size
-        for i in range(0, len(labels), size):
-            for _, x, _ in self.sample(labels[i : i + size], cfg, first + i):  # noqa: B007 (the last x counts)
-                progress()
-            yield to_uint8(x)
+        """Images number first, first + 1, ... in batches, uint8 [n, C, H, W]; progress() after every step. A batch that
+        does not fit into memory is halved."""
+        size, i = self.batch_size(cfg), 0
+        while i < len(labels):
+            chosen = labels[i : i + size]
+            missing = size - len(chosen) if self.arithmetic.compiled else 0  # rather that than to compile again
+            try:
+                for _, x, _ in self.sample(chosen + chosen[-1:] * missing, cfg, first + i):  # noqa: B007 (the last x)
+                    progress()
+            except torch.OutOfMemoryError:
+                if size == 1:
+                    raise
+                size = math.ceil(size / 2)
+                continue
+            yield to_uint8(x[: len(chosen)])
+            i += len(chosen)
 
     def generate(self, classes: list[str | int] | None = None, num_images: int | None = None, **settings) -> Tensor:
         """num_images of the classes (names or numbers) in turn, by default one each: uint8 [N, C, H, W] on the CPU.
@@ -1340,8 +1382,11 @@ class Batches:
     batch is the same for any number of devices, of which each, `rank` of `world`, takes its share."""
 
     def __init__(self, data: ImageData, indices: Tensor, size: int, flip: bool, seed: int, device, rank=0, world=1):
-        self.data, self.indices, self.size, self.flip, self.seed = data, indices, size, flip, seed
-        self.device, self.share = device, slice(rank * size // world, (rank + 1) * size // world)
+        self.indices, self.size, self.flip, self.seed = indices, size, flip, seed
+        self.device = device = torch.device(device)
+        self.share = slice(rank * size // world, (rank + 1) * size // world)
+        fits = device.type == "cuda" and data.images.nbytes < free_memory(device) // 4
+        self.images, self.labels = (v.to(device) if fits else v for v in (data.images, data.labels))
         self.steps_per_epoch = max(1, len(indices) // size)
         self.epoch, self.order = -1, indices
 
@@ -1352,11 +1397,19 @@ class Batches:
             repeats = math.ceil(self.size / len(order))             # a set smaller than a batch repeats
             self.epoch, self.order = epoch, self.indices[order].repeat(repeats)
         chosen = self.order[i * self.size : (i + 1) * self.size][self.share]
-        x0 = from_uint8(self.data.images[chosen].to(self.device, non_blocking=True))
+        if self.images.is_cuda:
+            chosen = self.send(chosen)
+        x0 = from_uint8(self.send(self.images[chosen]))
         if self.flip:
             mirror = torch.rand(self.size, generator=generator(self.seed, STREAM_BATCH, step, 1))[self.share] < 0.5
-            x0 = torch.where(mirror.to(self.device).view(-1, 1, 1, 1), x0.flip(-1), x0)
-        return x0, self.data.labels[chosen].to(self.device, non_blocking=True)
+            x0 = torch.where(self.send(mirror).view(-1, 1, 1, 1), x0.flip(-1), x0)
+        return x0, self.send(self.labels[chosen])
+
+    def send(self, v: Tensor) -> Tensor:
+        """v on the device; to CUDA by way of pinned memory, so that nobody waits for it."""
+        if v.device == self.device:
+            return v
+        return v.pin_memory().to(self.device, non_blocking=True) if self.device.type == "cuda" else v.to(self.device)
 
 
 # ---- 7  Runtime --------------------------------------------------------------------------------
@@ -1376,18 +1429,19 @@ class Runtime:
             torch.distributed.init_process_group("nccl" if gpus else "gloo", timeout=timedelta(hours=6))  # rank 0 draws
         self.replicas = 1 if self.world > 1 else cfg.num_gpus or max(gpus, 1)  # of DataParallel
         self.num_devices = self.world * self.replicas
-        self.precision = pick_precision(cfg.precision, self.device)
-        dtype = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[self.precision]
-        self.autocast = partial(torch.autocast, self.device.type, dtype, enabled=self.precision != "fp32")
         self.is_main, self.stop_signal = self.rank == 0, 0
         if self.device.type == "cuda":
             torch.set_float32_matmul_precision("high")                       # TF32 for what stays float32
-
-    def parallel(self, network: nn.Module, cfg: Config) -> Callable:
-        """The network as training calls it: compiled, and spread over devices. Its parameters stay its own."""
+        else:
+            keep_freed_memory()
         if cfg.compile and self.replicas > 1:
             raise UserError("--compile does not go with DataParallel: use torchrun, or --num_gpus 1")
-        forward = torch.compile(network) if cfg.compile else network
+        if cfg.precision == "fp16" and self.device.type != "cuda":
+            raise UserError("--precision fp16 needs a CUDA device: use bf16 or fp32 here")
+
+    def parallel(self, network: nn.Module, compiled: bool) -> Callable:
+        """The network as training calls it: compiled, and spread over devices. Its parameters stay its own."""
+        forward = torch.compile(network) if compiled else network
         if self.world > 1:
             devices = [self.device.index] if self.device.type == "cuda" else None
             return nn.parallel.DistributedDataParallel(forward, device_ids=devices)
@@ -1454,16 +1508,82 @@ def pick_device(wanted: str) -> torch.device:
     return device
 
 
-def pick_precision(wanted: str, device: torch.device) -> str:
-    """bf16 where the hardware multiplies it fast, else fp16 on CUDA and fp32 elsewhere."""
-    if wanted == "fp16" and device.type != "cuda":
-        raise UserError("--precision fp16 needs a CUDA device: use bf16 or fp32 here")
-    if wanted != "auto":
-        return wanted
+@dataclass(frozen=True)
+class Arithmetic:
+    """How a network is run. Chosen once and kept in checkpoints, so that a run goes on as it began. device: its type;
+    split: parts that a step's batch is computed in because it does not fit into memory at once."""
+
+    device: str = "cpu"
+    precision: str = "fp32"
+    channels_last: bool = False
+    compiled: bool = False
+    split: int = 1
+
+    def autocast(self):
+        dtype = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[self.precision]
+        return torch.autocast(self.device, dtype, enabled=self.precision != "fp32")
+
+    @property
+    def layout(self) -> torch.memory_format:
+        return torch.channels_last if self.channels_last else torch.contiguous_format
+
+    def __str__(self) -> str:
+        return ", ".join((self.precision, "channels last" if self.channels_last else "channels first",
+                          "compiled" if self.compiled else "not compiled"))
+
+
+def precisions(cfg: Config, device: torch.device) -> list[str]:
+    """The precisions that may be the fastest; bf16 is where the hardware multiplies it, fp16 a substitute on CUDA."""
+    if cfg.precision != "auto":
+        return [cfg.precision]
     if device.type == "cuda":
-        return "bf16" if torch.cuda.get_device_capability(device)[0] >= 8 else "fp16"
-    has_amx = device.type == "cpu" and getattr(torch.cpu, "_is_amx_tile_supported", lambda: False)()
-    return "bf16" if has_amx else "fp32"
+        return ["bf16" if torch.cuda.get_device_capability(device)[0] >= 8 else "fp16"]
+    amx, bf16 = (device.type == "cpu" and getattr(torch.cpu, name, lambda: False)()
+                 for name in ("_is_amx_tile_supported", "_is_avx512_bf16_supported"))
+    if amx and cfg.base_channels >= 32:                                      # twice as fast and more
+        return ["bf16"]
+    return ["fp32", "bf16"] if amx or bf16 else ["fp32"]
+
+
+def choose_arithmetic(cfg: Config, device: torch.device, calls: int = 0, stored: dict | None = None,
+                      seconds: Callable[[Arithmetic], float] | None = None) -> Arithmetic:
+    """As asked for; else as stored by a checkpoint from such a device; else what is fast here. calls: of the network,
+    in all; seconds(arithmetic): what a step of the run takes, for where that is not clear beforehand."""
+    kept = stored if stored and stored["device"] == device.type else {}
+    channels_last = kept.get("channels_last", device.type != "mps") if cfg.channels_last is None else cfg.channels_last
+    if cfg.compile is None:                                                  # on a CPU it gains nothing: benchmarks/
+        gpus = 1 if "RANK" in os.environ else cfg.num_gpus or torch.cuda.device_count()          # of DataParallel
+        compiled = kept.get("compiled", device.type == "cuda" and gpus == 1 and calls >= 3000)
+    else:
+        compiled = cfg.compile
+    candidates = [kept["precision"]] if kept and cfg.precision == "auto" else precisions(cfg, device)
+    options = [Arithmetic(device.type, precision, channels_last, compiled, kept.get("split", 1))
+               for precision in candidates]
+    if len(options) == 1 or seconds is None:
+        return options[0]
+    times = [[seconds(option) for option in options] for _ in range(4)][1:]  # in turn: a machine's pace changes
+    plain, reduced = map(min, zip(*times, strict=True))
+    return options[1] if reduced < 0.85 * plain else options[0]
+
+
+def keep_freed_memory() -> None:
+    """Have glibc keep what is freed: each step asks for the same again, and memory that is new to the process is mapped
+    in page by page, which took a third of a step."""
+    if sys.platform == "linux":
+        with suppress(AttributeError, OSError):                              # another C library
+            for option, value in ((-4, 0), (-1, -1), (-2, 2**26)):           # M_MMAP_MAX, _TRIM_THRESHOLD, _TOP_PAD
+                ctypes.CDLL(None).mallopt(option, value)
+
+
+def free_memory(device: torch.device) -> int:
+    """Bytes that can still be had on a device; a large number where nobody can tell."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    try:
+        lines = Path("/proc/meminfo").read_text().splitlines()
+        return 1024 * next(int(line.split()[1]) for line in lines if line.startswith("MemAvailable"))
+    except (OSError, StopIteration):
+        return 2**60
 
 
 class RunLog:
@@ -1531,7 +1651,7 @@ def save_grid(images: Tensor, path: Path, column_names: list[str], columns: int 
 
 def draw_with_bar(model: Model, labels: list[int], cfg: Config, first: int = 0) -> Iterator[Tensor]:
     """Model.draw with a progress bar over the network's steps."""
-    total = math.ceil(len(labels) / (1 if cfg.sequential else cfg.sample_batch_size)) * sampling_steps(cfg)
+    total = math.ceil(len(labels) / model.batch_size(cfg)) * sampling_steps(cfg)
     with tqdm(total=total, desc="sampling", unit="step", leave=False, disable=None) as bar:
         yield from model.draw(labels, cfg, bar.update, first)
 
@@ -1545,6 +1665,28 @@ def save_strip(model: Model, labels: list[int], cfg: Config, path: Path, first: 
             frames.append(to_uint8(x))
             last = t
     save_grid(torch.stack(frames, 1).flatten(0, 1), path, [], columns=len(frames))
+
+
+@lru_cache
+def activation_count(cfg: Config, shape: tuple[int, int, int], num_classes: int) -> int:
+    """Values that the layers of the configured network put out for one image; about half of what training keeps."""
+    outputs = []
+    with torch.device("meta"):
+        network = build_unet(dataclasses.replace(cfg, gradient_checkpointing=False), shape[0], num_classes)
+        for module in network.modules():
+            if not list(module.children()):
+                module.register_forward_hook(lambda module, inputs, output: outputs.append(output.numel()))
+        network(torch.zeros(1, *shape), torch.zeros(1, dtype=torch.long))
+    return sum(outputs)
+
+
+def training_memory(cfg: Config, shape: tuple[int, int, int], num_classes: int, batch: int,
+                    precision: str) -> tuple[int, int]:
+    """Bytes for weights, gradients, Adam's two moments and the average; and for one step's activations."""
+    with torch.device("meta"):
+        weights = sum(p.numel() for p in build_unet(cfg, shape[0], num_classes).parameters())
+    activations = 2 * batch * activation_count(cfg, shape, num_classes) * (4 if precision == "fp32" else 2)
+    return 4 * weights * (4 + cfg.use_ema), activations // 3 if cfg.gradient_checkpointing else activations
 
 
 # ---- 8  EMA and checkpoints --------------------------------------------------------------------
@@ -1688,13 +1830,15 @@ def load(path: str | Path, device: str = "auto", **settings) -> Model:
     return restore(state, configure(state["config"], device=device, **settings))
 
 
-def restore(state: dict, cfg: Config) -> Model:
-    """The model in the content of a checkpoint, with its guide. Raises UserError for a guide that does not fit it."""
-    runtime, shape, names = Runtime(cfg), tuple(state["shape"]), state["class_names"]
-    network = build_unet(cfg, shape[0], len(names))
+def restore(state: dict, cfg: Config, calls: int = 0) -> Model:
+    """The model in the content of a checkpoint, with its guide; calls: of the network, about, to see whether to compile
+    it. Raises UserError for a guide that does not fit it."""
+    device, shape, names = Runtime(cfg).device, tuple(state["shape"]), state["class_names"]
+    arithmetic, network = choose_arithmetic(cfg, device, calls), build_unet(cfg, shape[0], len(names))
     network.load_state_dict((cfg.use_ema and state["ema"]) or state["model"])
-    model = Model(network.to(runtime.device).eval(), build_diffusion(cfg, runtime.device), Moments(**state["moments"]),
-                  cfg, shape, names, runtime.autocast)
+    network = network.to(device, memory_format=arithmetic.layout).eval().requires_grad_(False)
+    model = Model(torch.compile(network, mode="reduce-overhead") if arithmetic.compiled else network,
+                  build_diffusion(cfg, device), Moments(**state["moments"]), cfg, shape, names, arithmetic)
     if cfg.guide_path:                                              # its outputs have to mean the same
         guide = load(cfg.guide_path, cfg.device)
         ours, theirs = (dict(schedule=m.diffusion.alpha_bar.tolist(), images=m.shape, prediction=m.config.prediction,
@@ -1759,20 +1903,22 @@ class Training:
         self.diffusion = build_diffusion(cfg, runtime.device)
 
         torch.manual_seed(mix(cfg.seed))
-        channels_last = runtime.device.type != "mps" if cfg.channels_last is None else cfg.channels_last
-        layout = torch.channels_last if channels_last else torch.contiguous_format
-        self.network = build_unet(cfg, shape[0], self.null).to(runtime.device, memory_format=layout)
-        self.forward = runtime.parallel(self.network, cfg)
+        self.step, self.history, self.clock = 0, [], (0, time.perf_counter())
+        self.network = build_unet(cfg, shape[0], self.null).to(runtime.device)
+        self.scaler = torch.amp.GradScaler(runtime.device.type, enabled=False)
+        self.arithmetic = self.choose_arithmetic((state or {}).get("arithmetic"))
+        self.scaler = torch.amp.GradScaler(runtime.device.type, enabled=self.arithmetic.precision == "fp16")
+        self.network.to(memory_format=self.arithmetic.layout)
+        self.forward = runtime.parallel(self.network, self.arithmetic.compiled)
         average = (cfg.ema_decay, cfg.ema_update_rate, cfg.ema_start) if cfg.use_ema else (0.0,)  # 0: a plain copy
         self.ema = EMA(self.network, *average)
-        self.model = Model(self.ema.network, self.diffusion, self.moments, cfg, shape, names, runtime.autocast)
+        self.model = Model(self.ema.network, self.diffusion, self.moments, cfg, shape, names,
+                           dataclasses.replace(self.arithmetic, compiled=False))
         self.lr = cfg.learning_rate * (runtime.num_devices if cfg.scale_lr else 1)
         self.optimizer = OPTIMIZERS[cfg.optimizer](self.network.parameters(), self.lr, weight_decay=cfg.weight_decay,
                                                    fused=runtime.device.type in ("cpu", "cuda"))
-        self.scaler = torch.amp.GradScaler(runtime.device.type, enabled=runtime.precision == "fp16")
         self.meter = torch.zeros(2, 4, 2, device=runtime.device)             # [log or epoch, quartile, loss or count]
         self.grad_norm = torch.zeros((), device=runtime.device)
-        self.step, self.history, self.clock = 0, [], (0, time.perf_counter())
         self.fit(self.total)
         if state:
             self.resume(state)
@@ -1790,7 +1936,7 @@ class Training:
             shape=list(self.shape), class_names=self.data.class_names, data=self.data.digest(),
             loss_history=self.history, meter=self.meter, moments=vars(self.moments),
             model=self.network.state_dict(), ema=self.ema.network.state_dict() if self.cfg.use_ema else None,
-            optimizer=self.optimizer.state_dict(), scaler=self.scaler.state_dict(),
+            optimizer=self.optimizer.state_dict(), scaler=self.scaler.state_dict(), arithmetic=vars(self.arithmetic),
             lr_schedule=dict(name=self.cfg.lr_schedule, step=self.step, total_steps=self.total))
 
     def resume(self, state: dict) -> None:
@@ -1845,24 +1991,75 @@ class Training:
         share = self.batches.share
         return t[share], eps[share], noise[share], drop[share]
 
+    def choose_arithmetic(self, stored: dict | None) -> Arithmetic:
+        """How this run computes: as it did so far, else what suits the device, timed on real steps if need be."""
+        device, cfg = self.runtime.device, self.cfg
+
+        def seconds(arithmetic: Arithmetic) -> float:
+            self.arithmetic = arithmetic
+            self.network.to(memory_format=arithmetic.layout)
+            begun = time.perf_counter()
+            self.gradients(self.batch(), self.network)
+            self.network.zero_grad()
+            return time.perf_counter() - begun
+
+        calls = self.total * cfg.gradient_accumulation_steps
+        chosen = self.arithmetic = choose_arithmetic(cfg, device, calls, stored, seconds)
+        if device.type == "cpu":
+            size = max(1, self.size // self.runtime.world // cfg.gradient_accumulation_steps)
+            need = training_memory(cfg, self.shape, self.null, size, chosen.precision)
+            fits = partial(math.ceil, (need[1] + 1) / max(1, 0.9 * free_memory(device) - need[0]))
+            chosen = dataclasses.replace(chosen, split=min(size, max(chosen.split, fits())))
+        elif device.type == "cuda":
+            self.gradients_that_fit(self.batch(), self.network)              # before anything else is done
+            self.network.zero_grad()
+            chosen = self.arithmetic
+        precision = ("fp32", "bf16", "fp16").index(chosen.precision)         # of rank 0: the others may have timed
+        names, split = ("fp32", "bf16", "fp16"), self.runtime.agreed(chosen.split)
+        return dataclasses.replace(chosen, precision=names[self.runtime.agreed(precision)], split=split)
+
+    def batch(self) -> list[Tensor]:
+        """This process's share of a step's batch: x0, t, eps, y, the noise that the network sees."""
+        x0, y = self.batches(self.step)
+        t, eps, noise, drop = self.draws()
+        x0, eps, noise = (v.contiguous(memory_format=self.arithmetic.layout) for v in (x0, eps, noise))
+        return [x0, t, eps, torch.where(drop, self.null, y), noise]
+
+    def gradients(self, batch: list[Tensor], forward: Callable) -> Tensor:
+        """Add up the gradient of the mean loss, in micro-batches; returns sums of losses and counts, [quartile, 2]."""
+        cfg, sums = self.cfg, torch.zeros(4, 2, device=self.runtime.device)
+        micro_batches = list(zip(*(v.chunk(cfg.gradient_accumulation_steps * self.arithmetic.split) for v in batch),
+                                 strict=True))
+        for i, (x0, t, eps, y, noise) in enumerate(micro_batches, 1):
+            alone = forward is self.network or i == len(micro_batches) or self.runtime.world == 1
+            with nullcontext() if alone else forward.no_sync():
+                with self.arithmetic.autocast():
+                    losses = self.diffusion.loss(forward, x0, t, eps, y, noise)
+                # DistributedDataParallel averages over processes: sum / size * world is the batch's mean
+                self.scaler.scale(losses.sum() * self.runtime.world / self.size).backward()
+            sums.index_add_(0, t * 4 // self.diffusion.T, torch.stack([losses.detach(), torch.ones_like(losses)], 1))
+        return sums
+
+    def gradients_that_fit(self, batch: list[Tensor], forward: Callable) -> Tensor:
+        """`gradients`, in twice as many parts, from now on, as long as they do not fit into memory."""
+        while True:
+            try:
+                return self.gradients(batch, forward)
+            except torch.OutOfMemoryError:
+                if len(batch[0]) <= self.cfg.gradient_accumulation_steps * self.arithmetic.split or (
+                        forward is not self.network and self.runtime.world > 1):     # the others would wait for ever
+                    raise
+            self.network.zero_grad()
+            self.arithmetic = dataclasses.replace(self.arithmetic, split=2 * self.arithmetic.split)
+            self.runtime.say(f"out of memory: from here on a step is computed in {self.arithmetic.split} parts, to the "
+                             "same result")
+
     def train_step(self) -> None:
-        """One optimizer step on a batch, in micro-batches. Nothing here waits for the device."""
+        """One optimizer step on a batch. Nothing here waits for the device."""
         cfg = self.cfg
         if cfg.dropout:
             torch.manual_seed(mix(cfg.seed, STREAM_DROPOUT, self.step, self.runtime.rank))
-        x0, y = self.batches(self.step)
-        t, eps, noise, drop = self.draws()
-        batch = x0, t, eps, torch.where(drop, self.null, y), noise
-        micro_batches = list(zip(*(v.chunk(cfg.gradient_accumulation_steps) for v in batch), strict=True))
-        for i, (x0, t, eps, y, noise) in enumerate(micro_batches, 1):
-            last = i == len(micro_batches)
-            with nullcontext() if last or self.runtime.world == 1 else self.forward.no_sync():
-                with self.runtime.autocast():
-                    losses = self.diffusion.loss(self.forward, x0, t, eps, y, noise)
-                # DistributedDataParallel averages over processes: sum / size * world is the batch's mean
-                self.scaler.scale(losses.sum() * self.runtime.world / self.size).backward()
-            pairs = torch.stack([losses.detach(), torch.ones_like(losses)], dim=1)
-            self.meter += torch.zeros_like(self.meter[0]).index_add_(0, t * 4 // self.diffusion.T, pairs)
+        self.meter += self.gradients_that_fit(self.batch(), self.forward)
         self.scaler.unscale_(self.optimizer)
         self.grad_norm = nn.utils.clip_grad_norm_(self.network.parameters(), cfg.max_grad_norm or math.inf)
         self.scaler.step(self.optimizer)
@@ -1879,7 +2076,7 @@ class Training:
         if n == 0:
             return ""
         random, t = generator(self.cfg.seed, STREAM_VALIDATION), torch.arange(n) * self.diffusion.T // n
-        with self.runtime.autocast():
+        with self.arithmetic.autocast():
             for piece in torch.arange(n).split(self.cfg.batch_size):
                 chosen = self.held_out[piece]
                 x0 = from_uint8(self.data.images[chosen])
@@ -1949,7 +2146,7 @@ def fit_to_minutes(cfg: Config, runtime: Runtime, state: dict | None, deadline: 
     left = deadline - time.perf_counter() - validation - grid
     steps = max(1, runtime.agreed(int(left / each)))
     runtime.say(f"{step * 1000:.3g} ms a step: {steps:,} steps fit into {cfg.train_minutes:g} minutes")
-    return dataclasses.replace(cfg, iterations=first + steps)
+    return dataclasses.replace(cfg, iterations=first + steps, precision=run.arithmetic.precision)
 
 
 def train(cfg: Config, runtime: Runtime | None = None, point: tuple[Path | None, dict | None] | None = None) -> Path:
@@ -1969,7 +2166,9 @@ def train(cfg: Config, runtime: Runtime | None = None, point: tuple[Path | None,
             if earlier.is_file() or (earlier.is_dir() and any(earlier.iterdir())):
                 old = earlier.rename(free_path(earlier.with_stem(f"{earlier.stem}_old")))
                 runtime.say(f"kept an earlier run's {earlier} as {old.name}")
-    runtime.say(run_report(run.cfg, runtime, run.network, run.shape, len(run.batches.indices)))
+    runtime.say(run_report(run.cfg, runtime, run.network, run.shape, len(run.batches.indices), str(run.arithmetic)))
+    if run.arithmetic.split > 1:
+        runtime.say(f"memory   a step is computed in {run.arithmetic.split} parts, to the same result")
     others = by_age(Path(cfg.working_directory).glob(f"diffusion_checkpoint_{cfg.dataset}_*.pt"))
     if run.step:
         runtime.say(f"resuming from {path} at step {run.step} of {run.total}")
@@ -2094,7 +2293,7 @@ def run_training(given: dict) -> None:
                 f"draw with it: python diffuser.py --mode inference --model_path {path}")
 
 
-def run_report(cfg: Config, runtime: Runtime, network: nn.Module, shape, images: int) -> str:
+def run_report(cfg: Config, runtime: Runtime, network: nn.Module, shape, images: int, arithmetic: str) -> str:
     """What is about to happen, in a few lines."""
     cuda = runtime.device.type == "cuda"
     name = torch.cuda.get_device_name(runtime.device) if cuda else f"{torch.get_num_threads()} threads"
@@ -2103,8 +2302,7 @@ def run_report(cfg: Config, runtime: Runtime, network: nn.Module, shape, images:
     if cfg.train_minutes and not cfg.iterations:
         length = f"as many steps of {batch} images as fit into {cfg.train_minutes:g} minutes"
     size, left = "x".join(map(str, (*shape[1:], shape[0]))), alpha_bar_table(cfg)[-1].sqrt().item()
-    lines = [f"device   {runtime.device.type} x {runtime.num_devices} ({name}), {runtime.precision}"
-             + (", compiled" if cfg.compile else ""),
+    lines = [f"device   {runtime.device.type} x {runtime.num_devices} ({name}), {arithmetic}",
              f"data     {cfg.dataset}: {images:,} images {size}, {network.num_classes} classes",
              f"network  {sum(p.numel() for p in network.parameters()):,} parameters",
              f"training {length}",
@@ -2120,26 +2318,19 @@ def dry_run_report(cfg: Config, runtime: Runtime) -> str:
     dataset, files = DATASETS[cfg.dataset], ImageFiles(cfg.path_to_data) if cfg.dataset == "folder" else None
     classes, images = (files.class_names, len(files)) if files else (dataset.classes, dataset.num_images)
     shape = image_shape(cfg, files)
+    labels, options = 0 if cfg.use_labels is False else len(classes), precisions(cfg, runtime.device)
     with torch.device("meta"):
-        network = build_unet(cfg, shape[0], 0 if cfg.use_labels is False else len(classes))
-    report = run_report(cfg, runtime, network, shape, images - held_out_size(images, cfg.val_fraction))
-    need = training_memory(network, shape, math.ceil(cfg.batch_size / runtime.num_devices), cfg.use_ema)
+        network = build_unet(cfg, shape[0], labels)
+    arithmetic = choose_arithmetic(dataclasses.replace(cfg, precision=options[0]), runtime.device)
+    report = run_report(cfg, runtime, network, shape, images - held_out_size(images, cfg.val_fraction),
+                        str(arithmetic).replace(options[0], " or ".join(options)))
+    need = sum(training_memory(cfg, shape, labels, math.ceil(cfg.batch_size / runtime.num_devices), options[0]))
     return f"{settings_text(cfg)}\n{report}\nmemory   about {need / 2**30:.2g} GiB for training on each device"
 
 
 def settings_text(cfg: Config) -> str:
     """The settings that a checkpoint keeps, one on a line."""
     return "\n".join(f"{name} = {getattr(cfg, name)}" for name in FIELDS if name not in LOCAL)
-
-
-def training_memory(network: UNet, shape, batch: int, ema: bool) -> float:
-    """Bytes for weights, gradients, Adam's two moments, the average, and one step's activations."""
-    outputs = []
-    for module in network.modules():
-        if not list(module.children()):
-            module.register_forward_hook(lambda module, inputs, output: outputs.append(output.numel()))
-    network(torch.zeros(1, *shape, device="meta"), torch.zeros(1, dtype=torch.long, device="meta"))
-    return 4 * (sum(p.numel() for p in network.parameters()) * (4 + ema) + 2 * batch * sum(outputs))
 
 
 def run_inference(given: dict) -> None:

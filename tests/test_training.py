@@ -293,7 +293,7 @@ def test_data_parallel_keeps_plain_names(folder):
     runtime = Runtime(tiny_training())
     runtime.replicas = 2
     network = torch.nn.Linear(2, 2)
-    wrapped = runtime.parallel(network, tiny_training())
+    wrapped = runtime.parallel(network, compiled=False)
     assert isinstance(wrapped, torch.nn.DataParallel) and wrapped.module is network
     if not torch.cuda.is_available():
         with pytest.raises(UserError, match="num_gpus"):

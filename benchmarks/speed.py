@@ -1,0 +1,431 @@
+#!/usr/bin/env python3
+"""speed: training and sampling speed of diffuser, diffusers and denoising-diffusion-pytorch on the same networks.
+
+    python benchmarks/speed.py                                   the MNIST preset: one table
+    python benchmarks/speed.py --networks ho2020 --batches 16,64
+    python benchmarks/speed.py --curves size,batch,width,dataset time against one thing at a time, for diffuser alone
+    python benchmarks/speed.py --jpegs 20000                     what a folder of JPEGs costs: caching, loading, memory
+    python benchmarks/speed.py --start                           from the command to the first step
+
+Every measurement is a process of its own, contestants take turns, and medians over the rounds are shown, so that a
+machine whose pace changes is fair to all. diffusers trains as its unconditional example does, through accelerate, with
+a UNet2DModel of the same shapes; denoising-diffusion-pytorch with its own Trainer and a Unet of about as many
+parameters; each as documented and with bf16. TFLOP/s count a network's own multiplications, forward and backward; the
+percentage beside them is the share of what this machine does in a bf16 2048 x 2048 product (8192 on a GPU), measured
+between the rounds.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import math
+import os
+import resource
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor, nn
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+import diffuser
+from benchmarks.quality import machine, table
+from diffuser import UserError
+
+# Networks by name: settings of diffuser.py that the contestants are given shapes from.
+NETWORKS = {
+    "mnist": dict(diffuser.PRESETS["mnist"], img_size=(28, 28), channels=1, conditioning="add"),
+    "ho2020": dict(diffuser.RECIPES["ho2020"], img_size=(32, 32), channels=3),
+    "ho2020_heads8": dict(diffuser.RECIPES["ho2020"], img_size=(32, 32), channels=3, head_dim=8),
+    "64x64": dict(diffuser.PRESETS["folder"], img_size=(64, 64), channels=3, conditioning="add"),
+    "tiny": dict(diffuser.PRESETS["digits"], img_size=(8, 8), channels=1, conditioning="add"),
+}
+
+
+def settings(network: str, batch: int, **more) -> diffuser.Config:
+    """The configuration of a network of that name for a benchmark: random images, no labels, no end."""
+    fields = {k: v for k, v in NETWORKS[network].items() if k not in ("epochs", "use_labels", "num_gpus")}
+    return diffuser.configure(**{**fields, "dataset": "random", "batch_size": batch, "iterations": 10**6,
+                                 "use_labels": False, "val_fraction": 0.0, **more})
+
+
+def random_images(cfg: diffuser.Config, count: int = 2048) -> diffuser.ImageData:
+    """Noise as uint8 images of the configured shape."""
+    shape = (max(count, cfg.batch_size), *diffuser.image_shape(cfg))
+    images = torch.randint(256, shape, dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    return diffuser.ImageData(images, torch.zeros(len(images), dtype=torch.long), [])
+
+
+diffuser.DATASETS["random"] = diffuser.Dataset(random_images, (3, 32, 32))
+
+
+@dataclasses.dataclass
+class Contestant:
+    """What is measured: a training step; drawing so many images in so many steps; its network's work."""
+
+    step: Callable[[], None]
+    draw: Callable[[int, int], object]
+    network: nn.Module
+    call: Callable[[nn.Module, Tensor, Tensor], Tensor]                      # (network, xt, t) -> output
+
+
+def ours(cfg: diffuser.Config, precision: str) -> Contestant:
+    """diffuser.py as it is."""
+    cfg = dataclasses.replace(cfg, precision=precision)
+    run = diffuser.Training(cfg, diffuser.Runtime(cfg))
+
+    def draw(count: int, steps: int) -> None:
+        ddim = dataclasses.replace(run.cfg, sampler="ddim", steps=steps)
+        torch.cat(list(run.model.draw(run.model.labels(None, count), ddim)))
+
+    return Contestant(run.train_step, draw, run.network, lambda network, xt, t: network(xt, t))
+
+
+def diffusers(cfg: diffuser.Config, precision: str) -> Contestant:
+    """The loop of diffusers' examples/unconditional_image_generation/train_unconditional.py, with --use_ema."""
+    import torch.nn.functional as F
+    from accelerate import Accelerator
+    from diffusers import DDIMPipeline, DDIMScheduler, DDPMScheduler, UNet2DModel
+    from diffusers.optimization import get_scheduler
+    from diffusers.training_utils import EMAModel
+
+    accelerator = Accelerator(mixed_precision=precision)
+    levels = range(len(cfg.channel_mults))
+    attends = [cfg.use_attention and i in cfg.attention_levels for i in levels]
+    width = cfg.base_channels * cfg.channel_mults[-1]
+    model = UNet2DModel(
+        sample_size=cfg.img_size, in_channels=cfg.channels, out_channels=cfg.channels,
+        layers_per_block=cfg.num_res_blocks, block_out_channels=[cfg.base_channels * m for m in cfg.channel_mults],
+        down_block_types=["AttnDownBlock2D" if a else "DownBlock2D" for a in attends], dropout=cfg.dropout,
+        up_block_types=["AttnUpBlock2D" if a else "UpBlock2D" for a in reversed(attends)],
+        attention_head_dim=cfg.head_dim or (None if cfg.num_heads == 1 else width // cfg.num_heads),
+        norm_num_groups=math.gcd(cfg.norm_groups, cfg.base_channels), add_attention=cfg.use_attention)
+    ema = EMAModel(model.parameters(), decay=0.9999, use_ema_warmup=True, inv_gamma=1.0, power=0.75)
+    noising = DDPMScheduler(num_train_timesteps=1000)
+    optimizer = torch.optim.AdamW(model.parameters(), 1e-4, (0.95, 0.999), weight_decay=1e-6, eps=1e-8)
+    images = diffuser.from_uint8(random_images(cfg).images)
+    loader = torch.utils.data.DataLoader(images, batch_size=cfg.batch_size, shuffle=True)
+    schedule = get_scheduler("cosine", optimizer, num_warmup_steps=500, num_training_steps=10**6)
+    model, optimizer, loader, schedule = accelerator.prepare(model, optimizer, loader, schedule)
+    ema.to(accelerator.device)
+
+    def forever():
+        while True:
+            yield from loader
+
+    batches = forever()
+
+    def step() -> None:
+        clean = next(batches)
+        noise = torch.randn_like(clean)
+        t = torch.randint(0, 1000, (len(clean),), device=clean.device).long()
+        with accelerator.accumulate(model):
+            loss = F.mse_loss(model(noising.add_noise(clean, noise, t), t).sample.float(), noise.float())
+            accelerator.backward(loss)
+            accelerator.clip_grad_norm_(model.parameters(), 1.0)
+            optimizer.step()
+            schedule.step()
+            optimizer.zero_grad()
+        ema.step(model.parameters())
+        loss.detach().item()                                                 # its progress bar shows it
+
+    def draw(count: int, steps: int) -> None:
+        with accelerator.autocast():                                         # nothing in float32, its default
+            pipeline = DDIMPipeline(accelerator.unwrap_model(model), DDIMScheduler(num_train_timesteps=1000))
+            pipeline.set_progress_bar_config(disable=True)
+            pipeline(batch_size=count, num_inference_steps=steps, output_type="np")
+
+    return Contestant(step, draw, accelerator.unwrap_model(model), lambda network, xt, t: network(xt, t).sample)
+
+
+def lucidrains(cfg: diffuser.Config, precision: str) -> Contestant:
+    """denoising-diffusion-pytorch's Trainer over a folder of PNG files."""
+    from denoising_diffusion_pytorch import GaussianDiffusion, Trainer, Unet
+
+    with torch.device("meta"):
+        wanted = sum(p.numel() for p in diffuser.build_unet(cfg, cfg.channels, 0).parameters())
+        mults = {8: (1, 2), 28: (1, 2, 4), 32: (1, 2, 4, 8), 64: (1, 2, 4, 8)}.get(cfg.img_size[0], (1, 2, 4))
+        sizes = {dim: sum(p.numel() for p in Unet(dim, dim_mults=mults, channels=cfg.channels).parameters())
+                 for dim in range(8, 160, 4)}
+    network = Unet(min(sizes, key=lambda dim: abs(sizes[dim] - wanted)), dim_mults=mults, channels=cfg.channels,
+                   dropout=cfg.dropout)
+    folder = Path(tempfile.mkdtemp(prefix="speed_"))
+    for i, image in enumerate(random_images(cfg, 512).images[:max(512, cfg.batch_size)]):
+        diffuser.to_pil(image).save(folder / f"{i}.png")
+    diffusion = GaussianDiffusion(network, image_size=cfg.img_size[0], timesteps=1000, sampling_timesteps=50)
+    trainer = Trainer(diffusion, folder, train_batch_size=cfg.batch_size, train_lr=1e-4, calculate_fid=False,
+                      train_num_steps=0, save_and_sample_every=10**9, results_folder=str(folder / "results"),
+                      amp=precision == "bf16", mixed_precision_type="bf16")
+
+    def step() -> None:
+        trainer.train_num_steps = trainer.step + 1
+        trainer.train()
+
+    def draw(count: int, steps: int) -> None:
+        diffusion.sampling_timesteps = steps
+        with torch.no_grad(), trainer.accelerator.autocast():
+            diffusion.sample(batch_size=count)
+
+    return Contestant(step, draw, network, lambda network, xt, t: network(xt, t))
+
+
+# name: (contestant, precision)
+CONTESTANTS = {
+    "diffuser": (ours, "auto"), "diffuser fp32": (ours, "fp32"),
+    "diffusers": (diffusers, "no"), "diffusers bf16": (diffusers, "bf16"),
+    "denoising-diffusion-pytorch": (lucidrains, "no"), "denoising-diffusion-pytorch bf16": (lucidrains, "bf16"),
+}
+
+
+def wait() -> None:
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+
+
+def seconds(work: Callable[[], object], budget: float, warmup: int = 3, least: int = 3) -> float:
+    """Median time of one call, after some to warm up, of as many as fit into `budget` seconds."""
+    for _ in range(warmup):
+        work()
+    wait()
+    times, begun = [], time.perf_counter()
+    while len(times) < least or (time.perf_counter() - begun < budget and len(times) < 200):
+        before = time.perf_counter()
+        work()
+        wait()
+        times.append(time.perf_counter() - before)
+    return statistics.median(times)
+
+
+def matrix_rate() -> float:
+    """FLOP/s of a bf16 matrix product on this machine."""
+    cuda = torch.cuda.is_available()
+    n = 8192 if cuda else 2048
+    a, b = (torch.randn(n, n, device="cuda" if cuda else "cpu").bfloat16() for _ in range(2))
+    return 2 * n**3 / seconds(lambda: a @ b, 1.0)
+
+
+def flops(contestant: Contestant, cfg: diffuser.Config) -> int:
+    """Multiplications and additions of one image, forward and backward."""
+    from torch.utils.flop_counter import FlopCounterMode
+
+    device = next(contestant.network.parameters()).device
+    xt, t = torch.zeros(1, cfg.channels, *cfg.img_size, device=device), torch.zeros(1, dtype=torch.long, device=device)
+    with FlopCounterMode(display=False) as counter:
+        contestant.call(contestant.network, xt, t).square().mean().backward()
+    return counter.get_total_flops()
+
+
+def peak_memory() -> float:
+    """GiB that this process has taken at most: of the GPU's memory where there is one."""
+    if torch.cuda.is_available():
+        return torch.cuda.max_memory_reserved() / 2**30
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+
+
+def measure(args: argparse.Namespace) -> dict:
+    """In a process of its own: everything about one contestant, network and batch size."""
+    make, precision = CONTESTANTS[args.contestants]
+    cfg = settings(args.networks, int(args.batches))
+    contestant = make(cfg, precision)
+    parameters = sum(p.numel() for p in contestant.network.parameters())
+    step = seconds(contestant.step, args.seconds)
+    memory = peak_memory()
+    drawing = seconds(lambda: contestant.draw(args.images, args.steps), 0, 0, 1) if args.images else math.nan
+    return dict(parameters=parameters, step=step, memory=memory, drawing=drawing, flops=flops(contestant, cfg))
+
+
+def in_process(flags: list[str]) -> dict:
+    """The JSON that this script prints last when it is run with the flags. Raises UserError where it fails."""
+    done = subprocess.run([sys.executable, __file__, *flags], capture_output=True, text=True)
+    if done.returncode:
+        raise UserError((done.stderr.strip() or "no message").splitlines()[-1], code=1)
+    return json.loads(done.stdout.strip().splitlines()[-1])
+
+
+def compare(args: argparse.Namespace) -> list[dict]:
+    """A row per network, batch size and contestant: medians over the rounds, who takes part taking turns."""
+    rows, rates = [], []
+    for network in args.networks.split(","):
+        for batch in args.batches.split(","):
+            results: dict[str, list[dict]] = {}
+            for _ in range(args.rounds):
+                rates.append(in_process(["--rate"])["rate"])
+                for name in args.contestants.split(","):
+                    flags = ["--networks", network, "--batches", batch, "--contestants", name, "--measure",
+                             "--seconds", args.seconds, "--images", args.images, "--steps", args.steps]
+                    try:
+                        results.setdefault(name, []).append(in_process(list(map(str, flags))))
+                    except UserError as error:
+                        print(f"{network}, {batch}, {name}: failed ({error})", flush=True)
+            rate = statistics.median(rates)
+            for name, found in results.items():
+                middle = {k: statistics.median(f[k] for f in found) for k in found[0]}
+                speeds = [int(batch) / f["step"] for f in found]
+                work = int(batch) / middle["step"] * middle["flops"]
+                rows.append({
+                    "network": network, "batch": batch, "": name, "parameters": f"{middle['parameters'] / 1e6:.2f}M",
+                    "training images/s": short(int(batch) / middle["step"]), "from": short(min(speeds)),
+                    "to": short(max(speeds)), "TFLOP/s": short(work / 1e12), "of matrix rate": f"{work / rate:.0%}",
+                    "peak GiB": short(middle["memory"]),
+                    "sampling images/s": short(args.images / middle["drawing"]) if args.images else "",
+                })
+                print(rows[-1], flush=True)
+    low, high = min(rates) / 1e12, max(rates) / 1e12
+    print(f"matrix rate: {statistics.median(rates) / 1e12:.2f} TFLOP/s ({low:.2f} to {high:.2f})")
+    return rows
+
+
+def short(number: float) -> float:
+    """Three digits of it."""
+    return float(f"{number:.3g}")
+
+
+# What a cost curve varies, from a small network on small images: (settings, batch, images in the data set)
+CURVES = {
+    "size": [(dict(img_size=(n, n)), 16, 2048) for n in (16, 32, 64, 128)],
+    "batch": [({}, n, 2048) for n in (1, 4, 16, 64, 256)],
+    "width": [(dict(base_channels=n), 16, 2048) for n in (16, 32, 64, 128)],
+    "dataset": [({}, 16, n) for n in (1_000, 10_000, 100_000)],
+}
+
+
+def curve_point(args: argparse.Namespace) -> dict:
+    """In a process of its own: one step of one point of a cost curve."""
+    changes, batch, images = CURVES[args.curves][args.point]
+    diffuser.DATASETS["random"] = diffuser.Dataset(lambda cfg: random_images(cfg, images), (3, 32, 32))
+    cfg = settings("64x64", batch, **{"img_size": (32, 32), "num_heads": 4, **changes})
+    run = diffuser.Training(cfg, diffuser.Runtime(cfg))
+    loading = seconds(lambda: run.batches(run.step), 1.0)
+    step = seconds(run.train_step, args.seconds)
+    parameters = sum(p.numel() for p in run.network.parameters())
+    return dict(step=step, loading=loading, memory=peak_memory(), parameters=parameters)
+
+
+def curves(args: argparse.Namespace) -> list[dict]:
+    """A row per point of the curves asked for; medians over the rounds."""
+    rows = []
+    for name in args.curves.split(","):
+        found = [[in_process(["--curves", name, "--point", str(i), "--measure", "--seconds", str(args.seconds)])
+                  for i in range(len(CURVES[name]))] for _ in range(args.rounds)]
+        for i, (changes, batch, images) in enumerate(CURVES[name]):
+            middle = {k: statistics.median(f[i][k] for f in found) for k in found[0][i]}
+            shown = "x".join(map(str, changes.get("img_size", (32, 32))))
+            rows.append({
+                "": name, "images": f"{images} of {shown}", "batch": batch,
+                "channels": changes.get("base_channels", 64),
+                "parameters": f"{middle['parameters'] / 1e6:.2f}M", "step (s)": short(middle["step"]),
+                "images/s": short(batch / middle["step"]), "loading (ms)": short(1000 * middle["loading"]),
+                "peak GiB": short(middle["memory"])})
+            print(rows[-1], flush=True)
+    return rows
+
+
+def jpegs(args: argparse.Namespace) -> list[dict]:
+    """A folder of that many JPEGs: the time to cache them and to open the cache, and what loading is of a step."""
+    rows = []
+    with tempfile.TemporaryDirectory() as place:
+        folder = Path(place, "images")
+        folder.mkdir()
+        random = np.random.default_rng(0)
+        for i in range(args.jpegs):
+            small = Image.fromarray(random.integers(0, 256, (12, 12, 3), dtype=np.uint8))
+            small.resize((96, 80), Image.Resampling.BICUBIC).save(folder / f"{i:06}.jpg", quality=90)
+        for pass_name in ("first", "cached"):
+            cfg = diffuser.configure(dataset="folder", path_to_data=str(folder), data_dir=place, img_size=(64, 64),
+                                     iterations=10**6, num_workers=os.cpu_count())
+            begun = time.perf_counter()
+            run = diffuser.Training(cfg, diffuser.Runtime(cfg))
+            opened = time.perf_counter() - begun
+            step = seconds(run.train_step, args.seconds)
+            steps = iter(range(10**6))
+            loading = seconds(lambda run=run, steps=steps: run.batches(next(steps)), 5.0)
+            rows.append({"": pass_name, "images": args.jpegs, "ready after (s)": round(opened, 1),
+                         "step (ms)": round(1000 * step), "loading (ms)": round(1000 * loading, 2),
+                         "of the step": f"{loading / step:.1%}"})
+    return rows
+
+
+def start(args: argparse.Namespace) -> list[dict]:
+    """From the command to the end of the first step, on the digits; and what of it importing torch takes."""
+    program = ("import sys, time; sys.path.insert(0, {!r})\n"
+               "import torch; a = time.time(); import diffuser; b = time.time()\n"
+               "step = diffuser.Training.train_step\n"
+               "def first(run):\n"
+               "    step(run); print(a, b, time.time(), flush=True); import os; os._exit(0)\n"
+               "diffuser.Training.train_step = first\n"
+               "diffuser.main(['--mode', 'train', '--dataset', {!r}, '--data_dir', {!r}])")
+    rows = []
+    for dataset in args.start.split(","):
+        found = []
+        for _ in range(max(3, args.rounds)):
+            with tempfile.TemporaryDirectory() as folder:
+                begun = time.time()
+                code = program.format(str(Path(diffuser.__file__).parent), dataset, str(Path(args.data_dir).resolve()))
+                done = subprocess.run([sys.executable, "-c", code], cwd=folder, capture_output=True, text=True)
+                if done.returncode or not done.stdout.strip():
+                    raise UserError(done.stderr.strip().splitlines()[-1], code=1)
+                torch_in, ours_in, end = map(float, done.stdout.split()[-3:])
+                found.append((torch_in - begun, ours_in - torch_in, end - ours_in, end - begun))
+        middle = [round(statistics.median(column), 2) for column in zip(*found, strict=True)]
+        names = ("", "import torch (s)", "import the rest", "to the first step", "in all")
+        rows.append(dict(zip(names, (dataset, *middle), strict=True)))
+    return rows
+
+
+def check(args: argparse.Namespace) -> None:
+    """Raise UserError for a name or number that would fail later."""
+    for given, known in ((args.networks, NETWORKS), (args.contestants, CONTESTANTS), (args.curves, CURVES)):
+        unknown = [name for name in given.split(",") if name and name not in known]
+        if unknown:
+            raise UserError(f"unknown: {', '.join(unknown)}; there are {', '.join(known)}")
+    if not all(n.isdigit() and int(n) > 0 for n in args.batches.split(",")) or args.rounds < 1 or args.images < 0:
+        raise UserError("--batches wants numbers such as 16,64, --rounds at least 1, --images at least 0")
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--networks", default="mnist", help=f"{', '.join(NETWORKS)} [mnist]")
+    parser.add_argument("--batches", default="128", help="batch sizes [128]")
+    parser.add_argument("--contestants", default=",".join(CONTESTANTS), help=f"[{','.join(CONTESTANTS)}]")
+    parser.add_argument("--rounds", type=int, default=3, help="times that each is measured [3]")
+    parser.add_argument("--seconds", type=float, default=5, help="for timing steps: at least 3, after 3 to warm up [5]")
+    parser.add_argument("--images", type=int, default=100, help="images to draw by DDIM; 0: none [100]")
+    parser.add_argument("--steps", type=int, default=50, help="sampling steps [50]")
+    parser.add_argument("--curves", default="", help=f"cost curves instead: {', '.join(CURVES)}")
+    parser.add_argument("--jpegs", type=int, default=0, help="instead: a folder of so many JPEGs")
+    parser.add_argument("--start", nargs="?", const="digits", default="", help="instead: time to a first step [digits]")
+    parser.add_argument("--data_dir", default="data", help="where --start finds its datasets [data]")
+    parser.add_argument("--json", default="", help="also write the rows to this file")
+    for hidden in ("--measure", "--rate"):
+        parser.add_argument(hidden, action="store_true", help=argparse.SUPPRESS)
+    parser.add_argument("--point", type=int, default=0, help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    try:
+        check(args)
+        if args.rate or args.measure:
+            print("\n" + json.dumps(dict(rate=matrix_rate()) if args.rate else
+                                    curve_point(args) if args.curves else measure(args)))
+            return 0
+        print(machine(), flush=True)
+        study = curves if args.curves else jpegs if args.jpegs else start if args.start else compare
+        rows = study(args)
+        print(table(rows))
+        if args.json:
+            diffuser.write_json(Path(args.json), dict(machine=machine(), command=sys.argv[1:], rows=rows))
+        return 0
+    except (UserError, OSError) as error:
+        print("speed:", error, file=sys.stderr)
+        return getattr(error, "code", 1)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
