@@ -167,7 +167,7 @@ class Config:
     early_stop_loss_change: float = opt(0.0, "stop when the mean absolute change of the last ten logged losses is below this; 0: never", lo=0, hi=1e9)
     scale_lr: bool = opt(False, "multiply the learning rate by the number of devices")
     num_gpus: int = opt(0, "GPUs for DataParallel; 0: all there are", lo=0, hi=64, local=True)
-    precision: str = opt("auto", "auto: bf16 where it is faster, measured where that is not clear", choices=lambda: ("auto", "fp32", "bf16", "fp16"), local=True)
+    precision: str = opt("auto", "auto: bf16 where it is faster, measured where that is not clear", choices=lambda: ("auto", *PRECISIONS), local=True)
     compile: bool | None = opt(None, "torch.compile the network (default: on cuda, where the run is long enough)", local=True)
     channels_last: bool | None = opt(None, "store images channels last (default: but for mps)", local=True)
     gradient_checkpointing: bool = opt(False, "compute activations again on the way back: about a third of the memory, a third more time")
@@ -548,22 +548,30 @@ def hand_tuned(x: Tensor) -> bool:
 
 class NormOnCPU(torch.autograd.Function):
     """Group norm of x [N, C, H, W], times weight plus bias (float [N or 1, C]), then SiLU where `silu`: for bf16 on a
-    CPU, where torch's own takes up to four times as long. Of x alone it keeps a copy for the way back."""
+    CPU, where torch's own takes up to four times as long."""
 
     @staticmethod
     def forward(ctx, x, weight, bias, groups: int, eps: float, silu: bool):
-        n, c, h, w = x.shape
-        rows = x.permute(0, 2, 3, 1)                                         # as they lie in channels-last memory
-        # sums over rows are rounded to bf16, either way, and the errors even out in the sums of those
-        mean, square = (v.sum(1).view(n, w, groups, -1).sum((1, 3), dtype=torch.float32).view(n, groups, 1)
-                        / (c // groups * h * w) for v in (rows, rows.square()))                  # [N, groups, 1]
+        (n, c, h, w), size = x.shape, x[0].numel() // groups
+
+        def means(v: Tensor) -> Tensor:                                      # of each group, float [N, groups, 1]
+            parts = math.gcd(4, h * w)                                       # their sums are rounded, and even out
+            sums = v.permute(0, 2, 3, 1).reshape(n * parts, -1, c).sum(1).float()
+            return sums.view(n, parts, groups, -1).sum((1, 3)).view(n, groups, 1) / size
+
+        def spread(v: Tensor) -> Tensor:                                     # to the channels of the groups
+            return v.to(x.dtype).expand(n, groups, c // groups).reshape(n, c, 1, 1)
+
+        mean, square = means(x), means(x.square())
+        if (mean**2 > 16 * (square - mean**2)).any():                        # so far from 0, squares lose the variance
+            x = x - spread(mean)
+            mean, square = means(x), means(x.square())
         rstd = (square - mean**2).clamp_(min=0).add_(eps).rsqrt_()
-        a = (weight.view(-1, groups, c // groups) * rstd).to(x.dtype)        # what follows is a x + b
-        b = (bias.view(-1, groups, c // groups) - mean * a).to(x.dtype)
-        a, b = a.view(n, c, 1, 1), b.view(n, c, 1, 1)
+        a = spread(weight.view(-1, groups, c // groups) * rstd)              # what follows is a x + b
+        b = spread(bias.view(-1, groups, c // groups) - mean * a.view(n, groups, -1))
+        z = torch.addcmul(b, x, a)
         ctx.save_for_backward(x, weight, mean, rstd, a, b)
         ctx.silu = silu
-        z = torch.addcmul(b, x, a)
         return F.silu(z, inplace=True) if silu else z
 
     @staticmethod
@@ -590,7 +598,7 @@ def normalise(norm: nn.GroupNorm, x: Tensor, scale: Tensor | None = None, shift:
     if hand_tuned(x) and x.shape[2] * x.shape[3] > 16:
         weight, bias = norm.weight[None], norm.bias[None]
         if scale is not None:
-            weight, bias = weight * (1 + scale), bias * (1 + scale) + shift
+            weight, bias = weight * (1 + scale.float()), bias * (1 + scale.float()) + shift.float()
         return NormOnCPU.apply(x, weight, bias, norm.num_groups, norm.eps, silu)
     h = norm(x)
     if scale is not None:                                                    # ADM, adaptive group norm
@@ -627,7 +635,7 @@ class Convolution(nn.Conv2d):
         super().__init__(cin, cout, 3, stride, padding=1)
 
     def forward(self, x: Tensor) -> Tensor:
-        if hand_tuned(x) and x.shape[2] * x.shape[3] <= 64 and self.stride == (1, 1):
+        if hand_tuned(x) and x.shape[2] * x.shape[3] <= 64 and x.shape[1] >= 128 and self.stride == (1, 1):
             return SmallMapConvolution.apply(x, *(v.to(x.dtype) for v in (self.weight, self.bias)))
         return super().forward(x)
 
@@ -1021,7 +1029,7 @@ class Model:
     def denoiser(self, y: Tensor, cfg: Config) -> Denoiser:
         """What the samplers see of the network, for labels y [N]."""
         def run(network: Callable, *inputs) -> Tensor:
-            with self.arithmetic.autocast():
+            with self.arithmetic.running():
                 return network(*inputs)
 
         network, guide = partial(run, self.network), partial(run, self.guide) if self.guide else None
@@ -1439,9 +1447,10 @@ class Runtime:
         if cfg.precision == "fp16" and self.device.type != "cuda":
             raise UserError("--precision fp16 needs a CUDA device: use bf16 or fp32 here")
 
-    def parallel(self, network: nn.Module, compiled: bool) -> Callable:
-        """The network as training calls it: compiled, and spread over devices. Its parameters stay its own."""
-        forward = torch.compile(network) if compiled else network
+    def parallel(self, network: nn.Module, compiled: bool, graphs: bool = False) -> Callable:
+        """The network as training calls it: compiled, as CUDA graphs where `graphs`, and spread over devices. Its
+        parameters stay its own."""
+        forward = compiled_network(network, graphs and self.world == 1) if compiled else network
         if self.world > 1:
             devices = [self.device.index] if self.device.type == "cuda" else None
             return nn.parallel.DistributedDataParallel(forward, device_ids=devices)
@@ -1508,6 +1517,9 @@ def pick_device(wanted: str) -> torch.device:
     return device
 
 
+PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
 @dataclass(frozen=True)
 class Arithmetic:
     """How a network is run. Chosen once and kept in checkpoints, so that a run goes on as it began. device: its type;
@@ -1519,9 +1531,11 @@ class Arithmetic:
     compiled: bool = False
     split: int = 1
 
-    def autocast(self):
-        dtype = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[self.precision]
-        return torch.autocast(self.device, dtype, enabled=self.precision != "fp32")
+    def running(self):
+        """The context of each call of the network."""
+        if self.compiled:
+            torch.compiler.cudagraph_mark_step_begin()                       # the last call's output is done with
+        return torch.autocast(self.device, PRECISIONS[self.precision], enabled=self.precision != "fp32")
 
     @property
     def layout(self) -> torch.memory_format:
@@ -1564,6 +1578,12 @@ def choose_arithmetic(cfg: Config, device: torch.device, calls: int = 0, stored:
     times = [[seconds(option) for option in options] for _ in range(4)][1:]  # in turn: a machine's pace changes
     plain, reduced = map(min, zip(*times, strict=True))
     return options[1] if reduced < 0.85 * plain else options[0]
+
+
+def compiled_network(network: nn.Module, graphs: bool) -> nn.Module:
+    """torch.compile, with CUDA graphs where `graphs`; where it fails the network is run as it is."""
+    torch._dynamo.config.suppress_errors = True                              # it prints what went wrong
+    return torch.compile(network, mode="reduce-overhead" if graphs else None)
 
 
 def keep_freed_memory() -> None:
@@ -1837,7 +1857,7 @@ def restore(state: dict, cfg: Config, calls: int = 0) -> Model:
     arithmetic, network = choose_arithmetic(cfg, device, calls), build_unet(cfg, shape[0], len(names))
     network.load_state_dict((cfg.use_ema and state["ema"]) or state["model"])
     network = network.to(device, memory_format=arithmetic.layout).eval().requires_grad_(False)
-    model = Model(torch.compile(network, mode="reduce-overhead") if arithmetic.compiled else network,
+    model = Model(compiled_network(network, graphs=True) if arithmetic.compiled else network,
                   build_diffusion(cfg, device), Moments(**state["moments"]), cfg, shape, names, arithmetic)
     if cfg.guide_path:                                              # its outputs have to mean the same
         guide = load(cfg.guide_path, cfg.device)
@@ -1909,7 +1929,10 @@ class Training:
         self.arithmetic = self.choose_arithmetic((state or {}).get("arithmetic"))
         self.scaler = torch.amp.GradScaler(runtime.device.type, enabled=self.arithmetic.precision == "fp16")
         self.network.to(memory_format=self.arithmetic.layout)
-        self.forward = runtime.parallel(self.network, self.arithmetic.compiled)
+        # graphs save launches, which is what counts in small steps; gradients of several parts cannot add up in them
+        parts = cfg.gradient_accumulation_steps * self.arithmetic.split
+        graphs = parts == 1 and self.size * math.prod(shape[1:]) < 2**18
+        self.forward = runtime.parallel(self.network, self.arithmetic.compiled, graphs)
         average = (cfg.ema_decay, cfg.ema_update_rate, cfg.ema_start) if cfg.use_ema else (0.0,)  # 0: a plain copy
         self.ema = EMA(self.network, *average)
         self.model = Model(self.ema.network, self.diffusion, self.moments, cfg, shape, names,
@@ -2007,16 +2030,16 @@ class Training:
         chosen = self.arithmetic = choose_arithmetic(cfg, device, calls, stored, seconds)
         if device.type == "cpu":
             size = max(1, self.size // self.runtime.world // cfg.gradient_accumulation_steps)
-            need = training_memory(cfg, self.shape, self.null, size, chosen.precision)
-            fits = partial(math.ceil, (need[1] + 1) / max(1, 0.9 * free_memory(device) - need[0]))
-            chosen = dataclasses.replace(chosen, split=min(size, max(chosen.split, fits())))
+            fixed, moving = training_memory(cfg, self.shape, self.null, size, chosen.precision)
+            parts = math.ceil(moving / max(1, 0.9 * free_memory(device) - fixed))
+            chosen = dataclasses.replace(chosen, split=min(size, max(chosen.split, parts)))
         elif device.type == "cuda":
             self.gradients_that_fit(self.batch(), self.network)              # before anything else is done
             self.network.zero_grad()
             chosen = self.arithmetic
-        precision = ("fp32", "bf16", "fp16").index(chosen.precision)         # of rank 0: the others may have timed
-        names, split = ("fp32", "bf16", "fp16"), self.runtime.agreed(chosen.split)
-        return dataclasses.replace(chosen, precision=names[self.runtime.agreed(precision)], split=split)
+        names, agreed = list(PRECISIONS), self.runtime.agreed                # processes may have measured differently
+        return dataclasses.replace(chosen, precision=names[agreed(names.index(chosen.precision))],
+                                   split=agreed(chosen.split))
 
     def batch(self) -> list[Tensor]:
         """This process's share of a step's batch: x0, t, eps, y, the noise that the network sees."""
@@ -2033,7 +2056,7 @@ class Training:
         for i, (x0, t, eps, y, noise) in enumerate(micro_batches, 1):
             alone = forward is self.network or i == len(micro_batches) or self.runtime.world == 1
             with nullcontext() if alone else forward.no_sync():
-                with self.arithmetic.autocast():
+                with self.arithmetic.running():
                     losses = self.diffusion.loss(forward, x0, t, eps, y, noise)
                 # DistributedDataParallel averages over processes: sum / size * world is the batch's mean
                 self.scaler.scale(losses.sum() * self.runtime.world / self.size).backward()
@@ -2051,6 +2074,8 @@ class Training:
                     raise
             self.network.zero_grad()
             self.arithmetic = dataclasses.replace(self.arithmetic, split=2 * self.arithmetic.split)
+            if forward is not self.network:                                  # without graphs
+                forward = self.forward = self.runtime.parallel(self.network, self.arithmetic.compiled)
             self.runtime.say(f"out of memory: from here on a step is computed in {self.arithmetic.split} parts, to the "
                              "same result")
 
@@ -2076,7 +2101,7 @@ class Training:
         if n == 0:
             return ""
         random, t = generator(self.cfg.seed, STREAM_VALIDATION), torch.arange(n) * self.diffusion.T // n
-        with self.arithmetic.autocast():
+        with self.arithmetic.running():
             for piece in torch.arange(n).split(self.cfg.batch_size):
                 chosen = self.held_out[piece]
                 x0 = from_uint8(self.data.images[chosen])

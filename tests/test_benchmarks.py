@@ -45,3 +45,48 @@ def test_bad_input_is_refused_before_any_training(folder, flags, words):
     """A name that is not there or a number that makes no sense is one line and exit 2."""
     done = cli(*flags, script="benchmarks/quality.py", cwd=folder)
     assert done.returncode == 2 and words in done.stderr and "Traceback" not in done.stderr
+
+
+def test_speed_is_measured_for_all_who_are_there(folder):
+    """speed.py: a row per contestant with its speed, memory and share of the matrix rate; one that fails is named."""
+    done = cli("--networks", "tiny", "--batches", "8", "--rounds", "1", "--seconds", "0.1", "--images", "2", "--steps", "2",
+               "--contestants", "diffuser,diffusers", "--json", "speed.json", script="benchmarks/speed.py", cwd=folder)
+    assert done.returncode == 0, done.stderr
+    rows = {row[""]: row for row in json.loads((folder / "speed.json").read_text())["rows"]}
+    assert "diffuser" in rows and "matrix rate" in done.stdout
+    assert ("diffusers" in rows) == ("diffusers: failed" not in done.stdout)
+    for row in rows.values():
+        assert row["training images/s"] > 0 and row["sampling images/s"] > 0 and row["TFLOP/s"] > 0 and 0.1 < row["peak GiB"] < 8
+
+
+def test_a_cost_curve_has_all_its_points(folder, monkeypatch):
+    """--curves: a row per point, slower with more channels."""
+    done = cli("--curves", "width", "--rounds", "1", "--seconds", "0.1", "--json", "curve.json", script="benchmarks/speed.py", cwd=folder)
+    assert done.returncode == 0, done.stderr
+    rows = json.loads((folder / "curve.json").read_text())["rows"]
+    assert [row["channels"] for row in rows] == [16, 32, 64, 128] and rows[0]["step (s)"] < rows[-1]["step (s)"]
+
+
+def test_loading_jpegs_is_a_small_part_of_a_step(folder):
+    """--jpegs: the second opening comes from the cache and is faster; loading takes less than 3% of a step."""
+    done = cli("--jpegs", "1500", "--seconds", "0.5", "--json", "jpegs.json", script="benchmarks/speed.py", cwd=folder)
+    assert done.returncode == 0, done.stderr
+    first, again = json.loads((folder / "jpegs.json").read_text())["rows"]
+    assert again["ready after (s)"] < first["ready after (s)"] and again["loading (ms)"] < 0.03 * again["step (ms)"]
+
+
+def test_the_first_step_is_timed(folder):
+    """--start: import and the way to the first step add up to the whole."""
+    done = cli("--start", "digits", "--rounds", "1", "--json", "start.json", script="benchmarks/speed.py", cwd=folder)
+    assert done.returncode == 0, done.stderr
+    row, = json.loads((folder / "start.json").read_text())["rows"]
+    assert 0 < row["import torch (s)"] < row["in all"] < 60
+
+
+@pytest.mark.parametrize("flags, words", [
+    (["--networks", "nothing"], "unknown: nothing"), (["--contestants", "nobody"], "unknown: nobody"),
+    (["--batches", "0"], "--batches"), (["--curves", "none"], "unknown: none")])
+def test_speed_refuses_bad_input(folder, flags, words):
+    """One line and exit 2, before anything is measured."""
+    done = cli(*flags, script="benchmarks/speed.py", cwd=folder)
+    assert done.returncode == 2 and words in done.stderr and "Traceback" not in done.stderr

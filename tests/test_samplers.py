@@ -357,3 +357,44 @@ def test_denoising_strip_runs_from_noise_to_image(folder):
     with Image.open(folder / "strip.png") as picture:
         columns, rows = picture.width // 64, picture.height // 64
     assert (columns, rows) == (5, 2)
+
+
+def test_a_batch_that_does_not_fit_is_halved(monkeypatch):
+    """Out of memory while drawing: smaller batches, the same images; not even one fits: the error."""
+    drawn = model()
+    labels, cfg = drawn.labels([0, 1], 10), dataclasses.replace(drawn.config, steps=3, sample_batch_size=8)
+    whole = torch.cat(list(drawn.draw(labels, cfg)))
+    sizes, room, network = [], [3], drawn.network
+
+    def small_memory(xt, *rest):
+        sizes.append(len(xt))
+        if len(xt) > room[0]:
+            raise torch.OutOfMemoryError("no room")
+        return network(xt, *rest)
+
+    monkeypatch.setattr(drawn, "network", small_memory)
+    parts = torch.cat(list(drawn.draw(labels, cfg)))
+    assert (parts.int() - whole.int()).abs().max() <= 1 and sizes[:3] == [8, 4, 2]
+    room[0] = 0
+    with pytest.raises(torch.OutOfMemoryError):
+        list(drawn.draw(labels, cfg))
+
+
+def test_a_compiled_network_sees_one_shape_only(monkeypatch):
+    """The last batch is filled up rather than compiled anew; what fills it is not among the images."""
+    drawn = model()
+    labels, cfg = drawn.labels([0, 1], 7), dataclasses.replace(drawn.config, steps=2, sample_batch_size=3)
+    plain, sizes, network = torch.cat(list(drawn.draw(labels, cfg))), set(), drawn.network
+    monkeypatch.setattr(drawn, "network", lambda xt, *rest: sizes.add(len(xt)) or network(xt, *rest))
+    monkeypatch.setattr(drawn, "arithmetic", diffuser.Arithmetic(compiled=True))
+    filled = torch.cat(list(drawn.draw(labels, cfg)))
+    assert (filled.int() - plain.int()).abs().max() <= 1 and sizes == {3}
+
+
+def test_the_batch_size_is_chosen(monkeypatch):
+    """By default as many images as keep a CPU busy; --sample_batch_size and --sequential decide otherwise."""
+    drawn = model()
+    assert drawn.batch_size(drawn.config) == 2**17 // math.prod(drawn.shape[1:])
+    assert drawn.batch_size(dataclasses.replace(drawn.config, sample_batch_size=7)) == 7
+    assert drawn.batch_size(dataclasses.replace(drawn.config, sample_batch_size=7, sequential=True)) == 1
+    assert diffuser.parse_value("sample_batch_size", "auto") is None and diffuser.parse_value("compile", "auto") is None

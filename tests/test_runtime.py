@@ -1,0 +1,240 @@
+"""Chapter 7: how a network is run on the device at hand: precision, memory, compilation."""
+
+import dataclasses
+import shutil
+import subprocess
+import sys
+
+import pytest
+import torch
+from conftest import ROOT, TINY_FLAGS, cli, tiny_training
+
+import diffuser
+from diffuser import Arithmetic, Runtime, Training, choose_arithmetic, load_checkpoint, precisions, train
+
+CPU = torch.device("cpu")
+
+
+@pytest.fixture
+def units(monkeypatch):
+    """Pretend that this CPU multiplies bf16 by AMX, by AVX-512, or not at all."""
+    def have(amx: bool, avx512: bool) -> None:
+        monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: amx, raising=False)
+        monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: avx512, raising=False)
+
+    return have
+
+
+@pytest.mark.parametrize("amx, avx512, channels, expected", [
+    (False, False, 64, ["fp32"]), (True, True, 64, ["bf16"]), (True, True, 16, ["fp32", "bf16"]),
+    (False, True, 64, ["fp32", "bf16"])])
+def test_precision_follows_the_hardware(units, amx, avx512, channels, expected):
+    """bf16 where AMX meets a wide network, fp32 where there is neither unit, a measurement in between."""
+    units(amx, avx512)
+    assert precisions(tiny_training(base_channels=channels), CPU) == expected
+    assert precisions(tiny_training(precision="fp32"), CPU) == ["fp32"]
+
+
+@pytest.mark.parametrize("ratio, chosen", [(0.5, "bf16"), (0.8, "bf16"), (0.95, "fp32"), (2.0, "fp32")])
+def test_an_unclear_choice_is_measured(units, ratio, chosen):
+    """bf16 is taken where its steps are clearly faster; one disturbed measurement does not change that."""
+    units(False, True)
+    asked = []
+
+    def seconds(arithmetic):
+        asked.append(arithmetic.precision)
+        return (ratio if arithmetic.precision == "bf16" else 1.0) * (10 if len(asked) in (3, 4) else 1)
+
+    assert choose_arithmetic(tiny_training(), CPU, seconds=seconds).precision == chosen
+    assert asked == ["fp32", "bf16"] * 4                                     # in turn, the first two to warm up
+
+
+def test_what_is_measured_are_real_steps_that_leave_no_trace(folder, units):
+    """A run whose precision was measured is the run it would have been without."""
+    units(False, True)
+    run = Training(tiny_training(dropout=0.1), Runtime(tiny_training()))
+    units(False, False)
+    plain = Training(tiny_training(dropout=0.1, precision=run.arithmetic.precision), Runtime(tiny_training()))
+    for _ in range(2):
+        run.train_step(), plain.train_step()
+    assert all(map(torch.equal, run.network.parameters(), plain.network.parameters()))
+
+
+def test_a_resumed_run_computes_as_it_began(folder, units):
+    """The arithmetic is in the checkpoint and is used again, whatever would be chosen now; a flag changes it."""
+    units(False, False)
+    path = train(tiny_training())
+    stored = load_checkpoint(path)["arithmetic"]
+    assert stored == vars(Arithmetic("cpu", "fp32", True, False))
+    units(True, True)
+    longer = tiny_training(iterations=8, base_channels=8)
+    assert Training(longer, Runtime(longer), load_checkpoint(path)).arithmetic.precision == "fp32"
+    for flag, kept in (("precision", "bf16"), ("channels_last", False)):
+        changed = dataclasses.replace(longer, **{flag: kept})
+        assert getattr(Training(changed, Runtime(changed), load_checkpoint(path)).arithmetic, flag) == kept
+    state = {**load_checkpoint(path), "arithmetic": dict(stored, device="cuda", precision="fp16", compiled=True)}
+    there = Training(longer, Runtime(longer), state).arithmetic              # from another kind of device
+    assert (there.device, there.compiled) == ("cpu", False) and there.precision != "fp16"
+    assert diffuser.restore(state, longer).arithmetic.precision != "fp16"
+
+
+def test_the_start_line_tells_how_it_computes(folder):
+    """One line at the start names device, precision, layout and compilation."""
+    done = cli("--mode", "train", "--dataset", "digits", "--iterations", "1", *TINY_FLAGS, "--precision", "fp32", cwd=folder)
+    assert any(line.startswith("device   cpu x 1 (") and line.endswith("fp32, channels last, not compiled")
+               for line in done.stdout.splitlines()), done.stdout
+
+
+def test_compiling_is_left_to_long_runs_on_cuda():
+    """auto compiles on CUDA alone, and only where it is repaid; asking for it counts everywhere."""
+    long, cfg = 10**6, tiny_training(precision="fp32", num_gpus=1)
+    assert not choose_arithmetic(cfg, CPU, long).compiled
+    assert choose_arithmetic(cfg, torch.device("cuda"), long).compiled
+    assert not choose_arithmetic(cfg, torch.device("cuda"), 100).compiled
+    assert not choose_arithmetic(dataclasses.replace(cfg, num_gpus=2), torch.device("cuda"), long).compiled
+    assert choose_arithmetic(dataclasses.replace(cfg, compile=True), CPU).compiled
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="glibc's allocator")
+def test_freed_memory_is_kept():
+    """A tensor as large as the last one gets its memory again, without a page fault for each page of it."""
+    program = ("import resource, sys, torch; sys.path.insert(0, {!r}); import diffuser\n"
+               "if {}: diffuser.keep_freed_memory()\n"
+               "def faults():\n"
+               "    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt\n"
+               "    torch.ones(2**24)\n"
+               "    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before\n"
+               "faults(); print(faults())")
+    plain, kept = (int(subprocess.run([sys.executable, "-c", program.format(str(ROOT), keep)], capture_output=True,
+                                      text=True, check=True).stdout) for keep in (False, True))
+    assert kept < 100 and (plain == 0 or kept < plain)
+
+
+def split_run(monkeypatch, **settings):
+    """Weights after three steps, and the run."""
+    cfg = tiny_training(precision="fp32", **settings)
+    run = Training(cfg, Runtime(cfg))
+    for _ in range(3):
+        run.train_step()
+    return torch.cat([p.detach().flatten() for p in run.network.parameters()]), run
+
+
+@pytest.mark.parametrize("settings", [{}, dict(gradient_accumulation_steps=2, batch_size=8)])
+def test_a_step_that_does_not_fit_is_split(folder, monkeypatch, capsys, settings):
+    """Out of memory: the step is done again in parts small enough, with the same result, and stays so; it is said."""
+    whole, _ = split_run(monkeypatch, **settings)
+    forward = diffuser.UNet.forward
+
+    def small_memory(self, xt, *rest):
+        if len(xt) > 4 and self.training:
+            raise torch.OutOfMemoryError("no room")
+        return forward(self, xt, *rest)
+
+    monkeypatch.setattr(diffuser.UNet, "forward", small_memory)
+    parts, run = split_run(monkeypatch, **settings)
+    assert torch.allclose(whole, parts, atol=1e-5) and run.arithmetic.split == 16 // 4 // settings.get("gradient_accumulation_steps", 1)
+    assert "a step is computed in" in capsys.readouterr().out
+    assert run.meter[1, :, 1].sum() == 3 * 16                                # each image counted once
+    assert run.state()["arithmetic"]["split"] == run.arithmetic.split
+    monkeypatch.setattr(diffuser.UNet, "forward", lambda *_: (_ for _ in ()).throw(torch.OutOfMemoryError("no room")))
+    with pytest.raises(torch.OutOfMemoryError):                              # not even one image
+        run.train_step()
+
+
+def test_a_cpu_splits_before_it_swaps(folder, monkeypatch, capsys):
+    """Where the memory at hand is too small for a batch, the step is split from the start, and the run says so."""
+    whole, _ = split_run(monkeypatch)
+    cfg = tiny_training()
+    fixed, moving = diffuser.training_memory(cfg, (1, 8, 8), 10, 16, "fp32")
+    monkeypatch.setattr(diffuser, "free_memory", lambda device: int((fixed + moving / 3.5) / 0.9))
+    parts, run = split_run(monkeypatch)
+    assert run.arithmetic.split == 4 and torch.allclose(whole, parts, atol=1e-5)
+    train(cfg)
+    assert "a step is computed in 4 parts" in capsys.readouterr().out
+
+
+def test_memory_estimate_is_near_the_truth(folder):
+    """What --dry_run tells is within a factor of two of what the process takes for a step."""
+    program = ("import resource, sys; sys.path.insert(0, {!r}); import diffuser, torch\n"
+               "cfg = diffuser.configure(dataset='digits', base_channels=64, channel_mults=(1, 2), num_heads=4,\n"
+               "                         batch_size=1024, precision='fp32', device='cpu')\n"
+               "run = diffuser.Training(cfg, diffuser.Runtime(cfg))\n"
+               "before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss\n"
+               "run.train_step()\n"
+               "print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)\n"
+               "print(diffuser.training_memory(cfg, (1, 8, 8), 10, 1024, 'fp32')[1] // 1024)")
+    done = subprocess.run([sys.executable, "-c", program.format(str(ROOT))], capture_output=True, text=True, cwd=folder)
+    taken, told = map(int, done.stdout.split())
+    assert 0.5 < taken / told < 2, done.stdout
+
+
+def test_gradient_checkpointing_changes_memory_only(folder):
+    """Recomputed activations give the same weights, with dropout too, and take less memory."""
+    runs = []
+    for checkpointing in (False, True):
+        cfg = tiny_training(dropout=0.2, gradient_checkpointing=checkpointing, precision="fp32")
+        run, kept = Training(cfg, Runtime(cfg)), []
+        with torch.autograd.graph.saved_tensors_hooks(lambda v, kept=kept: kept.append(v.numel()) or v, lambda v: v):
+            run.train_step()
+        run.train_step()
+        runs.append((torch.cat([p.detach().flatten() for p in run.network.parameters()]), sum(kept)))
+    (plain, much), (saving, little) = runs
+    assert torch.equal(plain, saving) and little < much
+    assert sum(diffuser.training_memory(cfg, (1, 8, 8), 10, 16, "fp32")) < sum(
+        diffuser.training_memory(tiny_training(), (1, 8, 8), 10, 16, "fp32"))
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+def test_memory_does_not_grow_with_a_cached_dataset(folder):
+    """Training from a cache keeps no copy of the images: ten times as many take no more memory of the process."""
+    program = ("import sys; sys.path.insert(0, {!r}); import diffuser, numpy, re\n"
+               "from PIL import Image\n"
+               "image = Image.fromarray(numpy.full((64, 64, 3), 7, numpy.uint8))\n"
+               "cached = diffuser.cached(diffuser.configure(dataset='folder', num_workers=0, data_dir='d{}',\n"
+               "                         path_to_data='x', img_size=(64, 64)), [(image, 0)] * {}, ('t',), [])\n"
+               "diffuser.DATASETS['folder'] = diffuser.Dataset(lambda cfg: cached, (3, 64, 64))\n"
+               "cfg = diffuser.configure(dataset='folder', path_to_data='x', base_channels=8, channel_mults=(1,),\n"
+               "                         num_heads=2, batch_size=64, device='cpu', epochs=1)\n"
+               "run = diffuser.Training(cfg, diffuser.Runtime(cfg))\n"
+               "for step in range(20): run.train_step() if step < 3 else run.batches(step * 7)\n"
+               "print(re.search(r'RssAnon:\\s+(\\d+)', open('/proc/self/status').read())[1])")
+    few, many = (int(subprocess.run([sys.executable, "-c", program.format(str(ROOT), n, n)], capture_output=True,
+                                    text=True, check=True, cwd=folder).stdout) for n in (400, 4000))
+    assert many - few < 20_000                                               # KiB; the images are 44,000 more
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+@pytest.mark.parametrize("options", [dict(precision="bf16"), dict(precision="fp16"), dict(compile=True), dict(dropout=0.1)])
+def test_training_and_sampling_on_cuda(folder, options):
+    """On a GPU the same run works, its images on the device, without waiting for the device in a step."""
+    cfg = tiny_training(device="cuda", num_gpus=1, iterations=6, **options)
+    run = Training(cfg, Runtime(cfg))
+    assert run.batches.images.is_cuda
+    run.train_step()
+    torch.cuda.set_sync_debug_mode("error" if "precision" not in options else "default")
+    run.train_step()
+    torch.cuda.set_sync_debug_mode("default")
+    model = diffuser.load(train(cfg), device="cuda")
+    assert model.generate(["3", "7"], num_images=5, steps=3).shape == (5, 1, 8, 8)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(shutil.which("g++") is None, reason="no C++ compiler")
+def test_compiled_training_and_sampling_agree_with_plain(folder):
+    """--compile, where it is asked for on a CPU: the same losses to rounding, and the same images, in full batches."""
+    paths = [train(tiny_training(compile=compiled, experiment_name=f"c{compiled}", precision="fp32"))
+             for compiled in (False, True)]
+    plain, compiled = map(load_checkpoint, paths)
+    assert compiled["arithmetic"]["compiled"] and not any("_orig_mod" in name for name in compiled["model"])
+    for (_, a), (_, b) in zip(plain["loss_history"], compiled["loss_history"], strict=True):
+        assert a == pytest.approx(b, rel=1e-3)
+    images = [diffuser.load(paths[0], device="cpu", compile=compiled, precision="fp32").generate(
+        ["3"], num_images=5, steps=3, sample_batch_size=3) for compiled in (False, True)]
+    assert (images[0].int() - images[1].int()).abs().max() <= 1
+
+
+def test_memory_use_is_read_from_the_system(monkeypatch):
+    """free_memory is what the system calls available; where it cannot be told nothing is refused."""
+    assert 2**20 < diffuser.free_memory(CPU) <= 2**60
+    monkeypatch.setattr(diffuser.Path, "read_text", lambda self: (_ for _ in ()).throw(OSError()))
+    assert diffuser.free_memory(CPU) == 2**60
