@@ -1440,6 +1440,7 @@ class Runtime:
         self.is_main, self.stop_signal = self.rank == 0, 0
         if self.device.type == "cuda":
             torch.set_float32_matmul_precision("high")                       # TF32 for what stays float32
+            torch.backends.cudnn.benchmark = True                            # shapes do not change
         else:
             keep_freed_memory()
         if cfg.compile and self.replicas > 1:

@@ -59,7 +59,8 @@ def test_speed_is_measured_for_all_who_are_there(folder):
         assert row["training images/s"] > 0 and row["sampling images/s"] > 0 and row["TFLOP/s"] > 0 and 0.1 < row["peak GiB"] < 8
 
 
-def test_a_cost_curve_has_all_its_points(folder, monkeypatch):
+@pytest.mark.slow
+def test_a_cost_curve_has_all_its_points(folder):
     """--curves: a row per point, slower with more channels."""
     done = cli("--curves", "width", "--rounds", "1", "--seconds", "0.1", "--json", "curve.json", script="benchmarks/speed.py", cwd=folder)
     assert done.returncode == 0, done.stderr
@@ -67,6 +68,7 @@ def test_a_cost_curve_has_all_its_points(folder, monkeypatch):
     assert [row["channels"] for row in rows] == [16, 32, 64, 128] and rows[0]["step (s)"] < rows[-1]["step (s)"]
 
 
+@pytest.mark.slow
 def test_loading_jpegs_is_a_small_part_of_a_step(folder):
     """--jpegs: the second opening comes from the cache and is faster; loading takes less than 3% of a step."""
     done = cli("--jpegs", "1500", "--seconds", "0.5", "--json", "jpegs.json", script="benchmarks/speed.py", cwd=folder)
