@@ -34,9 +34,9 @@ test-slow: $(DEV)  ## run the tests that take minutes
 lint: $(DEV)  ## run the linter
 	$(VENV) -m ruff check .
 
-bench: $(DEV)  ## image quality on the digits beside other programs, a minute of training each
+bench: $(DEV)  ## image quality on the digits and speed on MNIST-sized images, beside other programs
 	$(VENV) benchmarks/quality.py --dataset digits --minutes 1
-	@if [ -f benchmarks/speed.py ]; then $(VENV) benchmarks/speed.py; fi
+	$(VENV) benchmarks/speed.py --rounds 1
 
 setup: $(RUNTIME)  ## only install what the programs need
 

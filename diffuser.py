@@ -538,7 +538,8 @@ def build_diffusion(cfg: Config, device) -> Diffusion:
 
 # ---- 4  U-Net ----------------------------------------------------------------------------------
 # The network of DDPM (appendix B) with the choices of ADM: each parameter has one counterpart of the
-# same shape in diffusers' UNet2DModel.
+# same shape in diffusers' UNet2DModel. First, what torch is slow at in bf16 on a CPU, written anew
+# (benchmarks/README.md has the times); elsewhere these functions are torch's own.
 
 
 def hand_tuned(x: Tensor) -> bool:
@@ -644,7 +645,7 @@ class Dropout(nn.Dropout):
     """nn.Dropout, with random bits from numpy on a CPU: torch's take ten times as long. p is a multiple of 2^-16."""
 
     def forward(self, x: Tensor) -> Tensor:
-        if not (hand_tuned(x) and self.training and self.p):
+        if not (hand_tuned(x) and self.training and self.p >= 2**-16):
             return super().forward(x)
         bits = np.random.SFC64(int(torch.randint(2**62, ()))).random_raw(-(-x.numel() // 4)).view(np.int16)
         dropped = round(self.p * 2**16) - 2**15                              # smaller numbers are
@@ -2022,8 +2023,8 @@ class Training:
         def seconds(arithmetic: Arithmetic) -> float:
             self.arithmetic = arithmetic
             self.network.to(memory_format=arithmetic.layout)
-            begun = time.perf_counter()
-            self.gradients(self.batch(), self.network)
+            batch, begun = [v[:16] for v in self.batch()], time.perf_counter()
+            self.gradients(batch, self.network)
             self.network.zero_grad()
             return time.perf_counter() - begun
 

@@ -22,6 +22,7 @@ import dataclasses
 import json
 import math
 import os
+import re
 import resource
 import statistics
 import subprocess
@@ -228,7 +229,9 @@ def peak_memory() -> float:
     """GiB that this process has taken at most: of the GPU's memory where there is one."""
     if torch.cuda.is_available():
         return torch.cuda.max_memory_reserved() / 2**30
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+    if sys.platform == "linux":                                              # getrusage counts the parent's, too
+        return int(re.search(r"VmHWM:\s+(\d+)", Path("/proc/self/status").read_text())[1]) / 2**20
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**(30 if sys.platform == "darwin" else 20)
 
 
 def measure(args: argparse.Namespace) -> dict:

@@ -104,7 +104,7 @@ def test_freed_memory_is_kept():
                "    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt\n"
                "    torch.ones(2**24)\n"
                "    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before\n"
-               "faults(); print(faults())")
+               "print([faults() for _ in range(10)][-1])")
     plain, kept = (int(subprocess.run([sys.executable, "-c", program.format(str(ROOT), keep)], capture_output=True,
                                       text=True, check=True).stdout) for keep in (False, True))
     assert kept < 100 and (plain == 0 or kept < plain)
@@ -117,6 +117,11 @@ def split_run(monkeypatch, **settings):
     for _ in range(3):
         run.train_step()
     return torch.cat([p.detach().flatten() for p in run.network.parameters()]), run
+
+
+def near(a, b):
+    """Equal but for rounding, which Adam makes larger where gradients are nearly 0."""
+    return (a - b).norm() < 1e-4 * a.norm()
 
 
 @pytest.mark.parametrize("settings", [{}, dict(gradient_accumulation_steps=2, batch_size=8)])
@@ -132,7 +137,7 @@ def test_a_step_that_does_not_fit_is_split(folder, monkeypatch, capsys, settings
 
     monkeypatch.setattr(diffuser.UNet, "forward", small_memory)
     parts, run = split_run(monkeypatch, **settings)
-    assert torch.allclose(whole, parts, atol=1e-5) and run.arithmetic.split == 16 // 4 // settings.get("gradient_accumulation_steps", 1)
+    assert near(whole, parts) and run.arithmetic.split == 4 // settings.get("gradient_accumulation_steps", 1)
     assert "a step is computed in" in capsys.readouterr().out
     assert run.meter[1, :, 1].sum() == 3 * 16                                # each image counted once
     assert run.state()["arithmetic"]["split"] == run.arithmetic.split
@@ -148,20 +153,20 @@ def test_a_cpu_splits_before_it_swaps(folder, monkeypatch, capsys):
     fixed, moving = diffuser.training_memory(cfg, (1, 8, 8), 10, 16, "fp32")
     monkeypatch.setattr(diffuser, "free_memory", lambda device: int((fixed + moving / 3.5) / 0.9))
     parts, run = split_run(monkeypatch)
-    assert run.arithmetic.split == 4 and torch.allclose(whole, parts, atol=1e-5)
+    assert run.arithmetic.split == 4 and near(whole, parts)
     train(cfg)
     assert "a step is computed in 4 parts" in capsys.readouterr().out
 
 
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 def test_memory_estimate_is_near_the_truth(folder):
     """What --dry_run tells is within a factor of two of what the process takes for a step."""
-    program = ("import resource, sys; sys.path.insert(0, {!r}); import diffuser, torch\n"
+    program = ("import re, sys; sys.path.insert(0, {!r}); import diffuser\n"
+               "def peak(): return int(re.search(r'VmHWM:\\s+(\\d+)', open('/proc/self/status').read())[1])\n"
                "cfg = diffuser.configure(dataset='digits', base_channels=64, channel_mults=(1, 2), num_heads=4,\n"
                "                         batch_size=1024, precision='fp32', device='cpu')\n"
                "run = diffuser.Training(cfg, diffuser.Runtime(cfg))\n"
-               "before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss\n"
-               "run.train_step()\n"
-               "print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)\n"
+               "before = peak(); run.train_step(); print(peak() - before)\n"
                "print(diffuser.training_memory(cfg, (1, 8, 8), 10, 1024, 'fp32')[1] // 1024)")
     done = subprocess.run([sys.executable, "-c", program.format(str(ROOT))], capture_output=True, text=True, cwd=folder)
     taken, told = map(int, done.stdout.split())
@@ -186,21 +191,27 @@ def test_gradient_checkpointing_changes_memory_only(folder):
 
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 def test_memory_does_not_grow_with_a_cached_dataset(folder):
-    """Training from a cache keeps no copy of the images: ten times as many take no more memory of the process."""
+    """Batches from a cache keep no copy of the images: six times as many take no more memory of the process."""
     program = ("import sys; sys.path.insert(0, {!r}); import diffuser, numpy, re\n"
                "from PIL import Image\n"
-               "image = Image.fromarray(numpy.full((64, 64, 3), 7, numpy.uint8))\n"
-               "cached = diffuser.cached(diffuser.configure(dataset='folder', num_workers=0, data_dir='d{}',\n"
-               "                         path_to_data='x', img_size=(64, 64)), [(image, 0)] * {}, ('t',), [])\n"
-               "diffuser.DATASETS['folder'] = diffuser.Dataset(lambda cfg: cached, (3, 64, 64))\n"
-               "cfg = diffuser.configure(dataset='folder', path_to_data='x', base_channels=8, channel_mults=(1,),\n"
-               "                         num_heads=2, batch_size=64, device='cpu', epochs=1)\n"
-               "run = diffuser.Training(cfg, diffuser.Runtime(cfg))\n"
-               "for step in range(20): run.train_step() if step < 3 else run.batches(step * 7)\n"
-               "print(re.search(r'RssAnon:\\s+(\\d+)', open('/proc/self/status').read())[1])")
-    few, many = (int(subprocess.run([sys.executable, "-c", program.format(str(ROOT), n, n)], capture_output=True,
-                                    text=True, check=True, cwd=folder).stdout) for n in (400, 4000))
-    assert many - few < 20_000                                               # KiB; the images are 44,000 more
+               "image = Image.fromarray(numpy.full((32, 32, 3), 7, numpy.uint8))\n"
+               "cfg = diffuser.configure(dataset='folder', num_workers=0, data_dir='d{}', path_to_data='x', img_size=(32, 32),\n"
+               "                         device='cpu')\n"
+               "if {}: diffuser.cached(cfg, [(image, 0)] * {}, ('t',), []); sys.exit()\n"
+               "data = diffuser.cached(cfg, [(image, 0)], ('t',), [])\n"
+               "indices, _ = diffuser.split(data, 0.0)\n"
+               "diffuser.image_moments(data, indices, True)\n"
+               "batches = diffuser.Batches(data, indices, 64, True, 0, 'cpu')\n"
+               "for step in range(batches.steps_per_epoch): batches(step)\n"
+               "print(len(data.images), re.search(r'RssAnon:\\s+(\\d+)', open('/proc/self/status').read())[1])")
+    taken = {}
+    for count in (2000, 12000):
+        for caching in (True, False):                                        # the cache is made in a process of its own
+            done = subprocess.run([sys.executable, "-c", program.format(str(ROOT), count, caching, count)], cwd=folder,
+                                  capture_output=True, text=True, check=True)
+        assert int(done.stdout.split()[0]) == count
+        taken[count] = int(done.stdout.split()[1])
+    assert taken[12000] - taken[2000] < 10_000                               # KiB; the images are 30,000 more
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
