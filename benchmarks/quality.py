@@ -228,6 +228,7 @@ STUDIES = {
     + [dict(guidance_scale=w, guidance_interval=(0.2, 5.0)) for w in (0.5, 1.0)],
     "steps": [dict(sampler=s, steps=n) for s in ("ddim", "dpmpp") for n in (10, 20, 50)]
     + [dict(sampler="heun", steps=n) for n in (5, 10, 25)],
+    "ancestral": [dict(sampler="dpmpp", steps=25), dict(sampler="ddpm", steps=None)],            # None: all T
     "spacing": [dict(spacing=s, steps=n) for n in (10, 25) for s in diffuser.SPACINGS],
     "start": [dict(start=start, sampler=sampler, steps=steps) for sampler, steps in (
         ("ddim", 50), ("dpmpp", 25), ("ddpm", 100)) for start in ("gaussian", "matched")],
