@@ -168,7 +168,7 @@ class Config:
     scale_lr: bool = opt(False, "multiply the learning rate by the number of devices")
     num_gpus: int = opt(0, "GPUs for DataParallel; 0: all there are", lo=0, hi=64, local=True)
     precision: str = opt("auto", "auto: bf16 where it is faster, measured where that is not clear", choices=lambda: ("auto", *PRECISIONS), local=True)
-    compile: bool | None = opt(None, "torch.compile the network (default: on cuda, where the run is long enough)", local=True)
+    compile: bool | None = opt(None, "torch.compile the network (default: on cuda, for runs long enough)", local=True)
     channels_last: bool | None = opt(None, "store images channels last (default: but for mps)", local=True)
     gradient_checkpointing: bool = opt(False, "compute activations again on the way back: about a third of the memory, a third more time")
 
@@ -676,7 +676,7 @@ def concatenate(a: Tensor, b: Tensor) -> Tensor:
 
 def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     """softmax(q k^T / sqrt(d)) v over [N, heads, tokens, d]."""
-    if hand_tuned(q) and q.requires_grad and q.shape[2] <= 1024:
+    if hand_tuned(q) and q.requires_grad and q.shape[2] <= 256:          # more would take much memory
         weights = (q * q.shape[3] ** -0.5) @ k.transpose(2, 3)               # torch's own backward is 3 times slower
         return weights.softmax(3) @ v
     return F.scaled_dot_product_attention(q, k, v)
@@ -1003,7 +1003,7 @@ class Model:
     config: Config
     shape: tuple[int, int, int]
     class_names: list[str]
-    arithmetic: Arithmetic = field(default_factory=lambda: Arithmetic())
+    arithmetic: Arithmetic = field(default_factory=lambda: Arithmetic())     # chapter 7 has it
     guide: nn.Module | None = None
 
     @property
@@ -1044,13 +1044,13 @@ class Model:
             return 1 if cfg.sequential else cfg.sample_batch_size
         if self.device.type != "cuda":
             return max(1, 2**17 // math.prod(self.shape[1:]))                # larger ones are no faster
-        each = 2 * activation_count(self.config, self.shape, len(self.class_names)) * (2 if cfg.guidance_scale else 1)
-        return max(1, min(1024, free_memory(self.device) // each))
+        values = activation_count(self.config, self.shape, len(self.class_names)) * (2 if cfg.guidance_scale else 1)
+        return max(1, min(1024, free_memory(self.device) // (4 * values)))
 
     def draw(self, labels: list[int], cfg: Config, progress: Callable = lambda: None, first=0) -> Iterator[Tensor]:
         """Images number first, first + 1, ... in batches, uint8 [n, C, H, W]; progress() after every step. A batch that
         does not fit into memory is halved."""
-        size, i = self.batch_size(cfg), 0
+        size, i = min(self.batch_size(cfg), max(1, len(labels))), 0
         while i < len(labels):
             chosen = labels[i : i + size]
             missing = size - len(chosen) if self.arithmetic.compiled else 0  # rather that than to compile again
@@ -1441,7 +1441,7 @@ class Runtime:
         self.is_main, self.stop_signal = self.rank == 0, 0
         if self.device.type == "cuda":
             torch.set_float32_matmul_precision("high")                       # TF32 for what stays float32
-            torch.backends.cudnn.benchmark = True                            # shapes do not change
+            torch.backends.cudnn.benchmark = True                            # shapes seldom change
         else:
             keep_freed_memory()
         if cfg.compile and self.replicas > 1:
@@ -1449,14 +1449,16 @@ class Runtime:
         if cfg.precision == "fp16" and self.device.type != "cuda":
             raise UserError("--precision fp16 needs a CUDA device: use bf16 or fp32 here")
 
-    def parallel(self, network: nn.Module, compiled: bool, graphs: bool = False) -> Callable:
+    def parallel(self, network: nn.Module, arithmetic: Arithmetic, graphs: bool = False) -> Callable:
         """The network as training calls it: compiled, as CUDA graphs where `graphs`, and spread over devices. Its
         parameters stay its own."""
-        forward = compiled_network(network, graphs and self.world == 1) if compiled else network
+        forward = compiled_network(network, graphs and self.world == 1) if arithmetic.compiled else network
         if self.world > 1:
             devices = [self.device.index] if self.device.type == "cuda" else None
             return nn.parallel.DistributedDataParallel(forward, device_ids=devices)
-        return nn.DataParallel(forward, list(range(self.replicas))) if self.replicas > 1 else forward
+        if self.replicas > 1:
+            return nn.DataParallel(InContext(forward, arithmetic.running), list(range(self.replicas)))
+        return forward
 
     @contextmanager
     def main_first(self):
@@ -1469,10 +1471,12 @@ class Runtime:
             if self.is_main and self.world > 1:
                 torch.distributed.barrier()
 
-    def agreed(self, number: int) -> int:
-        """Rank 0's number, on every rank."""
+    def agreed(self, number: int, largest: bool = False) -> int:
+        """Rank 0's number, or the largest, on every rank."""
         shared = torch.tensor(number, device=self.device)
-        if self.world > 1:
+        if self.world > 1 and largest:
+            torch.distributed.all_reduce(shared, torch.distributed.ReduceOp.MAX)
+        elif self.world > 1:
             torch.distributed.broadcast(shared, 0)
         return int(shared)
 
@@ -1517,6 +1521,18 @@ def pick_device(wanted: str) -> torch.device:
         device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
         torch.cuda.set_device(device)
     return device
+
+
+class InContext(nn.Module):
+    """A network that enters a context at each call: DataParallel's threads do not inherit the precision of autocast."""
+
+    def __init__(self, network: nn.Module, context: Callable):
+        super().__init__()
+        self.network, self.context = network, context
+
+    def forward(self, *inputs: Tensor) -> Tensor:
+        with self.context():
+            return self.network(*inputs)
 
 
 PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -1568,8 +1584,8 @@ def choose_arithmetic(cfg: Config, device: torch.device, calls: int = 0, stored:
     kept = stored if stored and stored["device"] == device.type else {}
     channels_last = kept.get("channels_last", device.type != "mps") if cfg.channels_last is None else cfg.channels_last
     if cfg.compile is None:                                                  # on a CPU it gains nothing: benchmarks/
-        gpus = 1 if "RANK" in os.environ else cfg.num_gpus or torch.cuda.device_count()          # of DataParallel
-        compiled = kept.get("compiled", device.type == "cuda" and gpus == 1 and calls >= 3000)
+        alone = int(os.environ.get("WORLD_SIZE", 1)) > 1 or (cfg.num_gpus or torch.cuda.device_count()) <= 1
+        compiled = alone and kept.get("compiled", device.type == "cuda" and calls >= 3000)       # no DataParallel
     else:
         compiled = cfg.compile
     candidates = [kept["precision"]] if kept and cfg.precision == "auto" else precisions(cfg, device)
@@ -1600,7 +1616,8 @@ def keep_freed_memory() -> None:
 def free_memory(device: torch.device) -> int:
     """Bytes that can still be had on a device; a large number where nobody can tell."""
     if device.type == "cuda":
-        return torch.cuda.mem_get_info(device)[0]
+        kept = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+        return torch.cuda.mem_get_info(device)[0] + kept
     try:
         lines = Path("/proc/meminfo").read_text().splitlines()
         return 1024 * next(int(line.split()[1]) for line in lines if line.startswith("MemAvailable"))
@@ -1698,6 +1715,9 @@ def activation_count(cfg: Config, shape: tuple[int, int, int], num_classes: int)
         for module in network.modules():
             if not list(module.children()):
                 module.register_forward_hook(lambda module, inputs, output: outputs.append(output.numel()))
+            if isinstance(module, Attention):                                # weights and their softmax, see attend
+                module.register_forward_hook(lambda module, inputs, output: outputs.append(
+                    module.heads * min(output[0, 0].numel(), 256) ** 2))
         network(torch.zeros(1, *shape), torch.zeros(1, dtype=torch.long))
     return sum(outputs)
 
@@ -1852,11 +1872,11 @@ def load(path: str | Path, device: str = "auto", **settings) -> Model:
     return restore(state, configure(state["config"], device=device, **settings))
 
 
-def restore(state: dict, cfg: Config, calls: int = 0) -> Model:
-    """The model in the content of a checkpoint, with its guide; calls: of the network, about, to see whether to compile
-    it. Raises UserError for a guide that does not fit it."""
+def restore(state: dict, cfg: Config) -> Model:
+    """The model in the content of a checkpoint, with its guide. Raises UserError for a guide that does not fit it."""
     device, shape, names = Runtime(cfg).device, tuple(state["shape"]), state["class_names"]
-    arithmetic, network = choose_arithmetic(cfg, device, calls), build_unet(cfg, shape[0], len(names))
+    trained = {**state.get("arithmetic", {"device": ""}), "compiled": False}  # compiling repays itself in long runs
+    arithmetic, network = choose_arithmetic(cfg, device, stored=trained), build_unet(cfg, shape[0], len(names))
     network.load_state_dict((cfg.use_ema and state["ema"]) or state["model"])
     network = network.to(device, memory_format=arithmetic.layout).eval().requires_grad_(False)
     model = Model(compiled_network(network, graphs=True) if arithmetic.compiled else network,
@@ -1909,7 +1929,7 @@ def training_length(cfg: Config, images: int) -> tuple[int, int, int]:
 class Training:
     """The state of a run: network, average, optimizer, schedules, losses; and what is done with them."""
 
-    def __init__(self, cfg: Config, runtime: Runtime, state: dict | None = None):
+    def __init__(self, cfg: Config, runtime: Runtime, state: dict | None = None, arithmetic: Arithmetic | None = None):
         with runtime.main_first():
             data = load_data(cfg)
         names, shape = data.class_names, tuple(data.images.shape[1:])
@@ -1928,13 +1948,13 @@ class Training:
         self.step, self.history, self.clock = 0, [], (0, time.perf_counter())
         self.network = build_unet(cfg, shape[0], self.null).to(runtime.device)
         self.scaler = torch.amp.GradScaler(runtime.device.type, enabled=False)
-        self.arithmetic = self.choose_arithmetic((state or {}).get("arithmetic"))
+        self.arithmetic = arithmetic or self.settle_arithmetic((state or {}).get("arithmetic"))
         self.scaler = torch.amp.GradScaler(runtime.device.type, enabled=self.arithmetic.precision == "fp16")
         self.network.to(memory_format=self.arithmetic.layout)
         # graphs save launches, which is what counts in small steps; gradients of several parts cannot add up in them
         parts = cfg.gradient_accumulation_steps * self.arithmetic.split
         graphs = parts == 1 and self.size * math.prod(shape[1:]) < 2**18
-        self.forward = runtime.parallel(self.network, self.arithmetic.compiled, graphs)
+        self.forward = runtime.parallel(self.network, self.arithmetic, graphs)
         average = (cfg.ema_decay, cfg.ema_update_rate, cfg.ema_start) if cfg.use_ema else (0.0,)  # 0: a plain copy
         self.ema = EMA(self.network, *average)
         self.model = Model(self.ema.network, self.diffusion, self.moments, cfg, shape, names,
@@ -2016,7 +2036,7 @@ class Training:
         share = self.batches.share
         return t[share], eps[share], noise[share], drop[share]
 
-    def choose_arithmetic(self, stored: dict | None) -> Arithmetic:
+    def settle_arithmetic(self, stored: dict | None) -> Arithmetic:
         """How this run computes: as it did so far, else what suits the device, timed on real steps if need be."""
         device, cfg = self.runtime.device, self.cfg
 
@@ -2033,15 +2053,18 @@ class Training:
         if device.type == "cpu":
             size = max(1, self.size // self.runtime.world // cfg.gradient_accumulation_steps)
             fixed, moving = training_memory(cfg, self.shape, self.null, size, chosen.precision)
-            parts = math.ceil(moving / max(1, 0.9 * free_memory(device) - fixed))
+            room = 0.9 * free_memory(device) / int(os.environ.get("LOCAL_WORLD_SIZE", 1)) - fixed
+            parts = math.ceil(moving / max(1, room))
             chosen = dataclasses.replace(chosen, split=min(size, max(chosen.split, parts)))
-        elif device.type == "cuda":
-            self.gradients_that_fit(self.batch(), self.network)              # before anything else is done
+        elif device.type == "cuda" and self.runtime.replicas == 1:           # a trial, with room for what is to come
+            room = [torch.empty_like(p) for p in self.network.parameters() for _ in range(4)]
+            self.gradients_that_fit(self.batch(), self.network)
             self.network.zero_grad()
             chosen = self.arithmetic
+            del room
         names, agreed = list(PRECISIONS), self.runtime.agreed                # processes may have measured differently
         return dataclasses.replace(chosen, precision=names[agreed(names.index(chosen.precision))],
-                                   split=agreed(chosen.split))
+                                   split=agreed(chosen.split, largest=True))
 
     def batch(self) -> list[Tensor]:
         """This process's share of a step's batch: x0, t, eps, y, the noise that the network sees."""
@@ -2053,6 +2076,8 @@ class Training:
     def gradients(self, batch: list[Tensor], forward: Callable) -> Tensor:
         """Add up the gradient of the mean loss, in micro-batches; returns sums of losses and counts, [quartile, 2]."""
         cfg, sums = self.cfg, torch.zeros(4, 2, device=self.runtime.device)
+        if cfg.dropout:
+            torch.manual_seed(mix(cfg.seed, STREAM_DROPOUT, self.step, self.runtime.rank))
         micro_batches = list(zip(*(v.chunk(cfg.gradient_accumulation_steps * self.arithmetic.split) for v in batch),
                                  strict=True))
         for i, (x0, t, eps, y, noise) in enumerate(micro_batches, 1):
@@ -2077,18 +2102,14 @@ class Training:
             self.network.zero_grad()
             self.arithmetic = dataclasses.replace(self.arithmetic, split=2 * self.arithmetic.split)
             if forward is not self.network:                                  # without graphs
-                forward = self.forward = self.runtime.parallel(self.network, self.arithmetic.compiled)
-            self.runtime.say(f"out of memory: from here on a step is computed in {self.arithmetic.split} parts, to the "
-                             "same result")
+                forward = self.forward = self.runtime.parallel(self.network, self.arithmetic)
+            self.runtime.say(f"out of memory: from here on a step is computed in {self.arithmetic.split} parts")
 
     def train_step(self) -> None:
         """One optimizer step on a batch. Nothing here waits for the device."""
-        cfg = self.cfg
-        if cfg.dropout:
-            torch.manual_seed(mix(cfg.seed, STREAM_DROPOUT, self.step, self.runtime.rank))
         self.meter += self.gradients_that_fit(self.batch(), self.forward)
         self.scaler.unscale_(self.optimizer)
-        self.grad_norm = nn.utils.clip_grad_norm_(self.network.parameters(), cfg.max_grad_norm or math.inf)
+        self.grad_norm = nn.utils.clip_grad_norm_(self.network.parameters(), self.cfg.max_grad_norm or math.inf)
         self.scaler.step(self.optimizer)
         self.scaler.update()
         self.optimizer.zero_grad(set_to_none=True)
@@ -2155,9 +2176,9 @@ class Training:
         return len(recent) == 10 and sum(changes) / len(changes) < self.cfg.early_stop_loss_change
 
 
-def fit_to_minutes(cfg: Config, runtime: Runtime, state: dict | None, deadline: float) -> Config:
+def fit_to_minutes(cfg: Config, runtime: Runtime, state: dict | None, deadline: float) -> tuple[Config, Arithmetic]:
     """The configuration with as many iterations as fit until the deadline (a perf_counter), by the time of a few
-    real steps, a validation and a grid on a copy of the run."""
+    real steps, a validation and a grid on a copy of the run; and how that copy computed."""
     def timed(work: Callable) -> float:
         before = time.perf_counter()
         work()
@@ -2173,20 +2194,20 @@ def fit_to_minutes(cfg: Config, runtime: Runtime, state: dict | None, deadline: 
     left = deadline - time.perf_counter() - validation - grid
     steps = max(1, runtime.agreed(int(left / each)))
     runtime.say(f"{step * 1000:.3g} ms a step: {steps:,} steps fit into {cfg.train_minutes:g} minutes")
-    return dataclasses.replace(cfg, iterations=first + steps, precision=run.arithmetic.precision)
+    return dataclasses.replace(cfg, iterations=first + steps), run.arithmetic
 
 
 def train(cfg: Config, runtime: Runtime | None = None, point: tuple[Path | None, dict | None] | None = None) -> Path:
     """Train as configured, from `point` (by default resume_point's); returns the last checkpoint. Raises UserError."""
     started, runtime = time.perf_counter(), runtime or Runtime(cfg)
     path, state = point or resume_point(cfg, dataclasses.asdict(cfg))
-    deadline = None
+    deadline = arithmetic = None
     if cfg.train_minutes and state and state["config"].get("train_minutes") == cfg.train_minutes:
         cfg = dataclasses.replace(cfg, iterations=state["config"]["iterations"])
     elif cfg.train_minutes:
         deadline = started + 57 * cfg.train_minutes                          # of 60 seconds: some slack
-        cfg = fit_to_minutes(cfg, runtime, state, deadline)
-    run = Training(cfg, runtime, state)
+        cfg, arithmetic = fit_to_minutes(cfg, runtime, state, deadline)
+    run = Training(cfg, runtime, state, arithmetic)
     folder, kept = samples_path(cfg), kept_checkpoints(cfg)
     if runtime.is_main and not (path and path.resolve() in [p.resolve() for p in kept]):  # another run's files
         for earlier in (folder, *([kept[0].parents[1]] if cfg.experiment_name and kept else kept)):
@@ -2195,7 +2216,7 @@ def train(cfg: Config, runtime: Runtime | None = None, point: tuple[Path | None,
                 runtime.say(f"kept an earlier run's {earlier} as {old.name}")
     runtime.say(run_report(run.cfg, runtime, run.network, run.shape, len(run.batches.indices), str(run.arithmetic)))
     if run.arithmetic.split > 1:
-        runtime.say(f"memory   a step is computed in {run.arithmetic.split} parts, to the same result")
+        runtime.say(f"memory   a step is computed in {run.arithmetic.split} parts: at once it would not fit")
     others = by_age(Path(cfg.working_directory).glob(f"diffusion_checkpoint_{cfg.dataset}_*.pt"))
     if run.step:
         runtime.say(f"resuming from {path} at step {run.step} of {run.total}")
@@ -2348,8 +2369,10 @@ def dry_run_report(cfg: Config, runtime: Runtime) -> str:
     labels, options = 0 if cfg.use_labels is False else len(classes), precisions(cfg, runtime.device)
     with torch.device("meta"):
         network = build_unet(cfg, shape[0], labels)
-    arithmetic = choose_arithmetic(dataclasses.replace(cfg, precision=options[0]), runtime.device)
-    report = run_report(cfg, runtime, network, shape, images - held_out_size(images, cfg.val_fraction),
+    images -= held_out_size(images, cfg.val_fraction)
+    calls = training_length(cfg, images)[0] * cfg.gradient_accumulation_steps
+    arithmetic = choose_arithmetic(dataclasses.replace(cfg, precision=options[0]), runtime.device, calls)
+    report = run_report(cfg, runtime, network, shape, images,
                         str(arithmetic).replace(options[0], " or ".join(options)))
     need = sum(training_memory(cfg, shape, labels, math.ceil(cfg.batch_size / runtime.num_devices), options[0]))
     return f"{settings_text(cfg)}\n{report}\nmemory   about {need / 2**30:.2g} GiB for training on each device"

@@ -143,6 +143,7 @@ def diffusers(cfg: diffuser.Config, precision: str) -> Contestant:
         with accelerator.autocast():                                         # nothing in float32, its default
             pipeline = DDIMPipeline(accelerator.unwrap_model(model), DDIMScheduler(num_train_timesteps=1000))
             pipeline.set_progress_bar_config(disable=True)
+            pipeline.unet.eval()
             pipeline(batch_size=count, num_inference_steps=steps, output_type="np")
 
     return Contestant(step, draw, accelerator.unwrap_model(model), lambda network, xt, t: network(xt, t).sample)
@@ -172,7 +173,7 @@ def lucidrains(cfg: diffuser.Config, precision: str) -> Contestant:
         trainer.train()
 
     def draw(count: int, steps: int) -> None:
-        diffusion.sampling_timesteps = steps
+        diffusion.eval().sampling_timesteps = steps
         with torch.no_grad(), trainer.accelerator.autocast():
             diffusion.sample(batch_size=count)
 
@@ -242,7 +243,10 @@ def measure(args: argparse.Namespace) -> dict:
     parameters = sum(p.numel() for p in contestant.network.parameters())
     step = seconds(contestant.step, args.seconds)
     memory = peak_memory()
-    drawing = seconds(lambda: contestant.draw(args.images, args.steps), 0, 0, 1) if args.images else math.nan
+    drawing = math.nan
+    if args.images:
+        contestant.draw(args.images, 2)                                      # to warm up
+        drawing = seconds(lambda: contestant.draw(args.images, args.steps), 0, 0, 1)
     return dict(parameters=parameters, step=step, memory=memory, drawing=drawing, flops=flops(contestant, cfg))
 
 

@@ -293,8 +293,8 @@ def test_data_parallel_keeps_plain_names(folder):
     runtime = Runtime(tiny_training())
     runtime.replicas = 2
     network = torch.nn.Linear(2, 2)
-    wrapped = runtime.parallel(network, compiled=False)
-    assert isinstance(wrapped, torch.nn.DataParallel) and wrapped.module is network
+    wrapped = runtime.parallel(network, diffuser.Arithmetic())
+    assert isinstance(wrapped, torch.nn.DataParallel) and wrapped.module.network is network
     if not torch.cuda.is_available():
         with pytest.raises(UserError, match="num_gpus"):
             Runtime(tiny_training(num_gpus=2))
