@@ -58,6 +58,7 @@ def test_metrics_have_every_column_and_each_step_once(folder):
 
 @pytest.mark.parametrize("options", [
     {}, dict(dropout=0.2, flip=True, gradient_accumulation_steps=3), dict(lr_schedule="cosine", optimizer="adam"),
+    dict(precision="bf16", base_channels=32, dropout=0.2),
     dict(lr_schedule="constant", use_ema=False, warmup_steps=3), dict(use_labels=False, dataset="digits", conditioning="concat")])
 def test_a_resumed_run_equals_an_undisturbed_one_bit_for_bit(folder, options):
     """Stopped in the middle of an epoch and run again, everything ends as if it had not been."""
