@@ -1570,11 +1570,11 @@ def precisions(cfg: Config, device: torch.device) -> list[str]:
         return [cfg.precision]
     if device.type == "cuda":
         return ["bf16" if torch.cuda.get_device_capability(device)[0] >= 8 else "fp16"]
-    amx, bf16 = (device.type == "cpu" and getattr(torch.cpu, name, lambda: False)()
+    if device.type != "cpu" or cfg.base_channels < 32:                       # narrow networks gain nothing
+        return ["fp32"]
+    amx, bf16 = (getattr(torch.cpu, name, lambda: False)()
                  for name in ("_is_amx_tile_supported", "_is_avx512_bf16_supported"))
-    if amx and cfg.base_channels >= 32:                                      # twice as fast and more
-        return ["bf16"]
-    return ["fp32", "bf16"] if amx or bf16 else ["fp32"]
+    return ["bf16"] if amx else ["fp32", "bf16"] if bf16 else ["fp32"]       # with AMX twice as fast and more
 
 
 def choose_arithmetic(cfg: Config, device: torch.device, calls: int = 0, stored: dict | None = None,
