@@ -43,25 +43,31 @@ from __future__ import annotations
 
 import argparse
 import copy
+import csv
 import ctypes
 import dataclasses
 import difflib
+import errno
 import hashlib
 import io
 import itertools
 import json
 import math
 import os
+import pickle
+import platform
 import re
+import shlex
 import signal
 import sys
 import tempfile
 import threading
 import time
+import traceback
 import warnings
 import zipfile
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext, suppress
+from contextlib import ExitStack, contextmanager, nullcontext, suppress
 from dataclasses import dataclass, field
 from datetime import timedelta
 from functools import lru_cache, partial
@@ -85,6 +91,11 @@ class UserError(Exception):
     def __init__(self, message: str, code: int = 2):
         super().__init__(message)
         self.code = code
+
+
+def first_line(error: Exception) -> str:
+    """What a library's error says, on one short line."""
+    return str(error).strip().split("\n")[0][:120] or type(error).__name__
 
 
 def opt(default, help, *aliases, choices=None, spelled=None, lo=None, hi=None, ask=None, fixed=False, local=False,
@@ -170,6 +181,7 @@ class Config:
     precision: str = opt("auto", "auto: bf16 where it is faster, measured where that is not clear", choices=lambda: ("auto", *PRECISIONS), local=True)
     compile: bool | None = opt(None, "torch.compile the network (default: on cuda, for runs long enough)", local=True)
     channels_last: bool | None = opt(None, "store images channels last (default: but for mps)", local=True)
+    deterministic: bool = opt(False, "only kernels that compute the same every time: slower on cuda, where a resumed run then ends bit for bit like an undisturbed one; CPUs always do", local=True)
     gradient_checkpointing: bool = opt(False, "compute activations again on the way back: about a third of the memory, a third more time")
 
     experiment_name: str = opt("", "names the run; keeps checkpoints by step in a folder of their own", local=True, group="output")
@@ -283,7 +295,7 @@ def parse_value(name: str, text: str):
             value = value * 2 if kind == tuple[int, int] and len(value) == 1 else value
     except (KeyError, ValueError):
         wanted = {bool: "True or False", int: "a whole number", float: "a number"}.get(kind, "numbers such as 1,2,2")
-        raise UserError(f"--{name} wants {wanted}, not {text!r}") from None
+        raise UserError(f"--{name} wants {wanted}, not {text[:60]!r}") from None
     check_value(name, value)
     return value
 
@@ -293,16 +305,23 @@ def check_value(name: str, value) -> None:
     meta, entry_kinds = FIELDS[name].metadata, get_args(KINDS[name])         # of a tuple; () for a single value
     if value == FIELDS[name].default and value in (None, ""):
         return
-    entries = value if isinstance(value, tuple) else (value,)
+    shown, entries = repr(value)[:60], value if isinstance(value, tuple) else (value,)
     kind = entry_kinds[0] if entry_kinds else KINDS[name]
     fits = all(isinstance(e, (int, float) if kind is float else kind) and isinstance(e, bool) == (kind is bool)
                for e in entries) and isinstance(value, tuple) == bool(entry_kinds)
     if not fits or (entry_kinds and ... not in entry_kinds and len(entries) != len(entry_kinds)):
-        raise UserError(f"--{name} cannot be {value!r}")
+        raise UserError(f"--{name} cannot be {shown}")
+    if len(entries) > 16:
+        raise UserError(f"--{name} takes at most 16 numbers, not {len(entries)}")
+    if isinstance(value, str) and "\0" in value:
+        raise UserError(f"--{name} cannot contain the character 0")
     if meta["choices"] and value not in meta["choices"]():
-        raise UserError(f"--{name} is one of {', '.join(map(str, meta['choices']()))}, not {value!r}")
+        raise UserError(f"--{name} is one of {', '.join(map(str, meta['choices']()))}, not {shown}")
     if meta["lo"] is not None and not all(meta["lo"] <= e <= meta["hi"] for e in entries):
-        raise UserError(f"--{name} lies between {meta['lo']:g} and {meta['hi']:g}, not {value!r}")
+        raise UserError(f"--{name} lies between {meta['lo']:g} and {meta['hi']:g}, not {shown}")
+
+
+MAX_CHANNELS = 16_384                                                        # one 3x3 convolution of them: 10 GB
 
 
 def check(cfg: Config) -> None:
@@ -320,6 +339,9 @@ def check(cfg: Config) -> None:
         raise UserError(f"--guidance_interval {cfg.guidance_interval} begins above its end")
     if levels == 0:
         raise UserError("--channel_mults needs one entry per level, such as 1,2,2")
+    widest = cfg.base_channels * max(cfg.channel_mults)
+    if widest > MAX_CHANNELS:
+        raise UserError(f"--base_channels x --channel_mults makes {widest:,} channels: {MAX_CHANNELS:,} at most")
     for level in sorted({*cfg.attention_levels, levels - 1}, reverse=True) if cfg.use_attention else ():
         if level >= levels:
             raise UserError(f"--attention_levels {level}: the network has levels 0 to {levels - 1}")
@@ -676,7 +698,7 @@ def concatenate(a: Tensor, b: Tensor) -> Tensor:
 
 def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     """softmax(q k^T / sqrt(d)) v over [N, heads, tokens, d]."""
-    if hand_tuned(q) and q.requires_grad and q.shape[2] <= 256:          # more would take much memory
+    if hand_tuned(q) and q.requires_grad and q.shape[2] <= 256:              # more would take much memory
         weights = (q * q.shape[3] ** -0.5) @ k.transpose(2, 3)               # torch's own backward is 3 times slower
         return weights.softmax(3) @ v
     return F.scaled_dot_product_attention(q, k, v)
@@ -1044,7 +1066,7 @@ class Model:
             return 1 if cfg.sequential else cfg.sample_batch_size
         if self.device.type != "cuda":
             return max(1, 2**17 // math.prod(self.shape[1:]))                # larger ones are no faster
-        values = activation_count(self.config, self.shape, len(self.class_names)) * (2 if cfg.guidance_scale else 1)
+        values = network_size(self.config, self.shape, len(self.class_names))[1] * (2 if cfg.guidance_scale else 1)
         return max(1, min(1024, free_memory(self.device) // (4 * values)))
 
     def draw(self, labels: list[int], cfg: Config, progress: Callable = lambda: None, first=0) -> Iterator[Tensor]:
@@ -1141,9 +1163,12 @@ def load_digits(cfg: Config) -> ImageData:
     path = next((p for p in places if p.exists()), None)
     if path is None:
         raise UserError(f"digits.npz is neither in {cfg.data_dir} nor in data/ beside diffuser.py: copy it there")
-    with np.load(path) as file:
-        images, labels = file["images"], file["labels"].tolist()
-    return in_memory(cfg, torch.from_numpy(images)[:, None], labels)
+    try:
+        with np.load(path) as file:
+            images, labels = torch.from_numpy(file["images"])[:, None], file["labels"].tolist()
+    except Exception as error:                                               # numpy raises many kinds here
+        raise UserError(f"{path} is damaged ({error}): copy it there anew") from error
+    return in_memory(cfg, images, labels)
 
 
 def load_mnist(cfg: Config) -> ImageData:
@@ -1187,9 +1212,8 @@ def torchvision_dataset(name: str, cfg: Config, what: str, where: str, **options
     try:
         root.mkdir(parents=True, exist_ok=True)
         return getattr(torchvision.datasets, name)(root, download=True, **options)
-    except (RuntimeError, OSError, ValueError, zipfile.BadZipFile) as error:
-        reason = str(error).strip().split("\n")[0] or type(error).__name__
-        raise UserError(f"{name} is not in {root} and could not be downloaded ({reason}).\n"
+    except Exception as error:                                               # torchvision raises many kinds here
+        raise UserError(f"{name} is not whole in {root} and could not be downloaded ({first_line(error)}).\n"
                         f"Put {what} into {root / where} by hand, or give --data_dir.") from error
 
 
@@ -1226,16 +1250,16 @@ class ImageFiles(torch.utils.data.Dataset):
     ENDINGS = (".png", ".jpg", ".jpeg", ".bmp", ".gif", ".webp")
 
     def __init__(self, path: str):
+        self.require(path)
         self.path = Path(path)
-        if not path:
-            raise UserError("dataset folder needs --path_to_data: a folder or ZIP file of images")
         if self.path.is_dir():
             names = [p.relative_to(self.path).as_posix() for p in self.path.rglob("*") if p.is_file()]
-        elif zipfile.is_zipfile(self.path):
-            with zipfile.ZipFile(self.path) as archive:
-                names = archive.namelist()
         else:
-            raise UserError(f"--path_to_data {path}: there is no such folder or ZIP file")
+            try:
+                with zipfile.ZipFile(self.path) as archive:
+                    names = archive.namelist()
+            except Exception as error:
+                raise UserError(f"--path_to_data {path} is no whole ZIP file ({first_line(error)})") from error
         self.names = sorted(n for n in names if n.lower().endswith(self.ENDINGS)
                             and not any(part.startswith((".", "__MACOSX")) for part in n.split("/")))
         if not self.names:
@@ -1245,13 +1269,24 @@ class ImageFiles(torch.utils.data.Dataset):
         self.labels, short = [number[f] for f in folders], [os.path.basename(c) or "unsorted" for c in number]
         self.class_names = [] if len(number) == 1 else short if len(set(short)) == len(short) else list(number)
 
+    @staticmethod
+    def require(path: str) -> None:
+        """Raise UserError unless there is something at the path."""
+        if not path:
+            raise UserError("dataset folder needs --path_to_data: a folder or ZIP file of images")
+        if not Path(path).exists():
+            raise UserError(f"--path_to_data {path}: there is no such folder or ZIP file")
+
     def __len__(self) -> int:
         return len(self.names)
 
     def __getitem__(self, i: int) -> tuple[Image.Image, int]:
         if self.path.is_dir():
             return Image.open(self.path / self.names[i]), self.labels[i]
-        return Image.open(io.BytesIO(open_zip(self.path, os.getpid()).read(self.names[i]))), self.labels[i]
+        archive = open_zip(self.path, os.getpid())
+        if archive.getinfo(self.names[i]).file_size > 2**28:
+            raise ValueError("it unpacks to more than 256 MiB")
+        return Image.open(io.BytesIO(archive.read(self.names[i]))), self.labels[i]
 
     def guess_channels(self, looks: int = 32) -> int:
         """1 if all of a few images spread over the set are grey, else 3."""
@@ -1272,7 +1307,7 @@ class ImageFiles(torch.utils.data.Dataset):
 
 @dataclass
 class Decoder(torch.utils.data.Dataset):
-    """Item i of `source`, (PIL image, label), as (uint8 [C, H, W], label); None where it cannot be read."""
+    """Item i of `source`, (PIL image, label), as (uint8 [C, H, W], label); the reason why where it cannot be read."""
 
     source: torch.utils.data.Dataset | list
     shape: tuple[int, int, int]
@@ -1280,13 +1315,14 @@ class Decoder(torch.utils.data.Dataset):
     def __len__(self) -> int:
         return len(self.source)
 
-    def __getitem__(self, i: int) -> tuple[np.ndarray, int] | None:
+    def __getitem__(self, i: int) -> tuple[np.ndarray, int] | str:
         try:
-            image, label = self.source[i]
-            if image.width * image.height <= 100_000_000:
-                return self.decode(image), label if isinstance(label, int) else 0
-        except Exception:                                           # broken files raise errors of every kind
-            return None
+            with warnings.catch_warnings():                         # of more pixels than PIL takes for an honest image
+                warnings.simplefilter("error", Image.DecompressionBombWarning)
+                image, label = self.source[i]
+            return self.decode(image), label if isinstance(label, int) else 0
+        except Exception as error:                                  # broken files raise errors of every kind
+            return first_line(error)
 
     def decode(self, image: Image.Image) -> np.ndarray:
         """Upright, on white where transparent, 16 bits to 8, cropped to the middle and resized: [C, H, W]."""
@@ -1303,39 +1339,58 @@ class Decoder(torch.utils.data.Dataset):
 
 def cached(cfg: Config, source, key: tuple, class_names: list[str]) -> ImageData:
     """source decoded, memory-mapped from a cache made once. Raises UserError if over a tenth cannot be read."""
+    from filelock import FileLock  # torch depends on it
+
     decoder = Decoder(source, image_shape(cfg, source))
     digest = hashlib.sha256(repr((key, decoder.shape, "v1")).encode()).hexdigest()[:16]
     index = Path(cfg.data_dir, "cache", f"{cfg.dataset}_{digest}.json")
-    if not index.exists():
-        build_cache(index, decoder, cfg.num_workers)
-    meta = json.loads(index.read_text())
-    size = (len(meta["labels"]), *decoder.shape)
+    if not cache_is_whole(index, decoder.shape):
+        index.parent.mkdir(parents=True, exist_ok=True)
+        with FileLock(index.with_suffix(".lock")):                           # a second run waits for the first
+            if not cache_is_whole(index, decoder.shape):
+                build_cache(index, decoder, cfg.num_workers)
+    labels = json.loads(index.read_text())["labels"]
+    size = (len(labels), *decoder.shape)
     images = torch.from_file(str(index.with_suffix(".bin")), size=math.prod(size), dtype=torch.uint8)
-    return ImageData(images.view(size), torch.tensor(meta["labels"]), class_names)
+    return ImageData(images.view(size), torch.tensor(labels), class_names)
+
+
+def cache_is_whole(index: Path, shape: tuple[int, int, int]) -> bool:
+    """Whether a cache is there, and as large as its index says."""
+    try:
+        return len(json.loads(index.read_text())["labels"]) * math.prod(shape) == os.path.getsize(
+            index.with_suffix(".bin"))
+    except (OSError, ValueError, KeyError, TypeError):
+        return False
 
 
 def build_cache(index: Path, decoder: Decoder, workers: int) -> None:
     """Decode all images in worker processes into one file of bytes, and write its index last."""
-    index.parent.mkdir(parents=True, exist_ok=True)
-    temporary, labels, bad = index.with_suffix(f".{os.getpid()}.tmp"), [], []
+    temporary, listing, labels, bad = index.with_suffix(".tmp"), index.with_suffix(".unreadable.txt"), [], []
+    names = getattr(decoder.source, "names", range(len(decoder)))
     workers = 0 if len(decoder) < 1000 else workers
     loader = torch.utils.data.DataLoader(decoder, batch_size=64, num_workers=workers, collate_fn=list)
     items = itertools.chain.from_iterable(loader)
     try:
         with open(temporary, "wb") as file:
             for i, item in enumerate(tqdm(items, "caching images", len(decoder), disable=None)):
-                if item is None:
-                    bad.append(i)
+                if isinstance(item, str):
+                    bad.append(f"{names[i]}: {item}")
                 else:
                     file.write(item[0].tobytes())
                     labels.append(int(item[1]))
-        names = [getattr(decoder.source, "names", range(len(decoder)))[i] for i in bad]
-        if len(bad) > len(decoder) / 10 or not labels:
-            raise UserError(f"{len(bad)} of {len(decoder)} images cannot be read, {names[0]} for one: remove them")
         if bad:
-            print(f"skipped {len(bad)} unreadable images, listed in {index}: {', '.join(map(str, names[:3]))} ...")
+            write_atomically(listing, lambda file: file.write("\n".join((*bad, "")).encode(errors="replace")))
+        if len(bad) > len(decoder) / 10 or not labels:
+            raise UserError(f"{len(bad)} of {len(decoder)} images cannot be read, such as {bad[0]}; all are listed in "
+                            f"{listing}: remove or mend them")
+        if bad:
+            print(f"skipped {len(bad)} of {len(decoder)} images that cannot be read, such as {bad[0]}; all are listed "
+                  f"in {listing}")
         os.replace(temporary, index.with_suffix(".bin"))
-        write_json(index, dict(labels=labels, unreadable=[str(n) for n in names]))
+        write_json(index, dict(labels=labels, unreadable=len(bad)))
+    except RuntimeError as error:                                            # of the workers
+        raise UserError(f"reading images failed ({first_line(error)}): try --num_workers 0", code=1) from error
     finally:
         temporary.unlink(missing_ok=True)
 
@@ -1430,6 +1485,10 @@ class Runtime:
 
     def __init__(self, cfg: Config):
         self.rank, self.world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+        if cfg.deterministic:
+            os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")      # read when CUDA is first used
+            torch.use_deterministic_algorithms(True)
+            torch.utils.deterministic.fill_uninitialized_memory = False      # nothing reads any
         self.device = pick_device(cfg.device)
         gpus = torch.cuda.device_count() if self.device.type == "cuda" else 0
         if cfg.num_gpus > max(gpus, 1):
@@ -1438,10 +1497,11 @@ class Runtime:
             torch.distributed.init_process_group("nccl" if gpus else "gloo", timeout=timedelta(hours=6))  # rank 0 draws
         self.replicas = 1 if self.world > 1 else cfg.num_gpus or max(gpus, 1)  # of DataParallel
         self.num_devices = self.world * self.replicas
-        self.is_main, self.stop_signal = self.rank == 0, 0
+        self.is_main, self.stop_signal, self.save_wanted = self.rank == 0, 0, False
+        self.last_look, self.next_look = (0, time.perf_counter()), 0         # (step, clock), step: see requests
         if self.device.type == "cuda":
             torch.set_float32_matmul_precision("high")                       # TF32 for what stays float32
-            torch.backends.cudnn.benchmark = True                            # shapes seldom change
+            torch.backends.cudnn.benchmark = not cfg.deterministic           # shapes seldom change
         else:
             keep_freed_memory()
         if cfg.compile and self.replicas > 1:
@@ -1481,34 +1541,53 @@ class Runtime:
         return int(shared)
 
     def say(self, text: str) -> None:
-        """Print a line, once, without breaking a progress bar."""
+        """Print a line, once, without breaking a progress bar. Training goes on where nobody reads it any more."""
         if self.is_main:
-            tqdm.write(text)
+            with suppress(OSError):
+                tqdm.write(text)
+
+    def note(self, number: int, frame) -> None:
+        """Signal handler: SIGUSR1 asks for a checkpoint, others for a stop; the second one of those ends the process at
+        once, but under torchrun, which repeats them."""
+        if number == getattr(signal, "SIGUSR1", None):
+            self.save_wanted = True
+            return
+        self.stop_signal = number
+        for stop in stop_signals() if self.world == 1 else ():
+            signal.signal(stop, signal.SIG_DFL)
 
     @contextmanager
-    def catching_signals(self):
-        """Within: the first SIGINT or SIGTERM is noted in stop_signal, a second one acts as it always does."""
-        def note(number, frame):
-            self.stop_signal = number
-            signal.signal(number, before[number])
-
+    def noting(self, *numbers: int):
+        """Within: these signals are noted, to be looked at between steps."""
         alone = threading.current_thread() is threading.main_thread()        # elsewhere handlers are not allowed
-        before = {n: signal.signal(n, note) for n in (signal.SIGINT, signal.SIGTERM) if alone}
+        before = {number: signal.signal(number, self.note) for number in numbers if alone}
         try:
             yield
         finally:
             for number, handler in before.items():
                 signal.signal(number, handler)
 
-    def stopping(self, step: int) -> bool:
-        """Whether to stop: at once when alone; processes agree on it every tenth step."""
-        if self.world > 1 and step % 10:
-            return False
+    def requests(self, step: int) -> tuple[int, bool]:
+        """The signal to stop at (0: go on) and whether to save. Alone at once; processes agree on it every two seconds,
+        at most ten steps apart."""
+        if step < self.next_look:
+            return 0, False
+        asked, self.save_wanted = self.save_wanted, False
         if self.world > 1:
-            noted = torch.tensor(float(self.stop_signal), device=self.device)
-            torch.distributed.all_reduce(noted, torch.distributed.ReduceOp.MAX)
-            self.stop_signal = int(noted)
-        return self.stop_signal > 0
+            (since, then), now = self.last_look, time.perf_counter()
+            steps = 2 * (step - since) / max(1e-9, now - then)
+            shared = torch.tensor([self.stop_signal, float(asked), min(10.0, max(1.0, steps))], device=self.device)
+            torch.distributed.all_reduce(shared, torch.distributed.ReduceOp.MAX)
+            self.stop_signal, asked, steps = map(int, shared.tolist())
+            self.last_look, self.next_look = (step, now), step + steps
+        return self.stop_signal, bool(asked)
+
+
+def stop_signals() -> list[int]:
+    """What asks a run to stop: Ctrl-C, the system, and a terminal that closes, but for one under nohup."""
+    hangup = getattr(signal, "SIGHUP", None)
+    heeded = hangup is not None and signal.getsignal(hangup) != signal.SIG_IGN
+    return [signal.SIGINT, signal.SIGTERM, *([hangup] if heeded else [])]
 
 
 def pick_device(wanted: str) -> torch.device:
@@ -1626,32 +1705,56 @@ def free_memory(device: torch.device) -> int:
 
 
 class RunLog:
-    """metrics.csv and config.json in the run's folder, and the trackers asked for; for rank 0."""
+    """metrics.csv and config.json in the run's folder, and the trackers asked for; for rank 0. Rows that cannot be
+    written are written later."""
 
     COLUMNS = ("step", "epoch", "loss", "loss_q1", "loss_q2", "loss_q3", "loss_q4", "val_loss", "lr", "grad_norm",
-               "images_per_second", "seconds")
+               "images_per_second", "seconds", "skipped_steps")
 
     def __init__(self, folder: Path, cfg: Config, step: int):
-        folder.mkdir(parents=True, exist_ok=True)
-        path = folder / "metrics.csv"
-        rows = path.read_text().splitlines()[1:] if step and path.exists() else []
-        whole = [row for row in rows if row.count(",") == len(self.COLUMNS) - 1]
-        kept = [row for row in whole if int(row.split(",")[0]) <= step]      # what came after is trained again
-        write_atomically(path, lambda file: file.write("\n".join((",".join(self.COLUMNS), *kept, "")).encode()))
-        self.file = open(path, "a")                                          # noqa: SIM115 (open for the whole run)
-        path = folder / "config.json"
-        known = json.loads(path.read_text()) if step and path.exists() else {}
+        self.path, self.rows, self.file, path = folder / "metrics.csv", [], None, folder / "config.json"
+        with suppress(OSError, ValueError):
+            for row in csv.DictReader(self.path.read_text().splitlines(), restval="") if step else ():
+                self.rows.append([row.get(column, "") for column in self.COLUMNS])
+        self.rewind(step)
+        known = {}
+        with suppress(OSError, ValueError):
+            known = json.loads(path.read_text()) if step else {}
         run_id = known.get("run_id") or os.urandom(8).hex()                  # trackers go on under it
-        write_json(path, dict(config=dataclasses.asdict(cfg), torch=torch.__version__, run_id=run_id))
+        content = dict(config=dataclasses.asdict(cfg), torch=torch.__version__, run_id=run_id)
+        attempt(str(path), lambda: write_json(path, content))
         self.trackers = {}
         if cfg.use_tensorboard or cfg.use_wandb:
             import trackers
 
             self.trackers = trackers.start_trackers(cfg, folder, run_id)
 
+    def rewind(self, step: int) -> None:
+        """Forget the rows after a step, which are trained again, and what was written by half."""
+        self.rows = [row for row in self.rows if row[0].isdecimal() and int(row[0]) <= step and row[11]]
+        attempt(str(self.path), self.write_all)
+
+    def write_all(self) -> None:
+        """Write the file anew and go on at its end."""
+        text = "".join(",".join(row) + "\n" for row in (self.COLUMNS, *self.rows))
+        write_atomically(self.path, lambda file: file.write(text.encode()))
+        self.file = open(self.path, "ab", buffering=0)                       # noqa: SIM115 (open for the whole run)
+
+    def write_last(self) -> None:
+        """Add the last row, or all where the file could not be written before."""
+        if self.file is None:
+            self.write_all()
+        else:
+            line = (",".join(self.rows[-1]) + "\n").encode()
+            file, self.file = self.file, None
+            if file.write(line) != len(line):
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+            self.file = file
+
     def row(self, values: dict) -> None:
         """One line of metrics.csv, and the same numbers to the trackers."""
-        print(*(values[column] for column in self.COLUMNS), sep=",", file=self.file, flush=True)
+        self.rows.append([str(values[column]) for column in self.COLUMNS])
+        attempt(str(self.path), self.write_last)
         self.track(values["step"], {k: v for k, v in values.items() if k != "step" and v != ""})
 
     def track(self, step: int, values: dict) -> None:
@@ -1707,8 +1810,9 @@ def save_strip(model: Model, labels: list[int], cfg: Config, path: Path, first: 
 
 
 @lru_cache
-def activation_count(cfg: Config, shape: tuple[int, int, int], num_classes: int) -> int:
-    """Values that the layers of the configured network put out for one image; about half of what training keeps."""
+def network_size(cfg: Config, shape: tuple[int, int, int], num_classes: int) -> tuple[int, int]:
+    """Parameters of the configured network, and values that its layers put out for one image, about half of what
+    training keeps. No memory is taken for either."""
     outputs = []
     with torch.device("meta"):
         network = build_unet(dataclasses.replace(cfg, gradient_checkpointing=False), shape[0], num_classes)
@@ -1719,16 +1823,34 @@ def activation_count(cfg: Config, shape: tuple[int, int, int], num_classes: int)
                 module.register_forward_hook(lambda module, inputs, output: outputs.append(
                     module.heads * min(output[0, 0].numel(), 256) ** 2))
         network(torch.zeros(1, *shape), torch.zeros(1, dtype=torch.long))
-    return sum(outputs)
+    return sum(p.numel() for p in network.parameters()), sum(outputs)
 
 
 def training_memory(cfg: Config, shape: tuple[int, int, int], num_classes: int, batch: int,
                     precision: str) -> tuple[int, int]:
-    """Bytes for weights, gradients, Adam's two moments and the average; and for one step's activations."""
-    with torch.device("meta"):
-        weights = sum(p.numel() for p in build_unet(cfg, shape[0], num_classes).parameters())
-    activations = 2 * batch * activation_count(cfg, shape, num_classes) * (4 if precision == "fp32" else 2)
-    return 4 * weights * (4 + cfg.use_ema), activations // 3 if cfg.gradient_checkpointing else activations
+    """Bytes for weights, gradients, Adam's two moments, the average and a step's images and noise; and for the
+    activations of one micro-batch of `batch` images."""
+    weights, values = network_size(cfg, shape, num_classes)
+    inputs = 3 * batch * cfg.gradient_accumulation_steps * math.prod(shape)
+    activations = 2 * batch * values * (4 if precision == "fp32" else 2)
+    return 4 * weights * (4 + cfg.use_ema) + 4 * inputs, activations // (3 if cfg.gradient_checkpointing else 1)
+
+
+def fitting_parts(cfg: Config, shape: tuple[int, int, int], num_classes: int, batch: int, precision: str,
+                  device: torch.device) -> tuple[int, str]:
+    """Parts in which a micro-batch fits into the memory that is free, by estimate, and what to say of it. Raises
+    UserError where not even weights and images fit."""
+    free = 0.9 * free_memory(device) / int(os.environ.get("LOCAL_WORLD_SIZE", 1) if device.type == "cpu" else 1)
+    fixed, moving = training_memory(cfg, shape, num_classes, batch, precision)
+    need = f"{(fixed + moving) / 2**30:.2g} GiB, {free / 2**30:.2g} GiB are free"
+    if fixed > free:
+        raise UserError(f"training would take about {need}: lower --base_channels, --channel_mults, --img_size or "
+                        "--batch_size")
+    parts = max(1, math.ceil(moving / (free - fixed + 1)))
+    if parts <= batch:
+        return parts, "" if parts == 1 else f"a step is computed in {parts} parts: at once it would take about {need}"
+    return batch, (f"even one image at a time takes more memory than is free (a step about {need}): the machine will "
+                   "swap or run out; lower --base_channels or --img_size, or use --gradient_checkpointing")
 
 
 # ---- 8  EMA and checkpoints --------------------------------------------------------------------
@@ -1757,22 +1879,26 @@ class EMA:
 FORMAT = 1                                                                   # of checkpoint files
 
 
-def write_atomically(path: Path, write: Callable) -> None:
-    """Make a file by write(binary file): afterwards it is whole and on the disk, or the old one is untouched."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+def write_atomically(path: Path, write: Callable, replacing: Callable[[Path], None] = lambda temporary: None) -> None:
+    """Make a file by write(binary file): afterwards it is whole and on the disk, or the old one is untouched.
+    replacing(new file) is called before it takes the old one's place."""
+    temporary = path.with_name(f".{path.name}.tmp")
     path.parent.mkdir(parents=True, exist_ok=True)
     try:
         with open(temporary, "wb") as file:
             write(file)
             file.flush()
             os.fsync(file.fileno())
+        replacing(temporary)
         os.replace(temporary, path)
         if os.name == "posix":                                               # the rename itself has to last
             folder = os.open(path.parent, os.O_RDONLY)
-            os.fsync(folder)
+            with suppress(OSError):                                          # not every file system can
+                os.fsync(folder)
             os.close(folder)
     finally:
-        temporary.unlink(missing_ok=True)
+        with suppress(OSError):
+            temporary.unlink(missing_ok=True)
 
 
 def write_json(path: Path, content: dict) -> None:
@@ -1810,42 +1936,170 @@ def kept_checkpoints(cfg: Config) -> list[Path]:
 
 
 def save_checkpoint(state: dict, cfg: Config) -> Path:
-    """Write the state and let go of the oldest beyond num_keep_checkpoints."""
-    path = checkpoint_path(cfg, state["step"])
-    if not cfg.experiment_name and cfg.num_keep_checkpoints > 1 and path.exists():
-        os.replace(path, path.with_stem(f"{path.stem}_step{load_checkpoint(path, peek=True)['step']}"))
-    write_atomically(path, lambda file: torch.save(state, file))
-    for old in kept_checkpoints(cfg)[cfg.num_keep_checkpoints :]:
-        old.unlink()
-        if cfg.experiment_name and not any(old.parent.iterdir()):
-            old.parent.rmdir()
+    """Write the state and let go of the oldest beyond num_keep_checkpoints, but never of the newest good one. Raises
+    OSError where the disk is full or cannot be written to: all is as it was."""
+    path, last = checkpoint_path(cfg, state["step"]), max(1, cfg.num_keep_checkpoints)
+
+    def write(file) -> None:
+        try:
+            torch.save(state, file)
+        except RuntimeError as error:                                        # its way to say that the disk is full
+            raise error.__context__ if isinstance(error.__context__, OSError) else OSError(first_line(error)) from error
+
+    def replacing(temporary: Path) -> None:
+        if not zip_is_sound(temporary):
+            raise OSError(f"{path} was not written as it should be")
+        step = None if cfg.experiment_name else saved_step(path)
+        if step not in (None, state["step"]) and (last > 1 or not state["good"]):
+            os.replace(path, path.with_stem(f"{path.stem}_step{step}"))
+
+    write_atomically(path, write, replacing)
+    others = [p for p in kept_checkpoints(cfg) if p != path]
+    spared = next(filter(is_good, others), None) if not state["good"] else None
+    for old in others[last - 1 :]:
+        if old != spared:
+            old.unlink()
+            if cfg.experiment_name and not any(old.parent.iterdir()):
+                old.parent.rmdir()
     return path
 
 
-def find_checkpoint(cfg: Config) -> Path | None:
-    """The checkpoint this run goes on from, if any. Raises UserError if the one asked for is not there."""
-    name, home, kept = cfg.resume_from_checkpoint, Path(cfg.working_directory), kept_checkpoints(cfg)
-    if not name:
-        return kept[0] if kept and cfg.resume == "auto" else None
+def zip_is_sound(path: Path) -> bool:
+    """Whether every part of a checkpoint, a ZIP file as torch.save writes it, has the checksum noted beside it."""
+    with zipfile.ZipFile(path) as archive:
+        # nothing that blows up, nothing that torch takes for a folder and leaves unread
+        plain = all(e.compress_type == zipfile.ZIP_STORED and e.external_attr == 0 for e in archive.infolist())
+        return plain and archive.testzip() is None
+
+
+def saved_step(path: Path) -> int | None:
+    """The step of a checkpoint; None where there is none that can be read."""
+    try:
+        return load_checkpoint(path, peek=True)["step"]
+    except UserError:
+        return None
+
+
+def is_good(path: Path) -> bool:
+    """Whether a checkpoint can be read and was made while the loss was in its range."""
+    try:
+        return load_checkpoint(path).get("good", True)
+    except UserError:
+        return False
+
+
+@contextmanager
+def run_lock(cfg: Config) -> Iterator[None]:
+    """Hold what the run writes to, checkpoints and samples. Raises UserError where another run does, naming it, or
+    where nothing can be written. The operating system lets go for a process that dies."""
+    from filelock import FileLock, Timeout  # torch depends on it
+
+    checkpoint = checkpoint_path(cfg, 0)
+    places = checkpoint.parents[1] if cfg.experiment_name else checkpoint, samples_path(cfg)
+    with ExitStack() as held:
+        for place, flag in zip(places, ("--working_directory", "--generated_directory"), strict=True):
+            path = place.with_name(f".{place.name}.lock")
+            try:
+                path.parent.mkdir(parents=True, exist_ok=True)
+                owner = path.read_text(errors="replace") if path.exists() else ""
+                held.enter_context(FileLock(path, timeout=6))                # forked workers outlive a run by 5 seconds
+            except Timeout:
+                raise UserError(f"{place} is in use by {owner or 'another run'}\n"
+                                "Wait for it, stop it, or give this run an --experiment_name of its own.") from None
+            except OSError as error:
+                raise UserError(f"cannot write to {path.parent} ({error.strerror}): choose another {flag}") from error
+            with suppress(OSError):                                          # a full disk: see attempt
+                path.write_text(f"process {os.getpid()} on {platform.node()} since {time.ctime()}: "
+                                f"{shlex.join(sys.argv)}")
+        yield
+
+
+def attempt(what: str, write: Callable[[], object]) -> bool:
+    """Whether writing succeeds: where the disk is full or cannot be written to it is said, and training goes on."""
+    try:
+        write()
+        return True
+    except OSError as error:
+        print(f"\nwarning: {what} could not be written ({error.strerror or error}): going on", file=sys.stderr)
+        return False
+
+
+def find_checkpoint(cfg: Config) -> Path:
+    """The checkpoint named by resume_from_checkpoint. Raises UserError if it is not there."""
+    name, home = cfg.resume_from_checkpoint, Path(cfg.working_directory)
     for place in (Path(name), home / cfg.experiment_name / name / "model.pt", home / name, home / f"{name}.pt"):
         if place.exists():
             return place / "model.pt" if place.is_dir() else place
-    others = ", ".join(map(str, kept)) or "none"
+    others = ", ".join(map(str, kept_checkpoints(cfg))) or "none"
     raise UserError(f"--resume_from_checkpoint {name}: not found; this run's checkpoints: {others}")
 
 
 def load_checkpoint(path: str | Path, peek: bool = False) -> dict:
-    """A checkpoint's content on the CPU, for a peek read only when used; nothing in it is run. Raises UserError."""
+    """A checkpoint's content on the CPU, all of it checked; for a peek read only when used, tensors unchecked. Nothing
+    in it is run. Raises UserError."""
     try:
-        state = torch.load(path, map_location="cpu", weights_only=True, mmap=peek)
+        if not peek and not zip_is_sound(Path(path)):
+            raise UserError(f"{path} is damaged: a checksum in it is wrong")
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            state = torch.load(path, map_location="cpu", weights_only=True, mmap=peek)
+    except UserError:
+        raise
     except FileNotFoundError:
         raise UserError(f"there is no checkpoint {path}") from None
+    except pickle.UnpicklingError as error:
+        raise UserError(f"{path} is refused: it holds more than tensors and plain values, it could run code") from error
     except Exception as error:                                               # torch raises many kinds here
-        reason = str(error).strip().split("\n")[0][:120]
-        raise UserError(f"{path} is not a readable checkpoint of this program ({reason})") from error
-    if not isinstance(state, dict) or state.get("format") != FORMAT:
+        raise UserError(f"{path} is not a readable checkpoint of this program ({first_line(error)})") from error
+    if not (isinstance(state, dict) and type(state.get("format")) is int and state["format"] == FORMAT):
         raise UserError(f"{path} is not a checkpoint of this program (format {FORMAT})")
+    try:
+        check_state(state, peek)
+    except UserError as error:
+        raise UserError(f"{path} cannot be used: {error}") from error
+    except Exception as error:                                               # anything may be anywhere
+        raise UserError(f"{path} cannot be used ({type(error).__name__}: {first_line(error)})") from error
     return state
+
+
+def is_tensor(v, shape: tuple[int, ...]) -> bool:
+    """Whether v is a tensor of floats of that shape, with memory for each of them."""
+    return (isinstance(v, Tensor) and v.shape == shape and v.is_floating_point()
+            and v.untyped_storage().nbytes() >= v.numel() * v.element_size())
+
+
+def check_state(state: dict, peek: bool) -> None:
+    """Raise UserError, or whatever strange content leads to, unless a checkpoint holds what its configuration needs."""
+    shape, names, history = state["shape"], state["class_names"], state["loss_history"]
+    arithmetic, plain = state.get("arithmetic", vars(Arithmetic())), vars(Arithmetic())
+    counts = state["step"], state.get("slowed", 0), state.get("range_since", 0)
+    sound = (isinstance(state["config"], dict) and isinstance(shape, list) and isinstance(names, list)
+             and len(shape) == 3 and all(type(n) is int and 0 < n <= 4096 for n in shape)
+             and all(type(name) is str for name in names) and all(type(n) is int and 0 <= n < 2**40 for n in counts)
+             and type(state["epoch"]) in (int, float) and type(state["data"]) is str and type(history) is list
+             and all(type(row) is list and [*map(type, row)] == [int, float] for row in history)
+             and {k: type(v) for k, v in arithmetic.items()} == {k: type(v) for k, v in plain.items()}
+             and arithmetic["precision"] in PRECISIONS and type(state.get("good", True)) is bool
+             and all(type(v) in (int, float) for v in state["scaler"].values()))
+    if not sound:
+        raise UserError("its values are not those of a checkpoint")
+    cfg = configure(state["config"])
+    if not cfg.dataset:
+        raise UserError("it names no dataset")
+    if peek:
+        return
+    check_image_size(*shape[1:], len(cfg.channel_mults), cfg.patch_size)
+    with torch.device("meta"):
+        wanted = {name: v.shape for name, v in build_unet(cfg, shape[0], len(names)).state_dict().items()}
+    adam, moments = state["optimizer"]["state"], Moments(**state["moments"])
+    pooled = (len(names) + 1, shape[0], *(min(n, 64) for n in moments.mean.shape[2:]))
+    fits = all(part.keys() == wanted.keys() and all(is_tensor(part[k], v) for k, v in wanted.items())
+               for part in (state["model"], state["ema"] or state["model"]))
+    fits = fits and (not adam or all(is_tensor(adam[i][key], v if key != "step" else ()) for i, v in enumerate(
+        wanted.values()) for key in ("step", "exp_avg", "exp_avg_sq")))
+    if not (fits and is_tensor(moments.mean, pooled) and is_tensor(moments.var, pooled)
+            and is_tensor(state["meter"], (2, 4, 2)) and is_tensor(state.get("faults", torch.zeros(3)), (3,))):
+        raise UserError("its tensors are not those of a run with its configuration")
 
 
 def check_fits(path: Path, given: dict, saved: dict) -> None:
@@ -1857,13 +2111,23 @@ def check_fits(path: Path, given: dict, saved: dict) -> None:
                         "or start another run with --experiment_name NAME or --resume never.")
 
 
-def resume_point(cfg: Config, asked: dict) -> tuple[Path | None, dict | None]:
-    """The checkpoint that the run goes on from, and its content, checked against the settings asked for."""
-    path = find_checkpoint(cfg)
-    state = load_checkpoint(path) if path else None
-    if state:
+def resume_point(cfg: Config, asked: dict, runtime: Runtime | None = None) -> tuple[Path | None, dict | None]:
+    """The checkpoint that the run goes on from, and its content, checked against the settings asked for; two times
+    None for a new run. Without a runtime a peek. One that cannot be used is passed over for the one before it."""
+    wanted, problems = [find_checkpoint(cfg)] if cfg.resume_from_checkpoint else [], []
+    for path in wanted or (kept_checkpoints(cfg) if cfg.resume == "auto" else []):
+        try:
+            state = load_checkpoint(path, peek=runtime is None)
+        except UserError as error:
+            problems.append(error)
+            continue
         check_fits(path, asked, state["config"])
-    return path, state
+        for problem in problems if runtime else ():
+            runtime.say(f"{problem}: going on from {path} instead")
+        return path, state
+    if problems:
+        raise UserError(f"{problems[0]}.\nThis run has no other one: --resume never starts over and keeps that file.")
+    return None, None
 
 
 def load(path: str | Path, device: str = "auto", **settings) -> Model:
@@ -1875,6 +2139,9 @@ def load(path: str | Path, device: str = "auto", **settings) -> Model:
 def restore(state: dict, cfg: Config) -> Model:
     """The model in the content of a checkpoint, with its guide. Raises UserError for a guide that does not fit it."""
     device, shape, names = Runtime(cfg).device, tuple(state["shape"]), state["class_names"]
+    need, free = 8 * network_size(cfg, shape, len(names))[0], free_memory(device)
+    if need > free:
+        raise UserError(f"the network takes {need / 2**30:.2g} GiB, {free / 2**30:.2g} GiB are free")
     trained = {**state.get("arithmetic", {"device": ""}), "compiled": False}  # compiling repays itself in long runs
     arithmetic, network = choose_arithmetic(cfg, device, stored=trained), build_unet(cfg, shape[0], len(names))
     network.load_state_dict((cfg.use_ema and state["ema"]) or state["model"])
@@ -1895,6 +2162,7 @@ def restore(state: dict, cfg: Config) -> Model:
 # ---- 9  Training -------------------------------------------------------------------------------
 # One step, and the loop around it. Blind to which data it trains on, and to the rank but for what it writes.
 
+LENGTHS = ("epochs", "iterations", "train_minutes")                          # settings that leave losses as they are
 OPTIMIZERS = {"adamw": torch.optim.AdamW, "adam": torch.optim.Adam}
 
 
@@ -1937,16 +2205,18 @@ class Training:
         cfg = dataclasses.replace(cfg, flip=flip, use_labels=bool(names), channels=shape[0], img_size=shape[1:])
         self.cfg, self.runtime, self.data, self.shape, self.null = cfg, runtime, data, shape, len(names)
         indices, self.held_out = split(data, cfg.val_fraction)
-        self.moments = image_moments(data, indices, flip)
         self.total, _, self.size = training_length(cfg, len(indices))
         if self.size < runtime.world:
             raise UserError(f"--batch_size {cfg.batch_size} is too small for {runtime.world} processes")
+        self.fitting = partial(fitting_parts, cfg, shape, self.null, device=runtime.device, batch=max(
+            1, self.size // runtime.num_devices // cfg.gradient_accumulation_steps))
+        self.fitting(precision="bf16")                                       # refuses what never fits
+        self.moments = image_moments(data, indices, flip)
         self.batches = Batches(data, indices, self.size, flip, cfg.seed, runtime.device, runtime.rank, runtime.world)
         self.diffusion = build_diffusion(cfg, runtime.device)
 
         torch.manual_seed(mix(cfg.seed))
-        self.step, self.history, self.clock = 0, [], (0, time.perf_counter())
-        self.network = build_unet(cfg, shape[0], self.null).to(runtime.device)
+        self.step, self.network = 0, build_unet(cfg, shape[0], self.null).to(runtime.device)
         self.scaler = torch.amp.GradScaler(runtime.device.type, enabled=False)
         self.arithmetic = arithmetic or self.settle_arithmetic((state or {}).get("arithmetic"))
         self.scaler = torch.amp.GradScaler(runtime.device.type, enabled=self.arithmetic.precision == "fp16")
@@ -1959,12 +2229,12 @@ class Training:
         self.ema = EMA(self.network, *average)
         self.model = Model(self.ema.network, self.diffusion, self.moments, cfg, shape, names,
                            dataclasses.replace(self.arithmetic, compiled=False))
-        self.lr = cfg.learning_rate * (runtime.num_devices if cfg.scale_lr else 1)
-        self.optimizer = OPTIMIZERS[cfg.optimizer](self.network.parameters(), self.lr, weight_decay=cfg.weight_decay,
+        self.optimizer = OPTIMIZERS[cfg.optimizer](self.network.parameters(), weight_decay=cfg.weight_decay,
                                                    fused=runtime.device.type in ("cpu", "cuda"))
         self.meter = torch.zeros(2, 4, 2, device=runtime.device)             # [log or epoch, quartile, loss or count]
+        self.faults = torch.zeros(3, device=runtime.device)                  # in a row: now, most since a log; in all
         self.grad_norm = torch.zeros((), device=runtime.device)
-        self.fit(self.total)
+        self.begin()
         if state:
             self.resume(state)
 
@@ -1974,15 +2244,34 @@ class Training:
         return self.step / self.batches.steps_per_epoch
 
     def state(self) -> dict:
-        """Everything that a run needs to go on and a model needs to draw: tensors and plain values."""
-        self.require_finite(*self.network.parameters())
+        """Everything that a run needs to go on and a model needs to draw: tensors and plain values. Called by all
+        processes, for the sums of each."""
+        meter, faults = self.gathered()
         return dict(
             format=FORMAT, config=dataclasses.asdict(self.cfg), step=self.step, epoch=self.epoch,
             shape=list(self.shape), class_names=self.data.class_names, data=self.data.digest(),
-            loss_history=self.history, meter=self.meter, moments=vars(self.moments),
+            loss_history=self.history, meter=meter, moments=vars(self.moments), faults=faults, slowed=self.slowed,
+            range_since=self.range_since, good=self.rows_out() == 0 and not faults[0],
             model=self.network.state_dict(), ema=self.ema.network.state_dict() if self.cfg.use_ema else None,
             optimizer=self.optimizer.state_dict(), scaler=self.scaler.state_dict(), arithmetic=vars(self.arithmetic),
             lr_schedule=dict(name=self.cfg.lr_schedule, step=self.step, total_steps=self.total))
+
+    def gathered(self) -> tuple[Tensor, Tensor]:
+        """Sums of losses and counts of faults over all processes."""
+        meter, faults = self.meter.clone(), self.faults.clone()
+        if self.runtime.world > 1:
+            torch.distributed.all_reduce(meter)
+            torch.distributed.all_reduce(faults, torch.distributed.ReduceOp.MAX)
+        return meter, faults
+
+    def begin(self) -> None:
+        """Stand at step 0; the weights are those that the network has."""
+        self.step, self.history, self.range_since, self.slowed = 0, [], 0, 0
+        self.clock = (0, time.perf_counter())
+        self.meter.zero_()
+        self.faults.zero_()
+        self.optimizer.state.clear()
+        self.fit(self.total)
 
     def resume(self, state: dict) -> None:
         """Go on from a checkpoint's state; what its optimizer learned is kept, the settings are this run's."""
@@ -1999,16 +2288,23 @@ class Training:
         self.optimizer.load_state_dict(dict(state=state["optimizer"]["state"], param_groups=groups))
         if state["scaler"]:                                                  # empty unless it was fp16 as well
             self.scaler.load_state_dict(state["scaler"])
-        if self.runtime.is_main:                                             # sums of rank 0; the others begin anew
-            self.meter.copy_(state["meter"])
-        self.step, self.history = state["step"], state["loss_history"]
+        self.meter.copy_(state["meter"] if self.runtime.is_main else torch.zeros_like(self.meter))  # sums of all
+        self.faults.copy_(state.get("faults", torch.zeros(3)))
+        self.step, self.history = state["step"], list(state["loss_history"])
         self.clock = (self.step, time.perf_counter())
+        before, now = ({name: value for name, value in {**dataclasses.asdict(self.cfg), **config}.items()
+                        if name not in (*LOCAL, *LENGTHS)} for config in (state["config"], {}))
+        self.range_since = state.get("range_since", 0) if before == now else self.step  # other settings, other losses
+        self.slowed = state.get("slowed", 0) if before["learning_rate"] == now["learning_rate"] else 0
         self.fit(self.total)
 
     def fit(self, total: int) -> None:
         """Make it a run of `total` steps: the learning rate goes on from where such a run would stand by now."""
+        lr = self.cfg.learning_rate * (self.runtime.num_devices if self.cfg.scale_lr else 1) / 2**self.slowed
+        for group in self.optimizer.param_groups:
+            group["lr"] = group["initial_lr"] = lr
         warmup = min(total // 10, 1000) if self.cfg.warmup_steps is None else self.cfg.warmup_steps
-        self.lr_schedule = LR_SCHEDULES[self.cfg.lr_schedule](self.optimizer, self.lr, warmup, total)
+        self.lr_schedule = LR_SCHEDULES[self.cfg.lr_schedule](self.optimizer, lr, warmup, total)
         self.total = total
         self.cfg = dataclasses.replace(self.cfg, iterations=total if self.cfg.iterations else 0)  # what is stored
         if self.step:
@@ -2017,11 +2313,47 @@ class Training:
                 warnings.simplefilter("ignore")
                 self.lr_schedule.step()
 
-    def require_finite(self, *values: Tensor) -> None:
-        """Raise UserError where training has diverged: no checkpoint is made of that."""
-        if not all(value.isfinite().all() for value in values):
-            raise UserError(f"training has diverged by step {self.step} (not finite): lower --learning_rate or use "
-                            "--precision fp32; the last checkpoint is as it was", code=1)
+    def rows_out(self) -> int:
+        """How many of the last logged losses, up to ten, are more than half above the range of the twenty before them,
+        a few outliers aside."""
+        losses = [loss for step, loss in self.history[-30:] if step > self.range_since]
+        return next((n for n in range(min(10, len(losses) - 20), 0, -1)
+                     if min(losses[-n:]) > 1.5 * sorted(losses[-n - 20 : -n])[-4]), 0)
+
+    def trouble(self, logged: bool) -> str:
+        """Why the run cannot go on like this; empty where all is well. Losses are judged when a row of them has been
+        logged, so that a checkpoint in between changes nothing. Waits for the device."""
+        if not all(p.isfinite().all() for p in self.network.parameters()):
+            return "weights are not finite"
+        if not logged:
+            return ""
+        longest = int(self.gathered()[1][1])
+        self.faults[1] = self.faults[0]
+        if longest >= 10:
+            return f"the loss or its gradient was not finite in {longest} steps in a row"
+        if self.scaler.is_enabled() and self.scaler.get_scale() < 1:
+            return "gradients overflow in fp16 at any scale"
+        return "the loss has been far above its range for ten rows of metrics.csv" if self.rows_out() == 10 else ""
+
+    def roll_back(self, reason: str, start: Path | None) -> None:
+        """Go back to the newest good checkpoint, that of the start at the latest, or to the beginning, with half the
+        learning rate. Raises UserError after three times."""
+        at, slowed, cfg = self.step, self.slowed + 1, self.cfg
+        if slowed > 3:
+            raise UserError(f"training has diverged for the fourth time, by step {at}: {reason}.\nThe last good "
+                            "checkpoint is as it was: lower --learning_rate or use --precision fp32.", code=1)
+        path = next(filter(is_good, (*kept_checkpoints(cfg), *([start] if start else []))), None)
+        if path:
+            self.resume(load_checkpoint(path))
+        else:
+            torch.manual_seed(mix(cfg.seed))
+            self.network.load_state_dict(build_unet(cfg, self.shape[0], self.null).state_dict())
+            self.ema.network.load_state_dict(self.network.state_dict())
+            self.begin()
+        self.slowed = max(slowed, self.slowed + 1)
+        self.fit(self.total)
+        self.runtime.say(f"step {at}: {reason}; going on from step {self.step} with {0.5**self.slowed:g} times the "
+                         "learning rate")
 
     def draws(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """This process's share of a step's randomness, a function of (seed, step): t, eps, the noise that the
@@ -2051,11 +2383,10 @@ class Training:
         calls = self.total * cfg.gradient_accumulation_steps
         chosen = self.arithmetic = choose_arithmetic(cfg, device, calls, stored, seconds)
         if device.type == "cpu":
-            size = max(1, self.size // self.runtime.world // cfg.gradient_accumulation_steps)
-            fixed, moving = training_memory(cfg, self.shape, self.null, size, chosen.precision)
-            room = 0.9 * free_memory(device) / int(os.environ.get("LOCAL_WORLD_SIZE", 1)) - fixed
-            parts = math.ceil(moving / max(1, room))
-            chosen = dataclasses.replace(chosen, split=min(size, max(chosen.split, parts)))
+            parts, warning = self.fitting(precision=chosen.precision)
+            if warning:
+                self.runtime.say(f"memory   {warning}")
+            chosen = dataclasses.replace(chosen, split=max(chosen.split, parts))
         elif device.type == "cuda" and self.runtime.replicas == 1:           # a trial, with room for what is to come
             room = [torch.empty_like(p) for p in self.network.parameters() for _ in range(4)]
             self.gradients_that_fit(self.batch(), self.network)
@@ -2085,8 +2416,11 @@ class Training:
             with nullcontext() if alone else forward.no_sync():
                 with self.arithmetic.running():
                     losses = self.diffusion.loss(forward, x0, t, eps, y, noise)
-                # DistributedDataParallel averages over processes: sum / size * world is the batch's mean
-                self.scaler.scale(losses.sum() * self.runtime.world / self.size).backward()
+                # DistributedDataParallel averages over processes: sum / size * world is the batch's mean. A loss that
+                # is not finite makes the gradient nan, whatever its derivative, so that all processes learn of it
+                total = losses.sum()
+                valid = torch.where(total.isfinite(), self.runtime.world / self.size, math.nan)
+                self.scaler.scale(total * valid.detach()).backward()
             sums.index_add_(0, t * 4 // self.diffusion.T, torch.stack([losses.detach(), torch.ones_like(losses)], 1))
         return sums
 
@@ -2106,11 +2440,22 @@ class Training:
             self.runtime.say(f"out of memory: from here on a step is computed in {self.arithmetic.split} parts")
 
     def train_step(self) -> None:
-        """One optimizer step on a batch. Nothing here waits for the device."""
-        self.meter += self.gradients_that_fit(self.batch(), self.forward)
+        """One optimizer step on a batch, skipped where loss or gradient is not finite. Nothing here waits for CUDA."""
+        sums = self.gradients_that_fit(self.batch(), self.forward)
         self.scaler.unscale_(self.optimizer)
         self.grad_norm = nn.utils.clip_grad_norm_(self.network.parameters(), self.cfg.max_grad_norm or math.inf)
-        self.scaler.step(self.optimizer)
+        finite = sums.isfinite().all()
+        self.meter += torch.where(finite, sums, 0.0)                         # a loss that is not finite is not averaged
+        # in fp16 a gradient may overflow: GradScaler skips the step, too, and lowers its scale
+        fault = (~finite if self.scaler.is_enabled() else ~self.grad_norm.isfinite()).float()
+        now = (self.faults[0] + 1) * fault
+        self.faults = torch.stack([now, torch.maximum(self.faults[1], now), self.faults[2] + fault])
+        if self.scaler.is_enabled() or not self.optimizer.defaults["fused"]:
+            if self.scaler.is_enabled() or not fault:
+                self.scaler.step(self.optimizer)
+        else:                                                                # fused optimizers look at it on the device
+            self.optimizer.grad_scale, self.optimizer.found_inf = None, fault
+            self.optimizer.step()
         self.scaler.update()
         self.optimizer.zero_grad(set_to_none=True)
         self.lr_schedule.step()
@@ -2134,15 +2479,14 @@ class Training:
 
     def log(self, log: RunLog | None, evaluated: bool) -> float:
         """Write a row of metrics and return the epoch's mean loss."""
-        sums = self.meter.clone()
-        if self.runtime.world > 1:
-            torch.distributed.all_reduce(sums)
-        logged, epoch = sums.tolist()
+        meter, faults = self.gathered()
+        logged, epoch = meter.tolist()
         quartiles = [loss / count if count else math.nan for loss, count in logged]
-        mean, epoch_mean = (sum(s for s, _ in part) / max(1, sum(n for _, n in part)) for part in (logged, epoch))
-        self.require_finite(torch.tensor(mean))
+        counts = [sum(n for _, n in part) for part in (logged, epoch)]       # 0 where every step was skipped
+        mean, epoch_mean = (sum(loss for loss, _ in part) / n if n else math.nan
+                            for part, n in zip((logged, epoch), counts, strict=True))
         since, start = self.clock
-        now = time.perf_counter()
+        now, skipped = time.perf_counter(), int(faults[2])
         self.history.append([self.step, mean])
         self.meter[0] = 0
         if log:                                                              # only rank 0 has one
@@ -2151,7 +2495,7 @@ class Training:
                            grad_norm=self.grad_norm.item(), seconds=now - start,
                            images_per_second=(self.step - since) * self.size / (now - start))
             rounded = {k: float(f"{v:.6g}") if isinstance(v, float) else v for k, v in numbers.items()}
-            log.row(dict(step=self.step, epoch=round(self.epoch, 4), **rounded))
+            log.row(dict(step=self.step, epoch=round(self.epoch, 4), skipped_steps=skipped, **rounded))
         self.clock = (self.step, time.perf_counter())
         return epoch_mean
 
@@ -2197,10 +2541,19 @@ def fit_to_minutes(cfg: Config, runtime: Runtime, state: dict | None, deadline: 
     return dataclasses.replace(cfg, iterations=first + steps), run.arithmetic
 
 
-def train(cfg: Config, runtime: Runtime | None = None, point: tuple[Path | None, dict | None] | None = None) -> Path:
-    """Train as configured, from `point` (by default resume_point's); returns the last checkpoint. Raises UserError."""
-    started, runtime = time.perf_counter(), runtime or Runtime(cfg)
-    path, state = point or resume_point(cfg, dataclasses.asdict(cfg))
+def train(cfg: Config, runtime: Runtime | None = None) -> Path:
+    """Train as configured, from resume_point's checkpoint; returns the last checkpoint. Raises UserError."""
+    runtime = runtime or Runtime(cfg)
+    save_signals = [signal.SIGUSR1] if hasattr(signal, "SIGUSR1") else []    # Windows has none
+    with runtime.noting(*save_signals), run_lock(cfg) if runtime.is_main else nullcontext():
+        path = run_training_steps(cfg, runtime)
+        with runtime.main_first():                                           # the others wait for its last checkpoint
+            return path
+
+
+def run_training_steps(cfg: Config, runtime: Runtime) -> Path:
+    """What train does once nobody else may write to the run's files."""
+    started, (path, state) = time.perf_counter(), resume_point(cfg, dataclasses.asdict(cfg), runtime)
     deadline = arithmetic = None
     if cfg.train_minutes and state and state["config"].get("train_minutes") == cfg.train_minutes:
         cfg = dataclasses.replace(cfg, iterations=state["config"]["iterations"])
@@ -2208,70 +2561,88 @@ def train(cfg: Config, runtime: Runtime | None = None, point: tuple[Path | None,
         deadline = started + 57 * cfg.train_minutes                          # of 60 seconds: some slack
         cfg, arithmetic = fit_to_minutes(cfg, runtime, state, deadline)
     run = Training(cfg, runtime, state, arithmetic)
+    del state                                                                # of twice the size of the network and more
     folder, kept = samples_path(cfg), kept_checkpoints(cfg)
     if runtime.is_main and not (path and path.resolve() in [p.resolve() for p in kept]):  # another run's files
         for earlier in (folder, *([kept[0].parents[1]] if cfg.experiment_name and kept else kept)):
             if earlier.is_file() or (earlier.is_dir() and any(earlier.iterdir())):
                 old = earlier.rename(free_path(earlier.with_stem(f"{earlier.stem}_old")))
                 runtime.say(f"kept an earlier run's {earlier} as {old.name}")
-    runtime.say(run_report(run.cfg, runtime, run.network, run.shape, len(run.batches.indices), str(run.arithmetic)))
-    if run.arithmetic.split > 1:
-        runtime.say(f"memory   a step is computed in {run.arithmetic.split} parts: at once it would not fit")
+    runtime.say(run_report(run.cfg, runtime, run.shape, run.null, len(run.batches.indices), str(run.arithmetic)))
     others = by_age(Path(cfg.working_directory).glob(f"diffusion_checkpoint_{cfg.dataset}_*.pt"))
     if run.step:
         runtime.say(f"resuming from {path} at step {run.step} of {run.total}")
     elif others and cfg.resume == "auto" and not cfg.experiment_name:
         runtime.say(f"starting a new run: other settings than those of {others[0]}")
     log = RunLog(folder, run.cfg, run.step) if runtime.is_main else None
-    with runtime.catching_signals(), tqdm(total=run.total, initial=run.step, unit="step", dynamic_ncols=True,
-                                          disable=None if runtime.is_main else True) as bar:
-        path = training_loop(run, log, folder, bar, deadline)
-    with runtime.main_first():                                               # the others wait for its last checkpoint
-        return path
+    with runtime.noting(*stop_signals()), tqdm(total=run.total, initial=run.step, unit="step", dynamic_ncols=True,
+                                               disable=None if runtime.is_main else True) as bar:
+        return training_loop(run, log, folder, bar, deadline, path)
 
 
-def training_loop(run: Training, log: RunLog | None, folder: Path, bar: tqdm, deadline: float | None = None) -> Path:
+def training_loop(run: Training, log: RunLog | None, folder: Path, bar: tqdm, deadline: float | None = None,
+                  start: Path | None = None) -> Path:
     """Steps until the end, a signal or a settled loss, with logs, grids and checkpoints when they are due. deadline:
-    a perf_counter by which to end; the pace of machines changes, so the number of steps is set anew on the way."""
+    a perf_counter by which to end; the pace of machines changes, so the number of steps is set anew on the way.
+    start: the checkpoint it went on from."""
     cfg, runtime, per_epoch = run.cfg, run.runtime, run.batches.steps_per_epoch
     first, begun = run.step, time.perf_counter()
     looks = {first + (run.total - first) * tenth // 10 for tenth in (1, 3, 6, 8)} if deadline else ()
-    path, done = checkpoint_path(cfg, run.step), run.step >= run.total
+    path, done, saved = checkpoint_path(cfg, run.step), run.step >= run.total, True
     while not done:
         run.train_step()
-        bar.update()
-        stopping, done = runtime.stopping(run.step), run.step >= run.total
+        (stop, wanted), done = runtime.requests(run.step), run.step >= run.total
         epochs = run.step // per_epoch if run.step % per_epoch == 0 else 0   # 0: in the middle of one
         if cfg.checkpoint_rate:
             draw = save = done or run.step % cfg.checkpoint_rate == 0
         else:
             draw = done or (epochs > 0 and epochs % cfg.sample_every == 0)
             save = done or (epochs > 0 and epochs % cfg.checkpoint_every == 0)
-        if draw or save or epochs or run.step % cfg.log_every == 0:
+        save = save or stop > 0 or wanted
+        if log_due := draw or epochs or run.step % cfg.log_every == 0:
             loss = run.log(log, evaluated=draw or epochs > 0)
-            bar.set_description(f"epoch {run.epoch:.4g}/{run.total / per_epoch:.4g} loss {loss:.4f}")
-            if cfg.early_stop_loss_change and run.settled():
-                runtime.say(f"the loss has settled at step {run.step}: stopping early")
-                draw = save = done = True
+        if (log_due or save) and (reason := run.trouble(log_due)):
+            run.roll_back(reason, start)
+            if log:
+                log.rewind(run.step)
+            done = False
+            continue
+        with suppress(OSError):                                              # where the terminal has gone
+            bar.total, bar.n = run.total, run.step - 1
+            bar.update()
+            if log_due:
+                bar.set_description(f"epoch {run.epoch:.4g}/{run.total / per_epoch:.4g} loss {loss:.4f}")
+        if log_due and cfg.early_stop_loss_change and run.settled():
+            runtime.say(f"the loss has settled at step {run.step}: stopping early")
+            draw = save = done = True
         if epochs:
             run.meter[1] = 0
         if run.step in looks and not done:                                   # before it is saved
             pace = (time.perf_counter() - begun) / (run.step - first)
             run.fit(run.step + max(1, runtime.agreed(int((deadline - time.perf_counter()) / pace))))
-            bar.total = run.total
-        if save or stopping:
-            path = checkpoint_path(cfg, run.step)
+        if save:
+            state, path = run.state(), checkpoint_path(cfg, run.step)
             if runtime.is_main:
-                save_checkpoint(run.state(), cfg)
+                saved = attempt(f"checkpoint {path}", partial(save_checkpoint, state, cfg))
+        if wanted and saved:
+            runtime.say(f"saved {path} at step {run.step}, as asked for by a signal")
         if draw and runtime.is_main:
-            picture = run.draw_grid(folder, loss)
-            log.track(run.step, {"samples": picture})
-            runtime.say(f"epoch {run.epoch:.4g}, step {run.step}: loss {loss:.4f}, {picture}")
+            attempt(f"a grid of samples in {folder}", partial(show_grid, run, log, folder, loss))
         if draw or save:
             run.clock = (run.step, time.perf_counter())                      # drawing and saving are not training
-        if stopping and not done:
-            raise UserError(f"interrupted: saved {path}; the same command goes on", code=128 + runtime.stop_signal)
+        if stop and not done and saved:
+            raise UserError(f"interrupted: saved {path}; the same command goes on", code=128 + stop)
+        if (stop or done) and not saved:
+            raise UserError("the last checkpoint could not be saved; the one before is as it was.\nMake room: the same "
+                            "command goes on from there.", code=1)
     return path
+
+
+def show_grid(run: Training, log: RunLog, folder: Path, loss: float) -> None:
+    """Draw a grid of samples and say where it is."""
+    picture = run.draw_grid(folder, loss)
+    log.track(run.step, {"samples": picture})
+    run.runtime.say(f"epoch {run.epoch:.4g}, step {run.step}: loss {loss:.4f}, {picture}")
 
 
 # ---- 10  Commands ------------------------------------------------------------------------------
@@ -2283,7 +2654,7 @@ def ask(question: str, flag: str, parse: Callable[[str], object], default: str =
     while True:
         try:
             answer = input(f"{question}{f' [{default}]' if default else ''}: ").strip()
-        except EOFError:
+        except (EOFError, RuntimeError):                                     # RuntimeError: there is no input at all
             print()
             raise UserError(f"input ended at a question: answer it with {flag}, or all with --yes") from None
         try:
@@ -2328,20 +2699,24 @@ def run_training(given: dict) -> None:
             raise UserError("name the data with --dataset: under torchrun nobody can be asked")
         given = given_values(ask_training(given))
     cfg = configure(**given)
-    point = resume_point(cfg, given)
-    cfg = configure(point[1]["config"], **given) if point[0] else cfg
+    if cfg.dataset == "folder":                                              # told before anything is made
+        ImageFiles.require(cfg.path_to_data)
+    path, state = resume_point(cfg, given)
+    cfg = configure(state["config"], **given) if path else cfg
+    del state                                                                # it keeps the file on the disk
     runtime = Runtime(cfg)
     if cfg.dry_run:
         runtime.say(dry_run_report(cfg, runtime))
         return
     started = time.perf_counter()
-    path = train(cfg, runtime, point)
+    path = train(cfg, runtime)
     runtime.say(f"trained in {time.perf_counter() - started:.0f} s: {path}\n"
                 f"samples and metrics: {samples_path(cfg)}\n"
                 f"draw with it: python diffuser.py --mode inference --model_path {path}")
 
 
-def run_report(cfg: Config, runtime: Runtime, network: nn.Module, shape, images: int, arithmetic: str) -> str:
+def run_report(cfg: Config, runtime: Runtime, shape: tuple[int, int, int], num_classes: int, images: int,
+               arithmetic: str) -> str:
     """What is about to happen, in a few lines."""
     cuda = runtime.device.type == "cuda"
     name = torch.cuda.get_device_name(runtime.device) if cuda else f"{torch.get_num_threads()} threads"
@@ -2351,8 +2726,8 @@ def run_report(cfg: Config, runtime: Runtime, network: nn.Module, shape, images:
         length = f"as many steps of {batch} images as fit into {cfg.train_minutes:g} minutes"
     size, left = "x".join(map(str, (*shape[1:], shape[0]))), alpha_bar_table(cfg)[-1].sqrt().item()
     lines = [f"device   {runtime.device.type} x {runtime.num_devices} ({name}), {arithmetic}",
-             f"data     {cfg.dataset}: {images:,} images {size}, {network.num_classes} classes",
-             f"network  {sum(p.numel() for p in network.parameters()):,} parameters",
+             f"data     {cfg.dataset}: {images:,} images {size}, {num_classes} classes",
+             f"network  {network_size(cfg, shape, num_classes)[0]:,} parameters",
              f"training {length}",
              f"noise    {cfg.schedule_type}, T = {cfg.timesteps}, {left:.2%} of the signal is left at T"]
     if left > 0.01:
@@ -2367,15 +2742,16 @@ def dry_run_report(cfg: Config, runtime: Runtime) -> str:
     classes, images = (files.class_names, len(files)) if files else (dataset.classes, dataset.num_images)
     shape = image_shape(cfg, files)
     labels, options = 0 if cfg.use_labels is False else len(classes), precisions(cfg, runtime.device)
-    with torch.device("meta"):
-        network = build_unet(cfg, shape[0], labels)
     images -= held_out_size(images, cfg.val_fraction)
     calls = training_length(cfg, images)[0] * cfg.gradient_accumulation_steps
     arithmetic = choose_arithmetic(dataclasses.replace(cfg, precision=options[0]), runtime.device, calls)
-    report = run_report(cfg, runtime, network, shape, images,
+    report = run_report(cfg, runtime, shape, labels, images,
                         str(arithmetic).replace(options[0], " or ".join(options)))
-    need = sum(training_memory(cfg, shape, labels, math.ceil(cfg.batch_size / runtime.num_devices), options[0]))
-    return f"{settings_text(cfg)}\n{report}\nmemory   about {need / 2**30:.2g} GiB for training on each device"
+    size = math.ceil(cfg.batch_size / runtime.num_devices)
+    need = sum(training_memory(cfg, shape, labels, size, options[0]))
+    report += f"\nmemory   about {need / 2**30:.2g} GiB for training on each device"
+    warning = fitting_parts(cfg, shape, labels, size, options[0], runtime.device)[1]
+    return f"{settings_text(cfg)}\n{report}" + (f"\nwarning  {warning}" if warning else "")
 
 
 def settings_text(cfg: Config) -> str:
@@ -2540,6 +2916,36 @@ def build_parser() -> Parser:
     return parser
 
 
+def speaks_first() -> bool:
+    """Whether this process is to say why it fails: of several the first, because of which the others fail."""
+    if int(os.environ.get("WORLD_SIZE", 1)) == 1:
+        return True
+    if not torch.distributed.is_initialized():
+        return os.environ.get("RANK") == "0"                                 # all have the same flags
+    with suppress(Exception):                                                # unless the store has gone as well
+        return torch.distributed.distributed_c10d._get_default_store().add("failed", 1) == 1
+    return True
+
+
+def failed(error: Exception, debug: bool) -> int:
+    """Say in a line or two why the program ends; returns the exit status. What nobody expected is raised."""
+    lost = isinstance(error, getattr(torch.distributed, "DistError", ())) or "gloo/" in str(error)
+    expected = lost or isinstance(error, (UserError, OSError, torch.OutOfMemoryError))
+    if debug or (not expected and int(os.environ.get("WORLD_SIZE", 1)) == 1):
+        raise error
+    if not speaks_first():
+        return 1
+    if lost:
+        error = f"another process has gone ({first_line(error)}); the same command goes on"
+    elif isinstance(error, torch.OutOfMemoryError):
+        error = "out of memory: lower --batch_size or --sample_batch_size"
+    if expected:
+        print("diffuser:", error, file=sys.stderr)
+    else:
+        traceback.print_exception(error)
+    return getattr(error, "code", 1)
+
+
 def main(argv: list[str] | None = None) -> int:
     """Run the command line; returns the exit status."""
     given = {}
@@ -2548,20 +2954,22 @@ def main(argv: list[str] | None = None) -> int:
         if "mode" not in given:
             given = {**given, "mode": "train"} if given.get("yes") else ask_option("mode", given, "train")
         COMMANDS[given["mode"]](given_values(given))
+        if torch.distributed.is_available() and torch.distributed.is_initialized():
+            torch.distributed.destroy_process_group()
         return 0
-    except (UserError, OSError, torch.OutOfMemoryError) as error:
-        if given.get("debug"):
-            raise
-        advice = "out of memory: lower --batch_size or --sample_batch_size"
-        print("diffuser:", advice if isinstance(error, torch.OutOfMemoryError) else error, file=sys.stderr)
-        return getattr(error, "code", 1)
+    except Exception as error:
+        return failed(error, given.get("debug", False))
     except KeyboardInterrupt:
         print("\ndiffuser: interrupted", file=sys.stderr)
         return 130
-    finally:
-        if torch.distributed.is_available() and torch.distributed.is_initialized():
-            torch.distributed.destroy_process_group()
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    for stream in filter(None, (sys.stdin, sys.stdout)):
+        stream.reconfigure(errors="replace")                                 # of answers and names of any bytes
+    status = main()
+    try:
+        sys.stdout.flush()
+    except OSError:                                                          # its reader has gone
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    sys.exit(status)

@@ -1,0 +1,593 @@
+"""What may happen to a run: kills, signals, full disks, broken files, second runs, divergence. Nothing made is lost."""
+
+import contextlib
+import copy
+import csv
+import dataclasses
+import errno
+import math
+import os
+import random
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import ROOT, TINY_FLAGS, cli, heed_interrupts, tiny_training
+
+import diffuser
+from diffuser import Runtime, Training, UserError, load_checkpoint, train
+
+DIGITS = ["--mode", "train", "--dataset", "digits", "--batch_size", "16", "--timesteps", "50", "--log_every", "5",
+          "--gradient_accumulation_steps", "2", "--dropout", "0.1", "--flip", "--num_workers", "2", *TINY_FLAGS]
+TIMES = ("seconds", "images_per_second")                                     # columns that no two runs share
+
+
+def start(flags, cwd, **more):
+    """The real command line in the background, to be signalled."""
+    return subprocess.Popen([sys.executable, str(ROOT / "diffuser.py"), *map(str, flags)], cwd=cwd, text=True,
+                            stdout=subprocess.PIPE, stderr=subprocess.PIPE, preexec_fn=heed_interrupts, **more)
+
+
+def metrics(folder):
+    """The rows of the newest metrics.csv, without what depends on the clock."""
+    path = max(Path(folder).rglob("metrics.csv"), key=lambda p: p.stat().st_mtime)
+    return [{k: v for k, v in row.items() if k not in TIMES} for row in csv.DictReader(open(path))]
+
+
+def wait_for(condition, seconds=60):
+    """Wait until it holds, or fail."""
+    deadline = time.time() + seconds
+    while not condition():
+        assert time.time() < deadline, "waited in vain"
+        time.sleep(0.01)
+
+
+def logged(folder, rows):
+    """Whether metrics.csv has so many rows by now."""
+    return lambda: any(len(p.read_text().splitlines()) > rows for p in Path(folder).rglob("metrics.csv"))
+
+
+def same(a, b):
+    """Whether two checkpoints hold the very same numbers."""
+    if isinstance(a, torch.Tensor):
+        return torch.equal(a, b)
+    if isinstance(a, dict):
+        return a.keys() == b.keys() and all(same(a[k], b[k]) for k in a)
+    return a == b
+
+
+def same_run(a, b):
+    """Whether two checkpoints have equal weights, averages, optimizers, loss histories and sums."""
+    a, b = load_checkpoint(a), load_checkpoint(b)
+    parts = ("step", "model", "ema", "optimizer", "loss_history", "meter", "faults", "lr_schedule")
+    return [part for part in parts if not same(a[part], b[part])] == []
+
+
+def run_with_kills(flags, folder, kills, longest):
+    """Run until it ends, killed `kills` times at random moments; whether every kill met it alive."""
+    moments = random.Random(0)
+    for _ in range(kills):
+        process = start(flags, folder)
+        time.sleep(moments.uniform(0, longest))
+        process.kill()
+        process.communicate()
+    done = cli(*flags, cwd=folder)
+    assert done.returncode == 0, done.stderr
+
+
+def compare_with_undisturbed(flags, tmp_path, kills, longest):
+    """A killed run and an undisturbed one end alike, and metrics.csv has each step once."""
+    for name in ("killed", "whole"):
+        (tmp_path / name).mkdir()
+    assert cli(*flags, cwd=tmp_path / "whole").returncode == 0
+    run_with_kills(flags, tmp_path / "killed", kills, longest)
+    killed, whole = (next((tmp_path / name).rglob("diffusion_checkpoint_*.pt")) for name in ("killed", "whole"))
+    assert same_run(killed, whole)
+    assert metrics(tmp_path / "killed") == metrics(tmp_path / "whole")
+    steps = [int(row["step"]) for row in metrics(tmp_path / "killed")]
+    assert steps == sorted(set(steps))
+    assert [p.name for p in (tmp_path / "killed/checkpoints").iterdir() if p.suffix == ".tmp"] == []
+
+
+def test_kills_leave_no_trace(tmp_path):
+    """SIGKILL at four random moments, in the middle of epochs, while loading and while saving: all ends bit for bit as
+    undisturbed, with dropout, flips and accumulation."""
+    compare_with_undisturbed([*DIGITS, "--iterations", "300", "--checkpoint_rate", "9"], tmp_path, kills=4, longest=5)
+
+
+@pytest.mark.slow
+def test_twenty_kills_on_mnist(real_data, tmp_path):
+    """The same, twenty times, on real MNIST, with the settings of its preset but for the size of the network."""
+    flags = ["--mode", "train", "--dataset", "mnist", "--data_dir", real_data, "--batch_size", "32", "--iterations", "400",
+             "--checkpoint_rate", "10", "--log_every", "7", "--dropout", "0.1", "--flip", "--gradient_accumulation_steps", "2",
+             "--base_channels", "32", "--channel_mults", "1,2,2", "--preview_steps", "2", "--num_generations", "1"]
+    compare_with_undisturbed(flags, tmp_path, kills=20, longest=14)
+
+
+def test_sigusr1_saves_and_goes_on(tmp_path):
+    """SIGUSR1, also while the run is starting, leads to a checkpoint and changes nothing else."""
+    process = start([*DIGITS, "--iterations", "200", "--checkpoint_rate", "199"], tmp_path)
+    wait_for(logged(tmp_path, 3))
+    process.send_signal(signal.SIGUSR1)
+    wait_for(lambda: list(tmp_path.rglob("*.pt")))
+    out, errors = process.communicate(timeout=120)
+    assert process.returncode == 0 and "as asked for by a signal" in out, errors
+    assert cli(*DIGITS, "--iterations", "200", "--checkpoint_rate", "199", "--experiment_name", "whole", cwd=tmp_path).returncode == 0
+    assert same_run(next(tmp_path.rglob("diffusion_checkpoint*.pt")), tmp_path / "checkpoints/whole/checkpoint_200/model.pt")
+
+
+@pytest.mark.parametrize("first, second", [(signal.SIGINT, signal.SIGINT), (signal.SIGTERM, signal.SIGINT)])
+def test_a_second_signal_ends_it_at_once(tmp_path, first, second):
+    """While a step takes long the second signal does not wait for it, and the last good checkpoint stays."""
+    flags = [*DIGITS, "--iterations", "9", "--checkpoint_rate", "3"]
+    assert cli(*flags, cwd=tmp_path).returncode == 0
+    path = next(tmp_path.rglob("*.pt"))
+    before, slow = path.read_bytes(), tmp_path / "slow.py"
+    slow.write_text("import sys, time, diffuser\n"
+                    "step = diffuser.Training.train_step\n"
+                    "def slowly(run):\n    print('in a step', flush=True)\n    time.sleep(60)\n    step(run)\n"
+                    "diffuser.Training.train_step = slowly\n"
+                    "sys.exit(diffuser.main(sys.argv[1:]))\n")
+    process = subprocess.Popen([sys.executable, str(slow), *flags[:-3], "20"], cwd=tmp_path, stdout=subprocess.PIPE, text=True,
+                               env={**os.environ, "PYTHONPATH": str(ROOT)}, preexec_fn=heed_interrupts)
+    for line in process.stdout:
+        if "in a step" in line:
+            break
+    process.send_signal(first)
+    time.sleep(0.3)
+    assert process.poll() is None                                            # the step goes on
+    process.send_signal(second)
+    assert process.wait(timeout=5) == -second and path.read_bytes() == before
+    assert load_checkpoint(path)["step"] == 9
+    process.stdout.close()
+
+
+def test_a_closed_terminal_saves(tmp_path):
+    """SIGHUP saves and ends; output that nobody reads any more does not get in the way."""
+    process = start([*DIGITS, "--iterations", "100000", "--checkpoint_rate", "50"], tmp_path)
+    process.stdout.close()
+    wait_for(logged(tmp_path, 30))
+    process.send_signal(signal.SIGHUP)
+    assert process.wait(timeout=60) == 129 and "saved" in process.stderr.read()
+    assert load_checkpoint(next(tmp_path.rglob("*.pt")))["step"] > 100
+    process.stderr.close()
+
+
+# ---- disks -------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def small_disk(tmp_path):
+    """A file system of two megabytes, or a skip."""
+    place = tmp_path / "checkpoints"
+    place.mkdir()
+    if not shutil.which("mount") or subprocess.run(["mount", "-t", "tmpfs", "-o", "size=2m", "tmpfs", place], capture_output=True).returncode:
+        pytest.skip("mounting a small file system needs root")
+    yield place
+    subprocess.run(["umount", "-l", place], check=True)
+
+
+def test_a_full_disk_is_survived(small_disk, tmp_path):
+    """Full from the start: the run warns at each save and goes on, exits 1 at its end; what had been saved is untouched
+    and with room again the same command goes on from there."""
+    flags = [*DIGITS, "--checkpoint_rate", "5", "--iterations"]
+    assert cli(*flags, "5", cwd=tmp_path).returncode == 0
+    path = next(small_disk.glob("*.pt"))
+    before = path.read_bytes()
+    with contextlib.suppress(OSError):
+        (small_disk / "filler").write_bytes(b"x" * 2**21)
+    done = cli(*flags, "20", cwd=tmp_path)
+    assert done.returncode == 1 and done.stderr.count("No space left on device") == 3 and "Traceback" not in done.stderr
+    assert "could not be saved" in done.stderr and path.read_bytes() == before
+    assert [row["step"] for row in metrics(tmp_path)] == ["5", "10", "15", "20"]
+    (small_disk / "filler").unlink()
+    done = cli(*flags, "20", cwd=tmp_path)
+    assert done.returncode == 0 and "at step 5 of 20" in done.stdout and load_checkpoint(path)["step"] == 20
+    assert not list(small_disk.glob(".*.tmp"))
+
+
+@pytest.mark.parametrize("experiment", ["", "e"])
+def test_a_disk_that_fills_up_and_is_emptied(folder, monkeypatch, capsys, experiment):
+    """A failed save is tried again at the next interval; the last one decides about the exit status."""
+    real, fails = torch.save, [True, True, False, True]
+
+    def save(state, file):
+        real(state, file)
+        if fails.pop(0):
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+    monkeypatch.setattr(torch, "save", save)
+    cfg = tiny_training(iterations=8, checkpoint_rate=2, experiment_name=experiment, num_keep_checkpoints=2)
+    with pytest.raises(UserError, match="last checkpoint") as error:
+        train(cfg)
+    assert error.value.code == 1 and capsys.readouterr().err.count("No space left") == 3
+    kept = diffuser.kept_checkpoints(cfg)
+    assert [load_checkpoint(p)["step"] for p in kept] == [6]
+    monkeypatch.undo()
+    os.chdir(folder)
+    assert load_checkpoint(train(cfg))["step"] == 8
+
+
+def test_metrics_and_grids_on_a_full_disk(folder, monkeypatch, capsys):
+    """Rows that could not be written are written when there is room; a grid that cannot is left out."""
+    room = {"there": True}
+    real_grid, real_write = diffuser.save_grid, diffuser.RunLog.write_last
+
+    def grid(*arguments):
+        if not room["there"]:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        real_grid(*arguments)
+
+    def write_last(log):
+        room["there"] = not 4 <= int(log.rows[-1][0]) <= 8
+        if not room["there"]:
+            log.file = None
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        real_write(log)
+    monkeypatch.setattr(diffuser, "save_grid", grid)
+    monkeypatch.setattr(diffuser.RunLog, "write_last", write_last)
+    train(tiny_training(iterations=12, checkpoint_rate=6))
+    assert [row["step"] for row in metrics(folder)] == ["2", "4", "6", "8", "10", "12"]
+    assert len(list(folder.rglob("epoch_*.png"))) == 1 and capsys.readouterr().err.count("No space left") == 4
+
+
+def test_a_place_that_cannot_be_written_is_told_at_once(folder, capsys):
+    """A file where a folder should be: one line that names the flag, exit 2, before any work."""
+    (folder / "taken").write_text("")
+    for flag in ("--working_directory", "--generated_directory"):
+        assert diffuser.main([*DIGITS, "--iterations", "1", flag, "taken/x"]) == 2
+        out, errors = capsys.readouterr()
+        assert flag in errors and len(errors.splitlines()) == 1 and "device" not in out
+
+
+# ---- two runs ----------------------------------------------------------------------------------
+
+
+def test_a_second_run_is_refused_and_a_dead_one_is_no_obstacle(tmp_path):
+    """Two runs that would write the same files: the second names the first. Killed, it leaves nothing in the way."""
+    flags = [*DIGITS, "--iterations", "1000000", "--checkpoint_rate", "20"]
+    first = start(flags, tmp_path)
+    wait_for(lambda: list(tmp_path.rglob("*.pt")))
+    second = cli(*flags, cwd=tmp_path)
+    assert second.returncode == 2 and f"process {first.pid}" in second.stderr and "Traceback" not in second.stderr
+    elsewhere = cli(*flags, "--working_directory", "elsewhere", cwd=tmp_path)  # the same samples
+    assert elsewhere.returncode == 2 and str(first.pid) in elsewhere.stderr
+    other = cli(*flags[:-3], "2", "--experiment_name", "other", cwd=tmp_path)
+    assert other.returncode == 0, other.stderr
+    first.kill()
+    first.communicate()
+    third = cli(*flags[:-3], "40", cwd=tmp_path)
+    assert third.returncode == 0 and "resuming" in third.stdout, third.stderr
+
+
+# ---- checkpoints -------------------------------------------------------------------------------
+
+
+def damage(path, how):
+    """Break a checkpoint the way disks and people do."""
+    content = bytearray(path.read_bytes())
+    if how == "flipped bit":
+        content[len(content) // 2] ^= 1
+    elif how == "truncated":
+        content = content[: len(content) // 2]
+    elif how == "empty":
+        content = b""
+    elif how == "zeros":
+        content[1000:] = bytes(len(content) - 1000)
+    path.write_bytes(content)
+
+
+@pytest.mark.parametrize("how", ["flipped bit", "truncated", "empty", "zeros"])
+@pytest.mark.parametrize("experiment", ["", "e"])
+def test_a_damaged_checkpoint_is_passed_over(folder, capsys, how, experiment):
+    """Resuming takes the newest one that is whole, says so, and ends as if nothing had been; without any it stops."""
+    cfg = tiny_training(iterations=6, checkpoint_rate=2, num_keep_checkpoints=3, experiment_name=experiment)
+    whole = torch.load(train(cfg), weights_only=True)
+    newest, second, third = diffuser.kept_checkpoints(cfg)
+    damage(newest, how)
+    damage(second, how)
+    with pytest.raises(UserError, match=re.escape(str(newest))):
+        load_checkpoint(newest)
+    capsys.readouterr()
+    path = train(cfg)
+    out = capsys.readouterr().out
+    assert str(newest) in out and f"going on from {third} instead" in out
+    resumed = load_checkpoint(path)
+    assert all(same(whole[part], resumed[part]) for part in ("model", "ema", "optimizer", "loss_history"))
+    for kept in diffuser.kept_checkpoints(cfg):
+        damage(kept, "truncated")
+    with pytest.raises(UserError, match="resume never"):
+        train(cfg)
+
+
+def test_any_flipped_bit_is_found(folder):
+    """Wherever a bit flips, the file is refused or its content is the same."""
+    path = train(tiny_training(base_channels=4, channel_mults=(1,), num_heads=1))
+    good, content, chance = load_checkpoint(path), path.read_bytes(), random.Random(0)
+    for i in range(300):
+        broken = bytearray(content)
+        place = chance.randrange(len(content)) if i % 2 else len(content) - 1 - chance.randrange(4000)
+        broken[place] ^= 1 << chance.randrange(8)
+        path.write_bytes(broken)
+        with contextlib.suppress(UserError):
+            assert same(load_checkpoint(path), good), place
+
+
+JUNK = [None, -1, 1.5, math.nan, "x", "a\0b", [], [None] * 3, {}, {"a": 1}, True, 10**18, torch.zeros(3), torch.zeros(0),
+        torch.zeros(1).expand(10**12), torch.zeros(3, dtype=torch.long), "missing"]
+
+
+def test_content_of_any_kind_is_refused_or_used(folder):
+    """Whatever stands in a checkpoint's place for something: an error of one or two lines or a run, no traceback and no
+    memory taken."""
+    cfg = tiny_training()
+    path = train(cfg)
+    good, chance = load_checkpoint(path), random.Random(0)
+    places = [(k,) for k in good] + [(k, sub) for k in good if isinstance(good[k], dict) for sub in good[k]]
+    places = [p for p in places if len(p) == 1 or p[0] not in ("config", "model", "ema")] + chance.sample(
+        [p for p in places if len(p) == 2 and p[0] in ("config", "model", "ema")], 20)
+    places += [("optimizer", "state", 0, key) for key in ("step", "exp_avg", "exp_avg_sq")] + [("shape", 0), ("loss_history", 0)]
+    for where in places:
+        for junk in chance.sample(JUNK, 2):
+            state = copy.deepcopy(good)
+            inner = state
+            for key in where[:-1]:
+                inner = inner[key]
+            if isinstance(junk, str) and junk == "missing":
+                del inner[where[-1]]
+            else:
+                inner[where[-1]] = junk
+            torch.save(state, path)
+            for use in (lambda: diffuser.load(path, device="cpu"), lambda: diffuser.choose_checkpoint({"yes": True}),
+                        lambda: Training(cfg, Runtime(cfg), load_checkpoint(path))):
+                with contextlib.suppress(UserError):
+                    use()
+
+
+def test_a_huge_network_is_refused_before_memory_is_taken(folder, capsys):
+    """A checkpoint or flags for a network that no machine holds: an error in no time, and no memory used."""
+    path = train(tiny_training())
+    state = load_checkpoint(path)
+    for change in (dict(base_channels=4096), dict(base_channels=4096, channel_mults=(64, 64)), dict(num_res_blocks=16)):
+        torch.save({**state, "config": {**state["config"], **change}}, path)
+        with pytest.raises(UserError, match=r"weights|tensors|channels"):
+            load_checkpoint(path)
+    wide = tiny_training(base_channels=4096, channel_mults=(1, 4), num_res_blocks=16, head_dim=64)
+    with torch.device("meta"):
+        network = diffuser.build_unet(wide, 1, 10)
+    expanded = {name: torch.zeros(1).expand(v.shape) for name, v in network.state_dict().items()}
+    torch.save({**state, "config": dataclasses.asdict(wide), "model": expanded, "ema": None, "optimizer": {"state": {}}}, path)
+    with pytest.raises(UserError, match="tensors"):
+        load_checkpoint(path)
+    flags = ["--mode", "train", "--dataset", "digits", "--base_channels", "4096", "--channel_mults", "1,4",
+             "--num_res_blocks", "16", "--device", "cpu", "--resume", "never"]
+    begun = time.perf_counter()
+    assert diffuser.main(flags) == 2 and "GiB are free" in capsys.readouterr().err
+    assert diffuser.main([*flags, "--dry_run"]) == 2 and time.perf_counter() - begun < 30
+
+
+def test_the_only_good_checkpoint_is_never_removed(folder):
+    """Saves made while the loss is out of its range push out each other, but not the last one made before."""
+    cfg = tiny_training()
+    run = Training(cfg, Runtime(cfg))
+    for step, good in ((1, True), (2, True), (3, False), (4, False), (5, False)):
+        run.step = step
+        diffuser.save_checkpoint({**run.state(), "good": good}, cfg)
+    steps = [(s["step"], s["good"]) for s in map(load_checkpoint, diffuser.kept_checkpoints(cfg))]
+    assert steps == [(5, False), (2, True)]
+    run.step = 6
+    diffuser.save_checkpoint(run.state(), cfg)
+    assert [load_checkpoint(p)["step"] for p in diffuser.kept_checkpoints(cfg)] == [6]
+
+
+def test_a_clock_that_goes_back_removes_nothing_new(folder):
+    """Retention never takes the checkpoint that was just written, whatever the files' times say."""
+    cfg = tiny_training(experiment_name="e")
+    run = Training(cfg, Runtime(cfg))
+    run.step = 1
+    os.utime(diffuser.save_checkpoint(run.state(), cfg), (2**33, 2**33))
+    run.step = 2
+    diffuser.save_checkpoint(run.state(), cfg)
+    assert [load_checkpoint(p)["step"] for p in diffuser.kept_checkpoints(cfg)] == [2]
+
+
+# ---- divergence --------------------------------------------------------------------------------
+
+
+def spoil(monkeypatch, spoils):
+    """Make a step's loss infinite, or many times as large, where spoils(run) says so."""
+    real = Training.batch
+
+    def batch(run):
+        x0, t, eps, y, noise = real(run)
+        return [x0, t, eps * spoils(run), y, noise]
+    monkeypatch.setattr(Training, "batch", batch)
+
+
+@pytest.mark.parametrize("loss_fn", ["mse", "mae"])                          # the gradient of mae stays finite
+@pytest.mark.parametrize("fused", [True, False])
+def test_a_step_that_is_not_finite_is_skipped_and_counted(folder, monkeypatch, capsys, loss_fn, fused):
+    """Its weights and moments stay as they are, its loss is in no mean, metrics.csv counts it; others are taken."""
+    spoil(monkeypatch, lambda run: math.inf if run.step in (3, 5) else 1.0)
+    cfg = tiny_training(iterations=8, loss_fn=loss_fn, log_every=2, weight_decay=0.1)
+    run = Training(cfg, Runtime(cfg))
+    run.optimizer.defaults["fused"] = fused                                  # without, as on MPS
+    for group in run.optimizer.param_groups:
+        group["fused"] = fused
+    for step in range(8):
+        before = copy.deepcopy(run.network.state_dict()), copy.deepcopy(run.optimizer.state_dict()["state"])
+        run.train_step()
+        unchanged = same(before[0], run.network.state_dict())
+        assert unchanged == (step in (3, 5)), step
+        if unchanged:
+            assert same(before[1], run.optimizer.state_dict()["state"])
+    assert run.faults.tolist() == [0, 1, 2] and run.meter.isfinite().all() and int(run.meter[0, :, 1].sum()) == 6 * 16
+    train(cfg)
+    rows = metrics(folder)
+    assert [row["skipped_steps"] for row in rows] == ["0", "1", "2", "2"] and all(float(r["loss"]) > 0 for r in rows)
+
+
+def test_a_run_that_diverges_goes_back_and_slows_down(folder, monkeypatch, capsys):
+    """Ten steps in a row that are not finite: back to the last good checkpoint with half the learning rate, and on."""
+    spoil(monkeypatch, lambda run: math.nan if run.step >= 12 and not run.slowed else 1.0)
+    cfg = tiny_training(iterations=40, checkpoint_rate=10, log_every=5, lr_schedule="constant", warmup_steps=0)
+    path = train(cfg)
+    out = capsys.readouterr().out
+    assert "not finite in" in out and "going on from step 10 with 0.5 times the learning rate" in out
+    rows = metrics(folder)
+    assert [int(r["step"]) for r in rows] == [5, 10, 15, 20, 25, 30, 35, 40]
+    assert [float(r["lr"]) / cfg.learning_rate for r in rows] == pytest.approx([1, 1, *[0.5] * 6])
+    state = load_checkpoint(path)
+    assert state["slowed"] == 1 and all(v.isfinite().all() for v in state["model"].values())
+    assert Training(cfg, Runtime(cfg), state).lr_schedule.get_last_lr()[0] == cfg.learning_rate / 2
+    faster = dataclasses.replace(cfg, learning_rate=3e-5)                    # asked for anew: as it is
+    assert Training(faster, Runtime(cfg), state).lr_schedule.get_last_lr()[0] == 3e-5
+
+
+def test_before_the_first_checkpoint_it_begins_again(folder, monkeypatch, capsys):
+    """Nothing to go back to: from the first weights, like a run with half the learning rate."""
+    spoil(monkeypatch, lambda run: math.inf if run.step >= 2 and not run.slowed and run.cfg.learning_rate == 1e-3 else 1.0)
+    again = train(tiny_training(iterations=20, experiment_name="again", learning_rate=1e-3, log_every=5))
+    assert "going on from step 0 with 0.5 times" in capsys.readouterr().out
+    slow = train(tiny_training(iterations=20, experiment_name="slow", learning_rate=5e-4, log_every=5))
+    a, b = load_checkpoint(again), load_checkpoint(slow)
+    assert all(same(a[part], b[part]) for part in ("model", "ema", "optimizer", "loss_history"))
+
+
+def test_a_hopeless_run_gives_up(folder, monkeypatch, capsys):
+    """After three times it ends with status 1 and one message; the good checkpoint is as it was."""
+    spoil(monkeypatch, lambda run: math.nan if run.step >= 15 else 1.0)
+    flags = ["--mode", "train", "--dataset", "digits", "--iterations", "60", "--checkpoint_rate", "10", "--log_every", "5",
+             "--batch_size", "16", "--timesteps", "20", *TINY_FLAGS]
+    assert diffuser.main(flags) == 1
+    out, errors = capsys.readouterr()
+    assert "diverged for the fourth time" in errors and "--learning_rate" in errors and out.count("going on from step 10") == 3
+    states = map(load_checkpoint, folder.rglob("*.pt"))                      # one was made amid skipped steps
+    assert sorted((state["step"], state["good"]) for state in states) == [(10, True), (20, False)]
+
+
+@pytest.mark.parametrize("checkpoints", [1, 3])
+def test_a_loss_that_leaves_its_range_for_long(folder, monkeypatch, capsys, checkpoints):
+    """A spike is let pass; ten rows far above their range lead back to a checkpoint from before, though others have been
+    saved since."""
+    spoil(monkeypatch, lambda run: 10.0 if run.step in (40, 41) or (run.step >= 66 and not run.slowed) else 1.0)
+    cfg = tiny_training(iterations=120, checkpoint_rate=6, log_every=2, num_keep_checkpoints=checkpoints, timesteps=100)
+    path = train(cfg)
+    out = capsys.readouterr().out
+    assert out.count("far above its range") == 1 and "going on from step 66 with" in out
+    assert load_checkpoint(path)["step"] == 120 and len(diffuser.kept_checkpoints(cfg)) == checkpoints
+    steps = [int(row["step"]) for row in metrics(folder)]
+    assert steps == list(range(2, 121, 2))
+
+
+def test_another_loss_is_no_divergence(folder, capsys):
+    """Resumed with another loss function, whose numbers are larger, a run goes on."""
+    train(tiny_training(iterations=60, log_every=1, loss_fn="mse"))
+    path = train(tiny_training(iterations=100, log_every=1, loss_fn="huber", label_dropout=0.5))
+    assert "going on from step" not in capsys.readouterr().out and load_checkpoint(path)["range_since"] == 60
+
+
+def test_skips_of_the_gradient_scaler_are_no_faults(folder):
+    """In fp16 an overflowing gradient lowers the scale and skips the step, uncounted; a loss that is nan counts."""
+    cfg = tiny_training()
+    run = Training(cfg, Runtime(cfg))
+    run.scaler, real = torch.amp.GradScaler("cpu", init_scale=2.0**127, enabled=True), run.batch
+    before = copy.deepcopy(run.network.state_dict())
+    run.batch = lambda: [v * 1e4 if i == 2 else v for i, v in enumerate(real())]
+    run.train_step()
+    run.batch = real
+    assert same(before, run.network.state_dict()) and run.faults.tolist() == [0, 0, 0]
+    assert run.scaler.get_scale() == 2.0**126 and int(run.meter[0, :, 1].sum()) == 16
+    run.scaler = torch.amp.GradScaler("cpu", init_scale=1.0, enabled=True)
+    run.train_step()
+    assert not same(before, run.network.state_dict())
+    before = copy.deepcopy(run.network.state_dict())
+    run.batch = lambda: [v * math.nan if i == 2 else v for i, v in enumerate(real())]
+    run.train_step()
+    assert same(before, run.network.state_dict()) and run.faults.tolist() == [1, 1, 1]
+
+
+# ---- processes ---------------------------------------------------------------------------------
+
+
+def torchrun(flags, cwd, *options):
+    """Two processes under torchrun, in the background."""
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--rdzv_backend", "c10d",
+               "--rdzv_endpoint", "localhost:0", *options, str(ROOT / "diffuser.py"), *map(str, flags)]
+    return subprocess.Popen(command, cwd=cwd, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+                            env={**os.environ, "OMP_NUM_THREADS": "1"}, preexec_fn=heed_interrupts)
+
+
+def ranks(pid):
+    """{rank: process id} of the workers below a torchrun process."""
+    found = {}
+    for entry in Path("/proc").iterdir():
+        with contextlib.suppress(OSError, ValueError, IndexError):
+            if int((entry / "stat").read_text().rsplit(")", 1)[1].split()[1]) == pid:
+                environment = dict(line.split("=", 1) for line in (entry / "environ").read_text().split("\0") if "=" in line)
+                found[int(environment["RANK"])] = int(entry.name)
+    return found
+
+
+needs_proc = pytest.mark.skipif(not Path("/proc/self/environ").exists(), reason="finds processes in /proc")
+
+
+@needs_proc
+@pytest.mark.parametrize("victim", [0, 1])
+def test_a_dead_rank_ends_the_others_and_torchrun_restarts_them(tmp_path, victim):
+    """Killed, a rank takes the other down in well under a minute with one message, and --max-restarts goes on from the
+    last checkpoint to the same end as undisturbed."""
+    flags = [*DIGITS, "--iterations", "300", "--checkpoint_rate", "30"]
+    whole = torchrun([*flags, "--experiment_name", "whole"], tmp_path)
+    _, errors = whole.communicate(timeout=200)
+    assert whole.returncode == 0, errors[-2000:]
+    process = torchrun(flags, tmp_path, "--max-restarts", "1")
+    path = tmp_path / "checkpoints/diffusion_checkpoint_digits_50_8_attention.pt"
+    wait_for(path.exists)
+    os.kill(ranks(process.pid)[victim], signal.SIGKILL)
+    begun = time.perf_counter()
+    out, errors = process.communicate(timeout=100)
+    assert process.returncode == 0 and time.perf_counter() - begun < 60, errors[-3000:]
+    assert "resuming" in out and errors.count("diffuser:") == 1 and "another process has gone" in errors
+    assert load_checkpoint(path)["step"] == 300
+    assert same_run(path, tmp_path / "checkpoints/whole/checkpoint_300/model.pt")
+
+
+def test_an_error_of_all_processes_is_told_once(tmp_path):
+    """Bad flags, and an error that every process meets later on, are one message, not one from each."""
+    for flags, words in ((["--epochs", "0"], "--epochs"), (["--batch_size", "1"], "too small for 2 processes")):
+        process = torchrun([*DIGITS[:4], *flags, "--iterations", "2", *TINY_FLAGS], tmp_path)
+        _, errors = process.communicate(timeout=100)
+        assert process.returncode != 0 and errors.count("diffuser:") == 1 and words in errors, errors[-2000:]
+
+
+def test_another_number_of_processes_goes_on_with_the_same_batch(tmp_path):
+    """One process, then two, then one: the same batches of the same size, and the weights of an undisturbed run up to
+    rounding."""
+    flags = [*DIGITS, "--precision", "fp32", "--checkpoint_rate", "10", "--iterations"]
+    assert cli(*flags, 30, "--experiment_name", "whole", cwd=tmp_path).returncode == 0
+    assert cli(*flags, 10, "--experiment_name", "mixed", cwd=tmp_path).returncode == 0
+    process = torchrun([*flags, 20, "--experiment_name", "mixed"], tmp_path)
+    out, errors = process.communicate(timeout=100)
+    assert process.returncode == 0 and "10 of 20" in out, errors[-2000:]
+    assert cli(*flags, 30, "--experiment_name", "mixed", cwd=tmp_path).returncode == 0
+    one, mixed = (load_checkpoint(tmp_path / f"checkpoints/{name}/checkpoint_30/model.pt") for name in ("whole", "mixed"))
+    difference = sum((one["model"][k] - mixed["model"][k]).abs().sum() for k in one["model"])
+    assert difference / sum(v.abs().sum() for v in one["model"].values()) < 1e-3
+
+
+@needs_proc
+def test_ctrl_c_under_torchrun_saves(tmp_path):
+    """Workers get the signal from the terminal and again from torchrun: they save all the same."""
+    process = torchrun([*DIGITS, "--iterations", "100000", "--checkpoint_rate", "100000"], tmp_path)
+    wait_for(logged(tmp_path, 10))
+    for pid in (*ranks(process.pid).values(), process.pid):
+        os.kill(pid, signal.SIGINT)
+    _, errors = process.communicate(timeout=60)
+    assert errors.count("interrupted: saved") == 1, errors[-3000:]
+    assert load_checkpoint(next(tmp_path.rglob("*.pt")))["step"] >= 50
