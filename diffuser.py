@@ -1494,7 +1494,7 @@ class Runtime:
         if cfg.num_gpus > max(gpus, 1):
             raise UserError(f"--num_gpus {cfg.num_gpus}: this machine has {gpus}")
         if self.world > 1 and not torch.distributed.is_initialized():
-            torch.distributed.init_process_group("nccl" if gpus else "gloo", timeout=timedelta(hours=6))  # rank 0 draws
+            join_processes("nccl" if gpus else "gloo")
         self.replicas = 1 if self.world > 1 else cfg.num_gpus or max(gpus, 1)  # of DataParallel
         self.num_devices = self.world * self.replicas
         self.is_main, self.stop_signal, self.save_wanted = self.rank == 0, 0, False
@@ -1564,7 +1564,7 @@ class Runtime:
         try:
             yield
         finally:
-            for number, handler in before.items():
+            for number, handler in before.items() if self.world == 1 else ():  # of several it is to say why it ends
                 signal.signal(number, handler)
 
     def requests(self, step: int) -> tuple[int, bool]:
@@ -1588,6 +1588,16 @@ def stop_signals() -> list[int]:
     hangup = getattr(signal, "SIGHUP", None)
     heeded = hangup is not None and signal.getsignal(hangup) != signal.SIG_IGN
     return [signal.SIGINT, signal.SIGTERM, *([hangup] if heeded else [])]
+
+
+def join_processes(backend: str) -> None:
+    """torch.distributed's processes of a run, as torchrun started them."""
+    store, rank, world = next(torch.distributed.rendezvous("env://"))
+    if os.environ.get("LOCAL_WORLD_SIZE") == str(world):                     # else machines may count differently
+        attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")          # torchrun 2.15 keeps what dead processes
+        store = torch.distributed.PrefixStore(f"attempt_{attempt}", store)   # wrote there (pytorch issue 135712)
+    torch.distributed.init_process_group(backend, store=store, rank=rank, world_size=world,
+                                         timeout=timedelta(hours=6))         # rank 0 draws while others wait
 
 
 def pick_device(wanted: str) -> torch.device:
@@ -2095,8 +2105,9 @@ def check_state(state: dict, peek: bool) -> None:
     pooled = (len(names) + 1, shape[0], *(min(n, 64) for n in moments.mean.shape[2:]))
     fits = all(part.keys() == wanted.keys() and all(is_tensor(part[k], v) for k, v in wanted.items())
                for part in (state["model"], state["ema"] or state["model"]))
-    fits = fits and (not adam or all(is_tensor(adam[i][key], v if key != "step" else ()) for i, v in enumerate(
-        wanted.values()) for key in ("step", "exp_avg", "exp_avg_sq")))
+    fits = fits and type(adam) is dict and all(is_tensor(adam[i][key], v if key != "step" else ())
+                                               for i, v in enumerate(wanted.values() if adam else ())
+                                               for key in ("step", "exp_avg", "exp_avg_sq"))
     if not (fits and is_tensor(moments.mean, pooled) and is_tensor(moments.var, pooled)
             and is_tensor(state["meter"], (2, 4, 2)) and is_tensor(state.get("faults", torch.zeros(3)), (3,))):
         raise UserError("its tensors are not those of a run with its configuration")
