@@ -58,6 +58,7 @@ import pickle
 import platform
 import re
 import shlex
+import shutil
 import signal
 import sys
 import tempfile
@@ -1274,7 +1275,7 @@ class ImageFiles(torch.utils.data.Dataset):
         """Raise UserError unless there is something at the path."""
         if not path:
             raise UserError("dataset folder needs --path_to_data: a folder or ZIP file of images")
-        if not Path(path).exists():
+        if not os.path.exists(path):
             raise UserError(f"--path_to_data {path}: there is no such folder or ZIP file")
 
     def __len__(self) -> int:
@@ -1368,6 +1369,10 @@ def build_cache(index: Path, decoder: Decoder, workers: int) -> None:
     """Decode all images in worker processes into one file of bytes, and write its index last."""
     temporary, listing, labels, bad = index.with_suffix(".tmp"), index.with_suffix(".unreadable.txt"), [], []
     names = getattr(decoder.source, "names", range(len(decoder)))
+    need, free = len(decoder) * math.prod(decoder.shape), shutil.disk_usage(index.parent).free
+    if need > free:
+        raise UserError(f"the decoded images take {need / 2**30:.2g} GiB, {free / 2**30:.2g} GiB are free in "
+                        f"{index.parent}: choose another --data_dir or a smaller --img_size", code=1)
     workers = 0 if len(decoder) < 1000 else workers
     loader = torch.utils.data.DataLoader(decoder, batch_size=64, num_workers=workers, collate_fn=list)
     items = itertools.chain.from_iterable(loader)
@@ -2130,6 +2135,8 @@ def resume_point(cfg: Config, asked: dict, runtime: Runtime | None = None) -> tu
         try:
             state = load_checkpoint(path, peek=runtime is None)
         except UserError as error:
+            if wanted:
+                raise
             problems.append(error)
             continue
         check_fits(path, asked, state["config"])
@@ -2857,7 +2864,7 @@ def free_path(path: Path) -> Path:
 
 def file_name(class_name: str) -> str:
     """A class's name in the names of files."""
-    return re.sub(r"[^\w.-]+", "_", class_name).strip(".") or "class"
+    return re.sub(r"[^\w.-]+", "_", class_name).strip(".")[:50] or "class"
 
 
 def save_images(model: Model, cfg: Config, numbers: list[int] | None, count: int, path: Path, first: int = 0) -> Path:
@@ -2954,7 +2961,8 @@ def failed(error: Exception, debug: bool) -> int:
         print("diffuser:", error, file=sys.stderr)
     else:
         traceback.print_exception(error)
-    return getattr(error, "code", 1)
+    no_path = (errno.ENAMETOOLONG, errno.ENOTDIR, errno.EISDIR, errno.EEXIST, errno.ELOOP)
+    return getattr(error, "code", 2 if getattr(error, "errno", None) in no_path else 1)
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -2976,6 +2984,7 @@ def main(argv: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
+    sys.stdout = sys.stdout or open(os.devnull, "w")                         # noqa: SIM115 (where it was closed)
     for stream in filter(None, (sys.stdin, sys.stdout)):
         stream.reconfigure(errors="replace")                                 # of answers and names of any bytes
     status = main()

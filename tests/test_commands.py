@@ -1,9 +1,11 @@
 """Chapters 10 and 11: the real command line, its questions answered by a pipe and a terminal, its errors."""
 
 import contextlib
+import io
 import json
 import os
 import pty
+import random
 import select
 import shlex
 import signal
@@ -362,3 +364,79 @@ def test_mnist_end_to_end(real_data, folder):
     assert len(os.listdir("out/images")) == 10
     run = next((folder / "samples").iterdir())
     assert cli(run, "--no-show", cwd=folder, script="plot_loss.py").returncode == 0 and (run / "loss.png").exists()
+
+
+ODD = ["", " ", "0", "-1", "1", "7", "16", "1e9", "1e400", "nan", "inf", "9" * 5000, "True", "none", "auto", "x", "1,2", "1x1", "4097",
+       ",", "[1,2]", "日本", "\u0663", "\x1b[31m", "-", "../..", "/dev/null", "file", "file/x", "empty", "pictures", "~", "%s",
+       "cuda", "fp16", "cat", "all", "best", "ho2020", "folder", "a" * 300, "1," * 50, "0x10", "+5"]
+
+
+def sensible(name, chance):
+    """A value that option `name` takes, or nearly."""
+    meta = diffuser.FIELDS[name].metadata
+    if meta["choices"]:
+        return str(chance.choice(list(meta["choices"]())))
+    if meta["lo"] is None:
+        return chance.choice(ODD)
+    value = chance.choice([meta["lo"], meta["hi"], meta["lo"] + 1, 1, 2, 8])
+    return str(int(value) if diffuser.KINDS[name] is int else value)
+
+
+def odd_command(chance, checkpoint):
+    """A random command line that draws or trains nothing."""
+    flags = list(chance.choice([["--mode", "train", "--dataset", "digits"], ["--mode", "train", "--path_to_data", "pictures"],
+                                ["--mode", "inference", "--model_path", checkpoint], ["--mode", "inference"], []]))
+    for name in chance.sample([n for n in diffuser.FIELDS if n not in ("mode", "data_dir", "debug", "dry_run")], chance.randrange(1, 4)):
+        flags.append(chance.choice([f"--{name}"] * 20 + [f"--no-{name}", f"--{name[:-1]}", f"--{name}=", f"--{name.upper()}"]))
+        if chance.random() < 0.9:
+            flags.append(sensible(name, chance) if chance.random() < 0.8 else chance.choice(ODD))
+    return [*flags, "--dry_run", "True"]
+
+
+def test_no_flag_and_no_answer_leads_to_a_traceback(trained, folder, image_folder, monkeypatch, capsys):
+    """Random command lines with random answers: each ends with 0, or with 1 or 2 and a message of at most two lines."""
+    (folder / "file").write_text("x")
+    (folder / "empty").mkdir()
+    chance, codes = random.Random(0), set()
+    for _ in range(200):
+        flags = odd_command(chance, str(trained))
+        answers = "\n".join(chance.choice([*ODD, "", "", "", "q"]) for _ in range(40))
+        monkeypatch.setattr("sys.stdin", io.StringIO(answers))
+        code = main(flags)
+        errors = capsys.readouterr().err
+        assert code in (0, 2) and len(errors.strip().splitlines()) <= 2 and (not code or errors.startswith("diffuser: ")), flags
+        codes.add(code)
+    assert codes == {0, 2}
+
+
+@pytest.mark.slow
+def test_every_flag_at_its_ends(folder, monkeypatch, capsys):
+    """Training with each flag at the ends of its range or with each of its values works or is refused in two lines."""
+    costly = {"batch_size", "gradient_accumulation_steps", "base_channels", "epochs", "iterations", "train_minutes", "mode", "debug",
+              "img_size", "emb_dim", "compile", "dataset"}
+    monkeypatch.setitem(sys.modules, "wandb", None)
+    for name, spec in diffuser.FIELDS.items():
+        meta = spec.metadata
+        ends = meta["choices"]() if meta["choices"] else () if meta["lo"] is None else (meta["lo"], meta["hi"])
+        for value in () if name in costly else ends:
+            text = str(int(value)) if isinstance(value, (int, float)) and value == int(value) else str(value)
+            code = main([*TRAIN, "--experiment_name", "e", "--resume", "never", f"--{name}", text])
+            errors = capsys.readouterr().err
+            assert code in (0, 2) and len(errors.strip().splitlines()) <= 2, (name, value, errors)
+
+
+@pytest.mark.parametrize("flags", [[], ["--mode", "train", "--dataset", "digits"], ["--mode", "inference"]])
+def test_answers_of_any_bytes(trained, folder, flags):
+    """What is no text, and no input at all, ends with a question answered, asked again or named; never with a traceback."""
+    chance = random.Random(0)
+    rubbish = b"\n".join(chance.choice([b"", chance.randbytes(5).replace(b"\n", b""), b"\0", b"\xff\xfe", b"-1"]) for _ in range(60))
+    for stdin in (dict(input=rubbish + b"\n"), dict(stdin=None, preexec_fn=lambda: os.close(0))):
+        done = subprocess.run([sys.executable, str(ROOT / "diffuser.py"), *flags, "--dry_run", "True"], capture_output=True, timeout=60, **stdin)
+        assert done.returncode in (0, 2) and b"Traceback" not in done.stderr, done.stderr
+
+
+def test_a_reader_that_goes_away(folder):
+    """Output into a closed pipe, or nowhere at all, leaves no traceback."""
+    for redirection in ("| head -1", ">&-", "> /dev/full"):
+        done = subprocess.run(f"{sys.executable} {ROOT / 'diffuser.py'} --help {redirection}", shell=True, capture_output=True, timeout=60)
+        assert b"Traceback" not in done.stderr and b"Exception" not in done.stderr, (redirection, done.stderr)

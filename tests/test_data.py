@@ -1,15 +1,17 @@
 """Chapter 6: the datasets in their real on-disk formats, the cache, batches, moments."""
 
 import gzip
+import os
 import pickle
 import struct
 import zipfile
+import zlib
 
 import numpy as np
 import pytest
 import torch
 import torchvision
-from conftest import ROOT
+from conftest import ROOT, tiny_training
 from PIL import Image
 
 import diffuser
@@ -300,3 +302,97 @@ def test_importing_touches_nothing(tmp_path):
             "'diffusers', 'safetensors', 'matplotlib', 'torchvision') if m in sys.modules])")
     done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]" and not list(tmp_path.iterdir())
+
+
+def broken_pictures():
+    """{name: content} of files that are no pictures, or none that should be opened."""
+    def chunk(kind, content):
+        return struct.pack(">I", len(content)) + kind + content + struct.pack(">I", zlib.crc32(kind + content))
+
+    def png(width, height, extra=b""):
+        header = chunk(b"IHDR", struct.pack(">IIBBBBB", width, height, 8, 0, 0, 0, 0))
+        return b"\x89PNG\r\n\x1a\n" + header + extra + chunk(b"IDAT", zlib.compress(bytes(10_000))) + chunk(b"IEND", b"")
+
+    files = {"empty.png": b"", "text.jpg": b"hello", "bomb.png": png(60_000, 60_000), "none.png": png(0, 10),
+             "comment.png": png(8, 8, chunk(b"zTXt", b"k\0\0" + zlib.compress(b"a" * 20_000_000))),
+             "bomb.gif": b"GIF89a" + struct.pack("<HH", 65535, 65535) + b"\0\0\0," + struct.pack("<HHHH", 0, 0, 65535, 65535) + b"\0\2;"}
+    for kind in ("png", "jpeg", "gif", "webp", "bmp"):
+        picture = diffuser.io.BytesIO()
+        Image.effect_noise((64, 64), 90).convert("RGB").save(picture, kind)
+        files[f"half.{kind}"] = picture.getvalue()[: len(picture.getvalue()) // 2]
+    return files
+
+
+def test_broken_and_hostile_pictures(tmp_path, capsys):
+    """Truncated, empty and absurdly sized files are skipped, counted and listed with the reason, from a folder and from
+    a ZIP file; the others are all there. One more than a tenth is an error that names the list."""
+    broken = broken_pictures()
+    (tmp_path / "p" / "cat").mkdir(parents=True)
+    for name, content in broken.items():
+        (tmp_path / "p" / "cat" / name).write_bytes(content)
+    for i in range(9 * len(broken)):
+        Image.new("RGB", (9, 9), (i, 2 * i, 3)).save(tmp_path / "p" / "cat" / f"good{i}.png")
+    (tmp_path / "p" / "cat" / "gone.png").symlink_to("nowhere")
+    with zipfile.ZipFile(tmp_path / "p.zip", "w", zipfile.ZIP_DEFLATED) as archive:
+        for path in sorted((tmp_path / "p" / "cat").glob("*.*")):
+            if path.exists():
+                archive.write(path, f"cat/{path.name}")
+    with zipfile.ZipFile(tmp_path / "huge.zip", "w", zipfile.ZIP_DEFLATED) as archive:
+        for i in range(9):
+            archive.write(tmp_path / "p" / "cat" / f"good{i}.png", f"cat/{i}.png")
+        archive.writestr("cat/zeros.png", bytes(2**28 + 1))
+    for source, bad in (("p", len(broken)), ("p.zip", len(broken)), ("huge.zip", 1)):
+        data = load_data(folder_config(tmp_path / source, tmp_path, img_size=(8, 8)))
+        assert f"skipped {bad} of {10 * bad} images" in capsys.readouterr().out and len(data.images) == 9 * bad
+        listing = max((tmp_path / "data" / "cache").glob("*.unreadable.txt"), key=lambda p: p.stat().st_mtime).read_text()
+        assert len(listing.splitlines()) == bad and all(": " in line for line in listing.splitlines())
+    (tmp_path / "p" / "cat" / "one_more.png").write_bytes(b"")
+    with pytest.raises(UserError, match=r"unreadable\.txt"):
+        load_data(folder_config(tmp_path / "p", tmp_path, img_size=(8, 8)))
+
+
+def test_names_in_a_zip_file_lead_nowhere(folder, capsys):
+    """Entries and class names with dots and slashes are names of classes, and no file is made outside the output."""
+    picture = diffuser.io.BytesIO()
+    Image.new("RGB", (8, 8)).save(picture, "PNG")
+    (folder / "run").mkdir()
+    os.chdir(folder / "run")
+    with zipfile.ZipFile("evil.zip", "w") as archive:
+        for i, name in enumerate(("../../up", "/abs/olute", "a/..", "c:\\win", "x" * 300, "plain", "\x1b[31m")):
+            for j in range(4):
+                archive.writestr(f"{name}/{i}{j}.png", picture.getvalue())
+    path = diffuser.train(tiny_training(dataset="folder", path_to_data="evil.zip", img_size=(8, 8), batch_size=4, val_fraction=0.0))
+    assert "20 images 8x8x3, 5 classes" in capsys.readouterr().out           # entries with dots are left out
+    state = diffuser.load_checkpoint(path)
+    torch.save({**state, "class_names": ["..", "../../up", "/abs/olute", "y" * 300, "a\0b"]}, path)
+    assert diffuser.main(["--mode", "inference", "--model_path", str(path), "--num_images", "5", "--steps", "1", "--save_dir", "out"]) == 0
+    assert sorted(name[7:] for name in os.listdir("out/images")) == ["_.._up.png", "_abs_olute.png", "a_b.png", "class.png", "y" * 50 + ".png"]
+    assert os.listdir(folder) == ["run"]
+
+
+@pytest.mark.parametrize("break_it", [lambda bin: bin.write_bytes(b""), lambda bin: bin.unlink(),
+                                      lambda bin: bin.with_suffix(".json").write_text("{"), lambda bin: bin.with_suffix(".json").write_text("[]")])
+def test_a_damaged_cache_is_made_anew(image_folder, tmp_path, break_it):
+    """A cache that is not as large as its index says, or whose index cannot be read, is built again."""
+    cfg = folder_config(image_folder, tmp_path)
+    first = load_data(cfg).images.clone()
+    break_it(next((tmp_path / "data" / "cache").glob("*.bin")))
+    assert torch.equal(load_data(cfg).images, first)
+
+
+def test_a_cache_larger_than_the_disk_is_refused(image_folder, tmp_path, monkeypatch):
+    """Before decoding, not when the disk is full."""
+    usage = type("Usage", (), {"free": 1000})
+    monkeypatch.setattr(diffuser.shutil, "disk_usage", lambda path: usage)
+    with pytest.raises(UserError, match="--data_dir"):
+        load_data(folder_config(image_folder, tmp_path))
+
+
+@pytest.mark.parametrize("dataset, file", [("digits", "digits.npz"), ("mnist", "MNIST/raw/train-images-idx3-ubyte"), ("folder", "pictures.zip")])
+def test_damaged_datasets_are_told(tmp_path, dataset, file):
+    """A shipped or downloaded file that is broken: one error that names it or what to put there."""
+    (tmp_path / file).parent.mkdir(parents=True, exist_ok=True)
+    (tmp_path / file).write_bytes(b"PK\3\4 and then nothing")
+    path = str(tmp_path / file) if dataset == "folder" else ""
+    with pytest.raises(UserError):
+        load_data(configure(dataset=dataset, data_dir=str(tmp_path), path_to_data=path))
