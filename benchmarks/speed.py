@@ -149,24 +149,30 @@ def diffusers(cfg: diffuser.Config, precision: str) -> Contestant:
     return Contestant(step, draw, accelerator.unwrap_model(model), lambda network, xt, t: network(xt, t).sample)
 
 
+def parameters(network: torch.nn.Module) -> int:
+    """How many there are."""
+    return sum(p.numel() for p in network.parameters())
+
+
 def lucidrains(cfg: diffuser.Config, precision: str) -> Contestant:
     """denoising-diffusion-pytorch's Trainer over a folder of PNG files."""
     from denoising_diffusion_pytorch import GaussianDiffusion, Trainer, Unet
 
     with torch.device("meta"):
-        wanted = sum(p.numel() for p in diffuser.build_unet(cfg, cfg.channels, 0).parameters())
+        wanted = parameters(diffuser.build_unet(cfg, cfg.channels, 0))
         mults = {8: (1, 2), 28: (1, 2, 4), 32: (1, 2, 4, 8), 64: (1, 2, 4, 8)}.get(cfg.img_size[0], (1, 2, 4))
-        sizes = {dim: sum(p.numel() for p in Unet(dim, dim_mults=mults, channels=cfg.channels).parameters())
-                 for dim in range(8, 160, 4)}
+        sizes = {dim: parameters(Unet(dim, dim_mults=mults, channels=cfg.channels)) for dim in range(8, 160, 4)}
     network = Unet(min(sizes, key=lambda dim: abs(sizes[dim] - wanted)), dim_mults=mults, channels=cfg.channels,
                    dropout=cfg.dropout)
-    folder = Path(tempfile.mkdtemp(prefix="speed_"))
+    kept = tempfile.TemporaryDirectory(prefix="speed_")
+    folder = Path(kept.name)
     for i, image in enumerate(random_images(cfg, 512).images[:max(512, cfg.batch_size)]):
         diffuser.to_pil(image).save(folder / f"{i}.png")
     diffusion = GaussianDiffusion(network, image_size=cfg.img_size[0], timesteps=1000, sampling_timesteps=50)
     trainer = Trainer(diffusion, folder, train_batch_size=cfg.batch_size, train_lr=1e-4, calculate_fid=False,
                       train_num_steps=0, save_and_sample_every=10**9, results_folder=str(folder / "results"),
                       amp=precision == "bf16", mixed_precision_type="bf16")
+    trainer.images = kept                                                    # until the process ends
 
     def step() -> None:
         trainer.train_num_steps = trainer.step + 1
@@ -240,14 +246,13 @@ def measure(args: argparse.Namespace) -> dict:
     make, precision = CONTESTANTS[args.contestants]
     cfg = settings(args.networks, int(args.batches))
     contestant = make(cfg, precision)
-    parameters = sum(p.numel() for p in contestant.network.parameters())
     step = seconds(contestant.step, args.seconds)
     memory = peak_memory()
     drawing = math.nan
     if args.images:
         contestant.draw(args.images, 2)                                      # to warm up
         drawing = seconds(lambda: contestant.draw(args.images, args.steps), 0, 0, 1)
-    return dict(parameters=parameters, step=step, memory=memory, drawing=drawing, flops=flops(contestant, cfg))
+    return dict(parameters=parameters(contestant.network), step=step, memory=memory, drawing=drawing, flops=flops(contestant, cfg))
 
 
 def in_process(flags: list[str]) -> dict:
@@ -313,8 +318,7 @@ def curve_point(args: argparse.Namespace) -> dict:
     run = diffuser.Training(cfg, diffuser.Runtime(cfg))
     loading = seconds(lambda: run.batches(run.step), 1.0)
     step = seconds(run.train_step, args.seconds)
-    parameters = sum(p.numel() for p in run.network.parameters())
-    return dict(step=step, loading=loading, memory=peak_memory(), parameters=parameters)
+    return dict(step=step, loading=loading, memory=peak_memory(), parameters=parameters(run.network))
 
 
 def curves(args: argparse.Namespace) -> list[dict]:
@@ -362,7 +366,7 @@ def jpegs(args: argparse.Namespace) -> list[dict]:
 
 
 def start(args: argparse.Namespace) -> list[dict]:
-    """From the command to the end of the first step, on the digits; and what of it importing torch takes."""
+    """From the command to the end of the first step, for each dataset named; and what of it importing torch takes."""
     program = ("import sys, time; sys.path.insert(0, {!r})\n"
                "import torch; a = time.time(); import diffuser; b = time.time()\n"
                "step = diffuser.Training.train_step\n"

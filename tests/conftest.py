@@ -55,6 +55,11 @@ def cli(*arguments, cwd, stdin="", script="diffuser.py", env=None, timeout=300):
                           capture_output=True, timeout=timeout, env={**os.environ, **(env or {})})
 
 
+# For a child process: status("VmHWM") is the most memory it has taken, in KiB; see proc(5).
+STATUS = ("import re\n"
+          "def status(name): return int(re.search(name + r':\\s+(\\d+)', open('/proc/self/status').read())[1])\n")
+
+
 def heed_interrupts():
     """For a child process: a Ctrl-C counts, also where the tests themselves run in the background and ignore it."""
     signal.signal(signal.SIGINT, signal.default_int_handler)

@@ -7,7 +7,7 @@ import sys
 
 import pytest
 import torch
-from conftest import ROOT, TINY_FLAGS, cli, tiny_training
+from conftest import ROOT, STATUS, TINY_FLAGS, cli, tiny_training
 
 import diffuser
 from diffuser import Arithmetic, Runtime, Training, choose_arithmetic, load_checkpoint, precisions, train
@@ -161,12 +161,11 @@ def test_a_cpu_splits_before_it_swaps(folder, monkeypatch, capsys):
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 def test_memory_estimate_is_near_the_truth(folder):
     """What --dry_run tells is within a factor of two of what the process takes for a step."""
-    program = ("import re, sys; sys.path.insert(0, {!r}); import diffuser\n"
-               "def peak(): return int(re.search(r'VmHWM:\\s+(\\d+)', open('/proc/self/status').read())[1])\n"
+    program = ("import sys; sys.path.insert(0, {!r}); import diffuser\n" + STATUS +
                "cfg = diffuser.configure(dataset='digits', base_channels=64, channel_mults=(1, 2), num_heads=4,\n"
                "                         batch_size=1024, precision='fp32', device='cpu')\n"
                "run = diffuser.Training(cfg, diffuser.Runtime(cfg))\n"
-               "before = peak(); run.train_step(); print(peak() - before)\n"
+               "before = status('VmHWM'); run.train_step(); print(status('VmHWM') - before)\n"
                "print(diffuser.training_memory(cfg, (1, 8, 8), 10, 1024, 'fp32')[1] // 1024)")
     done = subprocess.run([sys.executable, "-c", program.format(str(ROOT))], capture_output=True, text=True, cwd=folder)
     taken, told = map(int, done.stdout.split())
@@ -192,7 +191,7 @@ def test_gradient_checkpointing_changes_memory_only(folder):
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 def test_memory_does_not_grow_with_a_cached_dataset(folder):
     """Batches from a cache keep no copy of the images: an epoch over 36 MB of them takes no memory of the process."""
-    program = ("import sys; sys.path.insert(0, {!r}); import diffuser, numpy, re\n"
+    program = ("import sys; sys.path.insert(0, {!r}); import diffuser, numpy\n" + STATUS +
                "from PIL import Image\n"
                "image = Image.fromarray(numpy.full((32, 32, 3), 7, numpy.uint8))\n"
                "cfg = diffuser.configure(dataset='folder', num_workers=0, path_to_data='x', img_size=(32, 32), device='cpu')\n"
@@ -202,7 +201,7 @@ def test_memory_does_not_grow_with_a_cached_dataset(folder):
                "for step in range(batches.steps_per_epoch):\n"
                "    batches(step)\n"
                "    if step in (20, batches.steps_per_epoch - 1):\n"
-               "        print(re.search(r'RssAnon:\\s+(\\d+)', open('/proc/self/status').read())[1])")
+               "        print(status('RssAnon'))")
     done = subprocess.run([sys.executable, "-c", program.format(str(ROOT))], cwd=folder, capture_output=True, text=True)
     early, late = map(int, done.stdout.split()[-2:])
     assert late - early < 10_000, done.stdout                                # KiB
