@@ -61,12 +61,16 @@ def read_images(path: str, shape: tuple[int, int, int] | None = None) -> ImageDa
     except UserError:
         raise UserError(f"{path} is no folder or ZIP file with images in it") from None
     if shape is None:
-        with files[0][0] as first:
-            shape = files.guess_channels(), first.height, first.width
+        try:
+            with files[0][0] as first:
+                shape = files.guess_channels(), first.height, first.width
+        except Exception as error:                                           # broken files raise errors of every kind
+            raise UserError(f"{files.names[0]} in {path} cannot be read ({diffuser.first_line(error)})") from error
     decoder = diffuser.Decoder(files, shape)
     items = [decoder[i] for i in tqdm(range(len(files)), "reading", leave=False, disable=None)]
-    if None in items:
-        raise UserError(f"{files.names[items.index(None)]} in {path} cannot be read: remove it")
+    for name, item in zip(files.names, items, strict=True):
+        if isinstance(item, str):
+            raise UserError(f"{name} in {path} cannot be read ({item}): remove it")
     images = torch.stack([torch.from_numpy(image) for image, _ in items])
     if files.class_names:
         return ImageData(images, torch.tensor(files.labels), files.class_names)

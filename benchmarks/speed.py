@@ -252,7 +252,8 @@ def measure(args: argparse.Namespace) -> dict:
     if args.images:
         contestant.draw(args.images, 2)                                      # to warm up
         drawing = seconds(lambda: contestant.draw(args.images, args.steps), 0, 0, 1)
-    return dict(parameters=parameters(contestant.network), step=step, memory=memory, drawing=drawing, flops=flops(contestant, cfg))
+    return dict(parameters=parameters(contestant.network), step=step, memory=memory, drawing=drawing,
+                flops=flops(contestant, cfg))
 
 
 def in_process(flags: list[str]) -> dict:

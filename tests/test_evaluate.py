@@ -244,3 +244,13 @@ def test_without_torch_fidelity_it_says_what_to_install(monkeypatch):
     images = torch.zeros(10, 3, 4, 4, dtype=torch.uint8)
     with pytest.raises(UserError, match="pip install torch-fidelity"):
         evaluate.inception_scores(images, images, ["fid"], "", 64, 10)
+
+
+@pytest.mark.parametrize("broken", ["000000.png", "000001.png"])
+def test_a_broken_picture_is_named(tmp_path, broken):
+    """Figures of a folder with a picture missing would be wrong: the first that cannot be read is an error."""
+    for i in range(3):
+        Image.new("L", (8, 8), i).save(tmp_path / f"{i:06}.png")
+    (tmp_path / broken).write_bytes(b"no picture")
+    with pytest.raises(diffuser.UserError, match=broken):
+        evaluate.read_images(str(tmp_path))

@@ -158,6 +158,17 @@ def test_a_cpu_splits_before_it_swaps(folder, monkeypatch, capsys):
     assert "a step is computed in 4 parts" in capsys.readouterr().out
 
 
+@pytest.mark.parametrize("free, words", [(2**28, "computed in"), (2**24, "one image at a time"), (2**20, "lower --base_channels")])
+def test_dry_run_warns_before_a_cpu_swaps(folder, monkeypatch, capsys, free, words):
+    """Less memory than a step takes, than one image takes, than the weights take: told before any is taken."""
+    monkeypatch.setattr(diffuser, "free_memory", lambda device: free)
+    flags = ["--mode", "train", "--dataset", "digits", "--device", "cpu", "--base_channels", "16", "--batch_size", "512", "--img_size", "32",
+             "--patch_size", "1", "--dry_run"]
+    code = diffuser.main(flags)
+    out, errors = capsys.readouterr()
+    assert words in (errors if code else out) and code == (2 if free == 2**20 else 0)
+
+
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 def test_memory_estimate_is_near_the_truth(folder):
     """What --dry_run tells is within a factor of two of what the process takes for a step."""
