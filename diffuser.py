@@ -1369,6 +1369,7 @@ def build_cache(index: Path, decoder: Decoder, workers: int) -> None:
     """Decode all images in worker processes into one file of bytes, and write its index last."""
     temporary, listing, labels, bad = index.with_suffix(".tmp"), index.with_suffix(".unreadable.txt"), [], []
     names = getattr(decoder.source, "names", range(len(decoder)))
+    temporary.unlink(missing_ok=True)                                        # of a run that was killed
     need, free = len(decoder) * math.prod(decoder.shape), shutil.disk_usage(index.parent).free
     if need > free:
         raise UserError(f"the decoded images take {need / 2**30:.2g} GiB, {free / 2**30:.2g} GiB are free in "
@@ -1598,11 +1599,12 @@ def stop_signals() -> list[int]:
 def join_processes(backend: str) -> None:
     """torch.distributed's processes of a run, as torchrun started them."""
     store, rank, world = next(torch.distributed.rendezvous("env://"))
+    patience = timedelta(hours=6)                                            # rank 0 reads and draws, the others wait
+    store.set_timeout(patience)
     if os.environ.get("LOCAL_WORLD_SIZE") == str(world):                     # else machines may count differently
         attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")          # torchrun 2.15 keeps what dead processes
         store = torch.distributed.PrefixStore(f"attempt_{attempt}", store)   # wrote there (pytorch issue 135712)
-    torch.distributed.init_process_group(backend, store=store, rank=rank, world_size=world,
-                                         timeout=timedelta(hours=6))         # rank 0 draws while others wait
+    torch.distributed.init_process_group(backend, store=store, rank=rank, world_size=world, timeout=patience)
 
 
 def pick_device(wanted: str) -> torch.device:
@@ -1612,6 +1614,10 @@ def pick_device(wanted: str) -> torch.device:
         raise UserError(f"--device {wanted}: torch {torch.__version__} finds none here")
     device = torch.device(next(k for k in there if there[k]) if wanted == "auto" else wanted)
     if device.type == "cuda":
+        processes = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+        if processes > torch.cuda.device_count():
+            raise UserError(f"{processes} processes on this machine, which has {torch.cuda.device_count()} GPUs: lower "
+                            "torchrun's --nproc_per_node")
         device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
         torch.cuda.set_device(device)
     return device
@@ -1728,7 +1734,7 @@ class RunLog:
 
     def __init__(self, folder: Path, cfg: Config, step: int):
         self.path, self.rows, self.file, path = folder / "metrics.csv", [], None, folder / "config.json"
-        with suppress(OSError, ValueError):
+        with suppress(OSError, ValueError, csv.Error):
             for row in csv.DictReader(self.path.read_text().splitlines(), restval="") if step else ():
                 self.rows.append([row.get(column, "") for column in self.COLUMNS])
         self.rewind(step)
@@ -1751,6 +1757,7 @@ class RunLog:
 
     def write_all(self) -> None:
         """Write the file anew and go on at its end."""
+        self.file = self.file.close() if self.file else None                 # None as long as this fails
         text = "".join(",".join(row) + "\n" for row in (self.COLUMNS, *self.rows))
         write_atomically(self.path, lambda file: file.write(text.encode()))
         self.file = open(self.path, "ab", buffering=0)                       # noqa: SIM115 (open for the whole run)
@@ -1778,7 +1785,7 @@ class RunLog:
             try:
                 tracker(step, values)
             except Exception as error:
-                print(f"{name} failed ({error}): going on without it", file=sys.stderr)
+                complain(f"{name} failed ({error}): going on without it")
                 del self.trackers[name]
 
 
@@ -1939,7 +1946,11 @@ def samples_path(cfg: Config) -> Path:
 
 def by_age(paths) -> list[Path]:
     """Existing paths, the newest first."""
-    return sorted((p for p in paths if p.exists()), key=lambda p: p.stat().st_mtime_ns, reverse=True)
+    times = {}
+    for path in paths:
+        with suppress(OSError):                                              # of a run that renames it
+            times[path] = path.stat().st_mtime_ns
+    return sorted(times, key=times.get, reverse=True)
 
 
 def kept_checkpoints(cfg: Config) -> list[Path]:
@@ -1947,7 +1958,8 @@ def kept_checkpoints(cfg: Config) -> list[Path]:
     path = checkpoint_path(cfg, 0)
     if cfg.experiment_name:
         return by_age(path.parent.parent.glob("checkpoint_*/model.pt"))
-    return by_age([path, *path.parent.glob(f"{path.stem}_step*.pt")])
+    steps = (p for p in path.parent.glob(f"{path.stem}_step*.pt") if p.stem.rpartition("_step")[2].isdecimal())
+    return by_age([path, *steps])                                            # not _step9_old1
 
 
 def save_checkpoint(state: dict, cfg: Config) -> Path:
@@ -1964,43 +1976,44 @@ def save_checkpoint(state: dict, cfg: Config) -> Path:
     def replacing(temporary: Path) -> None:
         if not zip_is_sound(temporary):
             raise OSError(f"{path} was not written as it should be")
-        step = None if cfg.experiment_name else saved_step(path)
-        if step not in (None, state["step"]) and (last > 1 or not state["good"]):
-            os.replace(path, path.with_stem(f"{path.stem}_step{step}"))
+        before = None if cfg.experiment_name else readable(path, peek=True)
+        if before and before["step"] != state["step"] and (last > 1 or not state["good"]):
+            os.replace(path, path.with_stem(f"{path.stem}_step{before['step']}"))
 
     write_atomically(path, write, replacing)
     others = [p for p in kept_checkpoints(cfg) if p != path]
-    spared = next(filter(is_good, others), None) if not state["good"] else None
+    spared = None if state["good"] else next((p for p in others if is_good(readable(p))), None)
     for old in others[last - 1 :]:
-        if old != spared:
-            old.unlink()
-            if cfg.experiment_name and not any(old.parent.iterdir()):
-                old.parent.rmdir()
+        with suppress(OSError):                                              # the new one is safe in any case
+            if old != spared:
+                old.unlink()
+                if cfg.experiment_name and not any(old.parent.iterdir()):
+                    old.parent.rmdir()
     return path
 
 
 def zip_is_sound(path: Path) -> bool:
     """Whether every part of a checkpoint, a ZIP file as torch.save writes it, has the checksum noted beside it."""
-    with zipfile.ZipFile(path) as archive:
-        # nothing that blows up, nothing that torch takes for a folder and leaves unread
-        plain = all(e.compress_type == zipfile.ZIP_STORED and e.external_attr == 0 for e in archive.infolist())
-        return plain and archive.testzip() is None
-
-
-def saved_step(path: Path) -> int | None:
-    """The step of a checkpoint; None where there is none that can be read."""
     try:
-        return load_checkpoint(path, peek=True)["step"]
+        with zipfile.ZipFile(path) as archive:
+            # nothing that blows up, nothing that torch takes for a folder and leaves unread
+            plain = all(e.compress_type == zipfile.ZIP_STORED and e.external_attr == 0 for e in archive.infolist())
+            return plain and archive.testzip() is None
+    except zipfile.BadZipFile:
+        return False
+
+
+def is_good(state: dict | None) -> bool:
+    """Whether a checkpoint could be read and was made while the loss was finite and in its range."""
+    return state is not None and state.get("good", True)
+
+
+def readable(path: Path, peek: bool = False) -> dict | None:
+    """A checkpoint's content; None where there is none that can be read."""
+    try:
+        return load_checkpoint(path, peek)
     except UserError:
         return None
-
-
-def is_good(path: Path) -> bool:
-    """Whether a checkpoint can be read and was made while the loss was in its range."""
-    try:
-        return load_checkpoint(path).get("good", True)
-    except UserError:
-        return False
 
 
 @contextmanager
@@ -2013,20 +2026,26 @@ def run_lock(cfg: Config) -> Iterator[None]:
     places = checkpoint.parents[1] if cfg.experiment_name else checkpoint, samples_path(cfg)
     with ExitStack() as held:
         for place, flag in zip(places, ("--working_directory", "--generated_directory"), strict=True):
-            path = place.with_name(f".{place.name}.lock")
+            lock, owner = (place.with_name(f".{place.name}.{ending}") for ending in ("lock", "owner"))
             try:
-                path.parent.mkdir(parents=True, exist_ok=True)
-                owner = path.read_text(errors="replace") if path.exists() else ""
-                held.enter_context(FileLock(path, timeout=6))                # forked workers outlive a run by 5 seconds
+                lock.parent.mkdir(parents=True, exist_ok=True)
+                held.enter_context(FileLock(lock, timeout=6))                # forked workers outlive a run by 5 seconds
             except Timeout:
-                raise UserError(f"{place} is in use by {owner or 'another run'}\n"
-                                "Wait for it, stop it, or give this run an --experiment_name of its own.") from None
+                name = owner.read_text(errors="replace") if owner.exists() else "another run"
+                raise UserError(f"{place} is in use by {name}\nWait for it, stop it, or give this run an "
+                                "--experiment_name of its own.") from None
             except OSError as error:
-                raise UserError(f"cannot write to {path.parent} ({error.strerror}): choose another {flag}") from error
+                raise UserError(f"cannot write to {lock.parent} ({error.strerror}): choose another {flag}") from error
             with suppress(OSError):                                          # a full disk: see attempt
-                path.write_text(f"process {os.getpid()} on {platform.node()} since {time.ctime()}: "
-                                f"{shlex.join(sys.argv)}")
+                owner.write_text(f"process {os.getpid()} on {platform.node()} since {time.ctime()}: "
+                                 f"{shlex.join(sys.argv)}")
         yield
+
+
+def complain(text: str) -> None:
+    """A line on stderr, which may be a file on the disk that is full."""
+    with suppress(OSError):
+        print(text, file=sys.stderr)
 
 
 def attempt(what: str, write: Callable[[], object]) -> bool:
@@ -2035,7 +2054,7 @@ def attempt(what: str, write: Callable[[], object]) -> bool:
         write()
         return True
     except OSError as error:
-        print(f"\nwarning: {what} could not be written ({error.strerror or error}): going on", file=sys.stderr)
+        complain(f"\nwarning: {what} could not be written ({error.strerror or error}): going on")
         return False
 
 
@@ -2054,7 +2073,7 @@ def load_checkpoint(path: str | Path, peek: bool = False) -> dict:
     in it is run. Raises UserError."""
     try:
         if not peek and not zip_is_sound(Path(path)):
-            raise UserError(f"{path} is damaged: a checksum in it is wrong")
+            raise UserError(f"{path} is damaged, or was never a checkpoint of this program")
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             state = torch.load(path, map_location="cpu", weights_only=True, mmap=peek)
@@ -2079,7 +2098,7 @@ def load_checkpoint(path: str | Path, peek: bool = False) -> dict:
 
 def is_tensor(v, shape: tuple[int, ...]) -> bool:
     """Whether v is a tensor of floats of that shape, with memory for each of them."""
-    return (isinstance(v, Tensor) and v.shape == shape and v.is_floating_point()
+    return (isinstance(v, Tensor) and v.shape == shape and v.is_floating_point() and v.is_cpu
             and v.untyped_storage().nbytes() >= v.numel() * v.element_size())
 
 
@@ -2237,7 +2256,6 @@ class Training:
         self.step, self.network = 0, build_unet(cfg, shape[0], self.null).to(runtime.device)
         self.scaler = torch.amp.GradScaler(runtime.device.type, enabled=False)
         self.arithmetic = arithmetic or self.settle_arithmetic((state or {}).get("arithmetic"))
-        self.scaler = torch.amp.GradScaler(runtime.device.type, enabled=self.arithmetic.precision == "fp16")
         self.network.to(memory_format=self.arithmetic.layout)
         # graphs save launches, which is what counts in small steps; gradients of several parts cannot add up in them
         parts = cfg.gradient_accumulation_steps * self.arithmetic.split
@@ -2264,28 +2282,27 @@ class Training:
     def state(self) -> dict:
         """Everything that a run needs to go on and a model needs to draw: tensors and plain values. Called by all
         processes, for the sums of each."""
-        meter, faults = self.gathered()
         return dict(
             format=FORMAT, config=dataclasses.asdict(self.cfg), step=self.step, epoch=self.epoch,
             shape=list(self.shape), class_names=self.data.class_names, data=self.data.digest(),
-            loss_history=self.history, meter=meter, moments=vars(self.moments), faults=faults, slowed=self.slowed,
-            range_since=self.range_since, good=self.rows_out() == 0 and not faults[0],
+            loss_history=self.history, meter=self.gathered(), moments=vars(self.moments), faults=self.faults,
+            slowed=self.slowed, range_since=self.range_since, good=self.rows_out() == 0 and not self.faults[0],
             model=self.network.state_dict(), ema=self.ema.network.state_dict() if self.cfg.use_ema else None,
             optimizer=self.optimizer.state_dict(), scaler=self.scaler.state_dict(), arithmetic=vars(self.arithmetic),
             lr_schedule=dict(name=self.cfg.lr_schedule, step=self.step, total_steps=self.total))
 
-    def gathered(self) -> tuple[Tensor, Tensor]:
-        """Sums of losses and counts of faults over all processes."""
-        meter, faults = self.meter.clone(), self.faults.clone()
+    def gathered(self) -> Tensor:
+        """The sums of losses and counts over all processes."""
+        meter = self.meter.clone()
         if self.runtime.world > 1:
             torch.distributed.all_reduce(meter)
-            torch.distributed.all_reduce(faults, torch.distributed.ReduceOp.MAX)
-        return meter, faults
+        return meter
 
     def begin(self) -> None:
         """Stand at step 0; the weights are those that the network has."""
         self.step, self.history, self.range_since, self.slowed = 0, [], 0, 0
         self.clock = (0, time.perf_counter())
+        self.scaler = torch.amp.GradScaler(self.runtime.device.type, enabled=self.arithmetic.precision == "fp16")
         self.meter.zero_()
         self.faults.zero_()
         self.optimizer.state.clear()
@@ -2341,11 +2358,11 @@ class Training:
     def trouble(self, logged: bool) -> str:
         """Why the run cannot go on like this; empty where all is well. Losses are judged when a row of them has been
         logged, so that a checkpoint in between changes nothing. Waits for the device."""
-        if not all(p.isfinite().all() for p in self.network.parameters()):
+        if not torch.stack([p.isfinite().all() for p in self.network.parameters()]).all():
             return "weights are not finite"
         if not logged:
             return ""
-        longest = int(self.gathered()[1][1])
+        longest = int(self.faults[1])
         self.faults[1] = self.faults[0]
         if longest >= 10:
             return f"the loss or its gradient was not finite in {longest} steps in a row"
@@ -2354,15 +2371,16 @@ class Training:
         return "the loss has been far above its range for ten rows of metrics.csv" if self.rows_out() == 10 else ""
 
     def roll_back(self, reason: str, start: Path | None) -> None:
-        """Go back to the newest good checkpoint, that of the start at the latest, or to the beginning, with half the
+        """Go back to the start, a checkpoint, or another good one of this run, or to the beginning, with half the
         learning rate. Raises UserError after three times."""
         at, slowed, cfg = self.step, self.slowed + 1, self.cfg
         if slowed > 3:
             raise UserError(f"training has diverged for the fourth time, by step {at}: {reason}.\nThe last good "
                             "checkpoint is as it was: lower --learning_rate or use --precision fp32.", code=1)
-        path = next(filter(is_good, (*kept_checkpoints(cfg), *([start] if start else []))), None)
-        if path:
-            self.resume(load_checkpoint(path))
+        states = map(readable, (*([start] if start else []), *kept_checkpoints(cfg)))
+        state = next(filter(is_good, states), None)
+        if state:
+            self.resume(state)
         else:
             torch.manual_seed(mix(cfg.seed))
             self.network.load_state_dict(build_unet(cfg, self.shape[0], self.null).state_dict())
@@ -2370,6 +2388,7 @@ class Training:
             self.begin()
         self.slowed = max(slowed, self.slowed + 1)
         self.fit(self.total)
+        self.runtime.next_look = 0                                           # it may lie far ahead
         self.runtime.say(f"step {at}: {reason}; going on from step {self.step} with {0.5**self.slowed:g} times the "
                          "learning rate")
 
@@ -2402,9 +2421,11 @@ class Training:
         chosen = self.arithmetic = choose_arithmetic(cfg, device, calls, stored, seconds)
         if device.type == "cpu":
             parts, warning = self.fitting(precision=chosen.precision)
+            if stored and stored["device"] == "cpu":                         # so that the result is the same
+                parts, warning = chosen.split, warning if parts > chosen.split else ""
             if warning:
                 self.runtime.say(f"memory   {warning}")
-            chosen = dataclasses.replace(chosen, split=max(chosen.split, parts))
+            chosen = dataclasses.replace(chosen, split=parts)
         elif device.type == "cuda" and self.runtime.replicas == 1:           # a trial, with room for what is to come
             room = [torch.empty_like(p) for p in self.network.parameters() for _ in range(4)]
             self.gradients_that_fit(self.batch(), self.network)
@@ -2462,17 +2483,20 @@ class Training:
         sums = self.gradients_that_fit(self.batch(), self.forward)
         self.scaler.unscale_(self.optimizer)
         self.grad_norm = nn.utils.clip_grad_norm_(self.network.parameters(), self.cfg.max_grad_norm or math.inf)
-        finite = sums.isfinite().all()
-        self.meter += torch.where(finite, sums, 0.0)                         # a loss that is not finite is not averaged
+        finite = sums.isfinite().all().float()
+        self.meter += torch.where(finite > 0, sums, 0.0)                     # a loss that is not finite is not averaged
+        if self.scaler.is_enabled() and self.runtime.world > 1:
+            torch.distributed.all_reduce(finite, torch.distributed.ReduceOp.MIN)
         # in fp16 a gradient may overflow: GradScaler skips the step, too, and lowers its scale
-        fault = (~finite if self.scaler.is_enabled() else ~self.grad_norm.isfinite()).float()
+        fault = 1 - (finite if self.scaler.is_enabled() else self.grad_norm.isfinite().float())
         now = (self.faults[0] + 1) * fault
         self.faults = torch.stack([now, torch.maximum(self.faults[1], now), self.faults[2] + fault])
-        if self.scaler.is_enabled() or not self.optimizer.defaults["fused"]:
-            if self.scaler.is_enabled() or not fault:
-                self.scaler.step(self.optimizer)
-        else:                                                                # fused optimizers look at it on the device
+        if self.scaler.is_enabled():
+            self.scaler.step(self.optimizer)
+        elif self.optimizer.defaults["fused"]:                               # these look at found_inf on the device
             self.optimizer.grad_scale, self.optimizer.found_inf = None, fault
+            self.optimizer.step()
+        elif not fault:
             self.optimizer.step()
         self.scaler.update()
         self.optimizer.zero_grad(set_to_none=True)
@@ -2497,14 +2521,13 @@ class Training:
 
     def log(self, log: RunLog | None, evaluated: bool) -> float:
         """Write a row of metrics and return the epoch's mean loss."""
-        meter, faults = self.gathered()
-        logged, epoch = meter.tolist()
+        logged, epoch = self.gathered().tolist()
         quartiles = [loss / count if count else math.nan for loss, count in logged]
         counts = [sum(n for _, n in part) for part in (logged, epoch)]       # 0 where every step was skipped
         mean, epoch_mean = (sum(loss for loss, _ in part) / n if n else math.nan
                             for part, n in zip((logged, epoch), counts, strict=True))
         since, start = self.clock
-        now, skipped = time.perf_counter(), int(faults[2])
+        now, skipped = time.perf_counter(), int(self.faults[2])
         self.history.append([self.step, mean])
         self.meter[0] = 0
         if log:                                                              # only rank 0 has one
@@ -2564,6 +2587,7 @@ def train(cfg: Config, runtime: Runtime | None = None) -> Path:
     runtime = runtime or Runtime(cfg)
     save_signals = [signal.SIGUSR1] if hasattr(signal, "SIGUSR1") else []    # Windows has none
     with runtime.noting(*save_signals), run_lock(cfg) if runtime.is_main else nullcontext():
+        runtime.agreed(0)                                                    # nobody looks for checkpoints before
         path = run_training_steps(cfg, runtime)
         with runtime.main_first():                                           # the others wait for its last checkpoint
             return path
@@ -2602,7 +2626,7 @@ def training_loop(run: Training, log: RunLog | None, folder: Path, bar: tqdm, de
                   start: Path | None = None) -> Path:
     """Steps until the end, a signal or a settled loss, with logs, grids and checkpoints when they are due. deadline:
     a perf_counter by which to end; the pace of machines changes, so the number of steps is set anew on the way.
-    start: the checkpoint it went on from."""
+    start: the checkpoint to go back to, at first the one that it went on from."""
     cfg, runtime, per_epoch = run.cfg, run.runtime, run.batches.steps_per_epoch
     first, begun = run.step, time.perf_counter()
     looks = {first + (run.total - first) * tenth // 10 for tenth in (1, 3, 6, 8)} if deadline else ()
@@ -2623,7 +2647,8 @@ def training_loop(run: Training, log: RunLog | None, folder: Path, bar: tqdm, de
             run.roll_back(reason, start)
             if log:
                 log.rewind(run.step)
-            done = False
+            runtime.save_wanted |= wanted
+            done, first, begun = False, run.step, time.perf_counter()
             continue
         with suppress(OSError):                                              # where the terminal has gone
             bar.total, bar.n = run.total, run.step - 1
@@ -2642,6 +2667,8 @@ def training_loop(run: Training, log: RunLog | None, folder: Path, bar: tqdm, de
             state, path = run.state(), checkpoint_path(cfg, run.step)
             if runtime.is_main:
                 saved = attempt(f"checkpoint {path}", partial(save_checkpoint, state, cfg))
+            saved = bool(runtime.agreed(int(saved)))
+            start = path if saved and state["good"] else start
         if wanted and saved:
             runtime.say(f"saved {path} at step {run.step}, as asked for by a signal")
         if draw and runtime.is_main:
@@ -2939,7 +2966,7 @@ def speaks_first() -> bool:
     if int(os.environ.get("WORLD_SIZE", 1)) == 1:
         return True
     if not torch.distributed.is_initialized():
-        return os.environ.get("RANK") == "0"                                 # all have the same flags
+        return os.environ.get("LOCAL_RANK", "0") == "0"                      # all have the same flags, and data
     with suppress(Exception):                                                # unless the store has gone as well
         return torch.distributed.distributed_c10d._get_default_store().add("failed", 1) == 1
     return True
@@ -2948,17 +2975,19 @@ def speaks_first() -> bool:
 def failed(error: Exception, debug: bool) -> int:
     """Say in a line or two why the program ends; returns the exit status. What nobody expected is raised."""
     lost = isinstance(error, getattr(torch.distributed, "DistError", ())) or "gloo/" in str(error)
-    expected = lost or isinstance(error, (UserError, OSError, torch.OutOfMemoryError))
+    full = isinstance(error, (torch.OutOfMemoryError, MemoryError)) or re.search(
+        "DefaultCPUAllocator: can't|MPS backend out of memory", str(error))
+    expected = lost or full or isinstance(error, (UserError, OSError))
     if debug or (not expected and int(os.environ.get("WORLD_SIZE", 1)) == 1):
         raise error
     if not speaks_first():
         return 1
     if lost:
         error = f"another process has gone ({first_line(error)}); the same command goes on"
-    elif isinstance(error, torch.OutOfMemoryError):
+    elif full:
         error = "out of memory: lower --batch_size or --sample_batch_size"
     if expected:
-        print("diffuser:", error, file=sys.stderr)
+        complain(f"diffuser: {error}")
     else:
         traceback.print_exception(error)
     no_path = (errno.ENAMETOOLONG, errno.ENOTDIR, errno.EISDIR, errno.EEXIST, errno.ELOOP)

@@ -104,10 +104,10 @@ def test_kills_leave_no_trace(tmp_path):
 @pytest.mark.slow
 def test_twenty_kills_on_mnist(real_data, tmp_path):
     """The same, twenty times, on real MNIST, with the settings of its preset but for the size of the network."""
-    flags = ["--mode", "train", "--dataset", "mnist", "--data_dir", real_data, "--batch_size", "32", "--iterations", "400",
+    flags = ["--mode", "train", "--dataset", "mnist", "--data_dir", real_data, "--batch_size", "16", "--iterations", "250",
              "--checkpoint_rate", "10", "--log_every", "7", "--dropout", "0.1", "--flip", "--gradient_accumulation_steps", "2",
-             "--base_channels", "32", "--channel_mults", "1,2,2", "--preview_steps", "2", "--num_generations", "1"]
-    compare_with_undisturbed(flags, tmp_path, kills=20, longest=14)
+             "--base_channels", "32", "--channel_mults", "1,1", "--preview_steps", "2", "--num_generations", "1"]
+    compare_with_undisturbed(flags, tmp_path, kills=20, longest=12)
 
 
 def test_sigusr1_saves_and_goes_on(folder):
@@ -231,6 +231,26 @@ def test_metrics_and_grids_on_a_full_disk(folder, monkeypatch, capsys):
     train(tiny_training(iterations=12, checkpoint_rate=6))
     assert [row["step"] for row in metrics(folder)] == ["2", "4", "6", "8", "10", "12"]
     assert len(list(folder.rglob("epoch_*.png"))) == 1 and capsys.readouterr().err.count("No space left") == 4
+
+
+def test_rows_that_were_taken_back_do_not_return(folder, monkeypatch):
+    """Rewinding metrics.csv while the disk is full: with room again each step stands there once."""
+    log = diffuser.RunLog(folder / "log", tiny_training(), 0)
+    values = dict.fromkeys(diffuser.RunLog.COLUMNS, 1.0)
+    for step in (50, 100, 150):
+        log.row({**values, "step": step})
+    real = diffuser.write_atomically
+
+    def full(*arguments):
+        raise OSError(errno.ENOSPC, "full")
+    monkeypatch.setattr(diffuser, "write_atomically", full)
+    log.rewind(50)
+    log.row({**values, "step": 100})
+    monkeypatch.setattr(diffuser, "write_atomically", real)
+    log.row({**values, "step": 150})
+    assert [row["step"] for row in metrics(folder)] == ["50", "100", "150"]
+    (folder / "log" / "metrics.csv").write_bytes(b"step,epoch\n1,\"" + b"\0" * 200_000)
+    assert diffuser.RunLog(folder / "log", tiny_training(), 100).rows == []   # what a power cut may leave
 
 
 def test_a_place_that_cannot_be_written_is_told_at_once(folder, capsys):
@@ -392,6 +412,53 @@ def test_a_clock_that_goes_back_removes_nothing_new(folder):
     run.step = 2
     diffuser.save_checkpoint(run.state(), cfg)
     assert [load_checkpoint(p)["step"] for p in diffuser.kept_checkpoints(cfg)] == [2]
+
+
+def test_what_was_set_aside_is_not_this_runs(folder):
+    """Checkpoints of an earlier run that --resume never has renamed are neither gone back to nor removed."""
+    cfg = tiny_training(iterations=4, checkpoint_rate=2, num_keep_checkpoints=2)
+    train(cfg)
+    path = train(dataclasses.replace(cfg, resume="never", seed=1))
+    assert [load_checkpoint(p)["step"] for p in diffuser.kept_checkpoints(cfg)] == [4, 2]
+    assert len(list(path.parent.glob("*_old1.pt"))) == 2
+
+
+def test_going_back_stays_on_its_branch(folder, monkeypatch, capsys):
+    """Resumed from an earlier checkpoint, a run that diverges goes back to that one, not ahead to a later one."""
+    cfg = tiny_training(iterations=30, checkpoint_rate=10, num_keep_checkpoints=9, experiment_name="e", log_every=5)
+    train(cfg)
+    spoil(monkeypatch, lambda run: math.nan if run.step >= 12 and not run.slowed else 1.0)
+    train(dataclasses.replace(cfg, resume_from_checkpoint="checkpoint_10"))
+    assert "going on from step 10 with" in capsys.readouterr().out
+
+
+def test_a_write_that_went_wrong_is_no_checkpoint(folder, monkeypatch, capsys):
+    """What reads back as something else does not take the old one's place, and training goes on."""
+    path = train(tiny_training(iterations=2))
+    before = path.read_bytes()
+    monkeypatch.setattr(torch, "save", lambda state, file: file.write(b"nothing"))
+    with pytest.raises(UserError, match="last checkpoint"):
+        train(tiny_training(iterations=6, checkpoint_rate=2))
+    assert path.read_bytes() == before and capsys.readouterr().err.count("not written as it should be") == 2
+
+
+def test_the_stored_split_is_kept(folder, monkeypatch):
+    """A resumed run on a machine with less free memory computes its steps in as many parts as before."""
+    path = train(tiny_training())
+    monkeypatch.setattr(diffuser, "free_memory", lambda device: 2**22)
+    assert Training(tiny_training(), Runtime(tiny_training()), load_checkpoint(path)).arithmetic.split == 1
+    assert Training(tiny_training(batch_size=512), Runtime(tiny_training())).arithmetic.split > 1
+
+
+def test_warnings_on_a_full_disk(folder):
+    """Where stderr itself is a file on the disk that is full the run goes on."""
+    flags = [*DIGITS, "--iterations", "10", "--checkpoint_rate", "5"]
+    (folder / "checkpoints").mkdir()
+    program = "import sys, torch, diffuser\ndef full(*a): raise OSError(28, 'full')\ntorch.save = full\nsys.exit(diffuser.main(sys.argv[1:]))"
+    with open("/dev/full", "w") as full:
+        done = subprocess.run([sys.executable, "-c", program, *flags], stdout=subprocess.PIPE, stderr=full, text=True,
+                              env={**os.environ, "PYTHONPATH": str(ROOT)})
+    assert done.returncode == 1 and "step 10: loss" in done.stdout
 
 
 # ---- divergence --------------------------------------------------------------------------------
@@ -574,7 +641,7 @@ def test_an_error_of_all_processes_is_told_once(tmp_path, monkeypatch, capsys):
     assert process.returncode != 0 and errors.count("diffuser:") == 1 and "too small for 2 processes" in errors, errors[-2000:]
     monkeypatch.setenv("WORLD_SIZE", "2")
     for rank, words in (("0", "--epochs"), ("1", "")):
-        monkeypatch.setenv("RANK", rank)
+        monkeypatch.setenv("LOCAL_RANK", rank)
         assert diffuser.main([*DIGITS, "--epochs", "0"]) != 0
         errors = capsys.readouterr().err
         assert words in errors and bool(errors) == bool(words)
