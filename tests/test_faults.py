@@ -77,7 +77,7 @@ def run_with_kills(flags, folder, kills, longest):
         time.sleep(moments.uniform(0, longest))
         process.kill()
         process.communicate()
-    done = cli(*flags, cwd=folder)
+    done = cli(*flags, cwd=folder, timeout=1200)
     assert done.returncode == 0, done.stderr
 
 
@@ -85,7 +85,7 @@ def compare_with_undisturbed(flags, tmp_path, kills, longest):
     """A killed run and an undisturbed one end alike, and metrics.csv has each step once."""
     for name in ("killed", "whole"):
         (tmp_path / name).mkdir()
-    assert cli(*flags, cwd=tmp_path / "whole").returncode == 0
+    assert cli(*flags, cwd=tmp_path / "whole", timeout=1200).returncode == 0
     run_with_kills(flags, tmp_path / "killed", kills, longest)
     killed, whole = (next((tmp_path / name).rglob("diffusion_checkpoint_*.pt")) for name in ("killed", "whole"))
     assert same_run(killed, whole)
@@ -104,7 +104,7 @@ def test_kills_leave_no_trace(tmp_path):
 @pytest.mark.slow
 def test_twenty_kills_on_mnist(real_data, tmp_path):
     """The same, twenty times, on real MNIST, with the settings of its preset but for the size of the network."""
-    flags = ["--mode", "train", "--dataset", "mnist", "--data_dir", real_data, "--batch_size", "16", "--iterations", "250",
+    flags = ["--mode", "train", "--dataset", "mnist", "--data_dir", real_data, "--batch_size", "16", "--iterations", "150",
              "--checkpoint_rate", "10", "--log_every", "7", "--dropout", "0.1", "--flip", "--gradient_accumulation_steps", "2",
              "--base_channels", "32", "--channel_mults", "1,1", "--preview_steps", "2", "--num_generations", "1"]
     compare_with_undisturbed(flags, tmp_path, kills=20, longest=12)
@@ -536,7 +536,7 @@ def test_a_hopeless_run_gives_up(folder, monkeypatch, capsys):
     assert sorted((state["step"], state["good"]) for state in states) == [(10, True), (20, False)]
 
 
-@pytest.mark.parametrize("checkpoints", [1, 3])
+@pytest.mark.parametrize("checkpoints", [1, pytest.param(3, marks=pytest.mark.slow)])
 def test_a_loss_that_leaves_its_range_for_long(folder, monkeypatch, capsys, checkpoints):
     """A spike is let pass; ten rows far above their range lead back to a checkpoint from before, though others have been
     saved since."""
