@@ -2588,12 +2588,12 @@ def train(cfg: Config, runtime: Runtime | None = None) -> Path:
     save_signals = [signal.SIGUSR1] if hasattr(signal, "SIGUSR1") else []    # Windows has none
     with runtime.noting(*save_signals), run_lock(cfg) if runtime.is_main else nullcontext():
         runtime.agreed(0)                                                    # nobody looks for checkpoints before
-        path = run_training_steps(cfg, runtime)
+        path = train_undisturbed(cfg, runtime)
         with runtime.main_first():                                           # the others wait for its last checkpoint
             return path
 
 
-def run_training_steps(cfg: Config, runtime: Runtime) -> Path:
+def train_undisturbed(cfg: Config, runtime: Runtime) -> Path:
     """What train does once nobody else may write to the run's files."""
     started, (path, state) = time.perf_counter(), resume_point(cfg, dataclasses.asdict(cfg), runtime)
     deadline = arithmetic = None
@@ -3017,6 +3017,7 @@ if __name__ == "__main__":
     for stream in filter(None, (sys.stdin, sys.stdout)):
         stream.reconfigure(errors="replace")                                 # of answers and names of any bytes
     status = main()
+    signal.signal(signal.SIGINT, signal.SIG_IGN)                             # it is ending already
     try:
         sys.stdout.flush()
     except OSError:                                                          # its reader has gone

@@ -450,6 +450,7 @@ def test_the_stored_split_is_kept(folder, monkeypatch):
     assert Training(tiny_training(batch_size=512), Runtime(tiny_training())).arithmetic.split > 1
 
 
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs /dev/full")
 def test_warnings_on_a_full_disk(folder):
     """Where stderr itself is a file on the disk that is full the run goes on."""
     flags = [*DIGITS, "--iterations", "10", "--checkpoint_rate", "5"]
@@ -647,6 +648,7 @@ def test_an_error_of_all_processes_is_told_once(tmp_path, monkeypatch, capsys):
         assert words in errors and bool(errors) == bool(words)
 
 
+@pytest.mark.slow
 def test_another_number_of_processes_goes_on_with_the_same_batch(folder):
     """One process, then two, then one: the same batches of the same size, and the weights of an undisturbed run up to
     rounding."""
