@@ -1168,7 +1168,7 @@ def load_digits(cfg: Config) -> ImageData:
         with np.load(path) as file:
             images, labels = torch.from_numpy(file["images"])[:, None], file["labels"].tolist()
     except Exception as error:                                               # numpy raises many kinds here
-        raise UserError(f"{path} is damaged ({error}): copy it there anew") from error
+        raise UserError(f"{path} is damaged ({first_line(error)}): copy it there anew") from error
     return in_memory(cfg, images, labels)
 
 
@@ -1734,9 +1734,10 @@ class RunLog:
 
     def __init__(self, folder: Path, cfg: Config, step: int):
         self.path, self.rows, self.file, path = folder / "metrics.csv", [], None, folder / "config.json"
-        with suppress(OSError, ValueError, csv.Error):
+        with suppress(OSError, ValueError, KeyError, csv.Error):
             for row in csv.DictReader(self.path.read_text().splitlines(), restval="") if step else ():
-                self.rows.append([row.get(column, "") for column in self.COLUMNS])
+                if row["seconds"] and row["step"].isdecimal():               # others were written by half
+                    self.rows.append([row.get(column, "") for column in self.COLUMNS])
         self.rewind(step)
         known = {}
         with suppress(OSError, ValueError):
@@ -1751,8 +1752,8 @@ class RunLog:
             self.trackers = trackers.start_trackers(cfg, folder, run_id)
 
     def rewind(self, step: int) -> None:
-        """Forget the rows after a step, which are trained again, and what was written by half."""
-        self.rows = [row for row in self.rows if row[0].isdecimal() and int(row[0]) <= step and row[11]]
+        """Forget the rows after a step, which are trained again."""
+        self.rows = [row for row in self.rows if int(row[0]) <= step]
         attempt(str(self.path), self.write_all)
 
     def write_all(self) -> None:
@@ -1965,7 +1966,7 @@ def kept_checkpoints(cfg: Config) -> list[Path]:
 def save_checkpoint(state: dict, cfg: Config) -> Path:
     """Write the state and let go of the oldest beyond num_keep_checkpoints, but never of the newest good one. Raises
     OSError where the disk is full or cannot be written to: all is as it was."""
-    path, last = checkpoint_path(cfg, state["step"]), max(1, cfg.num_keep_checkpoints)
+    path, last = checkpoint_path(cfg, state["step"]), cfg.num_keep_checkpoints
 
     def write(file) -> None:
         try:
