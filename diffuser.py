@@ -49,6 +49,7 @@ import dataclasses
 import difflib
 import errno
 import hashlib
+import inspect
 import io
 import itertools
 import json
@@ -148,16 +149,22 @@ class Config:
     time_scale: float | None = opt(None, "width: deviation (logit_normal) [1], b (laplace) [0.5]", lo=1e-3, hi=1e3)
 
     base_channels: int = opt(64, "channels of the first level", "--starting_channels", lo=2, hi=4096, fixed=True, ask="wider is better and slower", group="network")
-    channel_mults: tuple[int, ...] = opt((1, 2, 2), "channel multiplier of each level", lo=1, hi=64, fixed=True)
+    channel_mults: tuple[float, ...] = opt((1, 2, 2), "channel multiplier of each level", lo=0.125, hi=64, fixed=True)
     num_res_blocks: int = opt(2, "residual blocks per level", lo=1, hi=16, fixed=True)
     use_attention: bool = opt(True, "self-attention at --attention_levels and in the bottleneck", fixed=True, ask="better structure for some time")
     attention_levels: tuple[int, ...] = opt((), "levels with attention, 0 the finest", "--attention_resolutions", lo=0, hi=16, fixed=True)
+    up_attention_levels: tuple[int, ...] | None = opt(None, "levels with attention on the way up (default: --attention_levels)", lo=0, hi=16, fixed=True)
+    mid_attention: str = opt("norm", "attention in the bottleneck: after a group norm, without, or none", choices=lambda: ("norm", "plain", "none"), fixed=True)
     num_heads: int = opt(4, "attention heads", lo=1, hi=1024, fixed=True)
     head_dim: int = opt(0, "channels per head; 0: use --num_heads", lo=0, hi=4096, fixed=True)
     emb_dim: int = opt(128, "embedding size; the conditioning vector has 4 x emb_dim entries", lo=1, hi=4096, fixed=True, ask="128 does for most")
     dropout: float = opt(0.0, "dropout in the residual blocks", lo=0, hi=0.99)
     patch_size: int = opt(1, "side of the squares of pixels that the network takes as one: 2 is up to four times faster at the same width", lo=1, hi=16, fixed=True)
-    norm_groups: int = opt(32, "GroupNorm groups, lowered to a divisor of base_channels", lo=1, hi=1024, fixed=True)
+    norm_groups: int = opt(32, "GroupNorm groups, lowered to a divisor of all levels' channels", lo=1, hi=1024, fixed=True)
+    norm_eps: float = opt(1e-5, "added to the variance by GroupNorm; DDPM: 1e-6", lo=1e-12, hi=0.1, fixed=True)
+    downsample_padding: int = opt(1, "padding of the halving convolutions: 1 on all sides; 0: right and bottom, as in DDPM", choices=lambda: (0, 1), fixed=True)
+    freq_shift: float = opt(0.0, "takes this off the number of frequencies in the exponents of the embedding of t; DDPM: 1", lo=-1e4, hi=1e4, fixed=True)
+    sin_first: bool = opt(False, "sines before cosines in the embedding of t, as in DDPM", fixed=True)
     conditioning: str = opt("scale_shift", "how time and class enter: scaling and shifting each block, added to it, or as extra input channels", choices=lambda: ("scale_shift", "add", "concat"), fixed=True)
 
     epochs: int = opt(100, "passes over the data", lo=1, hi=10**7, ask="one pass over the images each", group="training")
@@ -247,9 +254,9 @@ PRESETS = {
                               emb_dim=128, base_channels=64, channel_mults=(1, 2, 4), attention_levels=(2,),
                               num_heads=4, epochs=500, sample_every=5, num_gpus=1),
     "celeba": dict(timesteps=1000, schedule_type="cosine", batch_size=8, learning_rate=1e-4, emb_dim=256,
-                   base_channels=64, channel_mults=(1, 2, 2, 4), attention_levels=(2,), epochs=50),
+                   base_channels=64, channel_mults=(1, 2, 2, 4), attention_levels=(2,), head_dim=64, epochs=50),
     "folder": dict(timesteps=1000, batch_size=32, learning_rate=1e-4, emb_dim=128, base_channels=64,
-                   channel_mults=(1, 2, 2, 4), attention_levels=(2,), epochs=100),
+                   channel_mults=(1, 2, 2, 4), attention_levels=(2,), head_dim=64, epochs=100),
 }
 
 # What benchmarks/ found best for a dataset: see its README for the experiments.
@@ -271,7 +278,7 @@ RECIPES = {
                    learning_rate=2e-4, lr_schedule="constant", warmup_steps=5000, batch_size=128, ema_decay=0.9999,
                    iterations=800_000),
     "celebahq128": dict(img_size=(128, 128), channels=3, base_channels=96, channel_mults=(1, 2, 3, 4), emb_dim=96,
-                        attention_levels=(1, 2, 3), batch_size=16, learning_rate=1e-4, warmup_steps=5000,
+                        attention_levels=(1, 2, 3), head_dim=32, batch_size=16, learning_rate=1e-4, warmup_steps=5000,
                         lr_schedule="cosine", weight_decay=1e-4, max_grad_norm=1.0, iterations=100_000,
                         checkpoint_rate=5000, num_keep_checkpoints=2, num_generations=5, plot_freq_interval=100),
     "best": dict(),
@@ -292,7 +299,9 @@ def parse_value(name: str, text: str):
         elif kind in (int, float):
             value = kind(text)
         else:
-            value = tuple(get_args(kind)[0](n) for n in re.split(r"[,x\s]+", text.strip("[]() ")) if n)
+            number = get_args(kind)[0]
+            value = tuple(int(n) if n.isdecimal() else number(n)
+                          for n in re.split(r"[,x\s]+", text.strip("[]() ")) if n)
             value = value * 2 if kind == tuple[int, int] and len(value) == 1 else value
     except (KeyError, ValueError):
         wanted = {bool: "True or False", int: "a whole number", float: "a number"}.get(kind, "numbers such as 1,2,2")
@@ -340,19 +349,29 @@ def check(cfg: Config) -> None:
         raise UserError(f"--guidance_interval {cfg.guidance_interval} begins above its end")
     if levels == 0:
         raise UserError("--channel_mults needs one entry per level, such as 1,2,2")
-    widest = cfg.base_channels * max(cfg.channel_mults)
-    if widest > MAX_CHANNELS:
-        raise UserError(f"--base_channels x --channel_mults makes {widest:,} channels: {MAX_CHANNELS:,} at most")
-    for level in sorted({*cfg.attention_levels, levels - 1}, reverse=True) if cfg.use_attention else ():
+    widths = [cfg.base_channels * m for m in cfg.channel_mults]
+    if max(widths) > MAX_CHANNELS:
+        raise UserError(f"--base_channels x --channel_mults makes {max(widths):,} channels: {MAX_CHANNELS:,} at most")
+    if any(width % 1 for width in widths):
+        raise UserError(f"--channel_mults {cfg.channel_mults} make no whole numbers of {cfg.base_channels} channels")
+    for level in sorted(attended_levels(cfg), reverse=True):
         if level >= levels:
             raise UserError(f"--attention_levels {level}: the network has levels 0 to {levels - 1}")
-        width, flag = cfg.base_channels * cfg.channel_mults[level], "head_dim" if cfg.head_dim else "num_heads"
+        width, flag = round(widths[level]), "head_dim" if cfg.head_dim else "num_heads"
         if width % getattr(cfg, flag):
             raise UserError(f"--{flag} {getattr(cfg, flag)} does not divide the {width} channels of level {level}")
+    if cfg.base_channels // 2 == cfg.freq_shift:
+        raise UserError(f"--freq_shift {cfg.freq_shift:g} leaves none of the {cfg.base_channels // 2} frequencies")
     if cfg.steps and cfg.steps > cfg.timesteps:
         raise UserError(f"--steps {cfg.steps} is more than the {cfg.timesteps} timesteps of the schedule")
     if cfg.dataset:
         check_image_size(*image_shape(cfg)[1:], levels, cfg.patch_size)
+
+
+def attended_levels(cfg: Config) -> set[int]:
+    """The levels with attention on the way down or up; the bottleneck counts as the last."""
+    bottleneck = [len(cfg.channel_mults) - 1] if cfg.mid_attention != "none" else []
+    return {*cfg.attention_levels, *(cfg.up_attention_levels or ()), *bottleneck} if cfg.use_attention else set()
 
 
 def check_image_size(height: int, width: int, levels: int, patch_size: int = 1) -> None:
@@ -374,6 +393,8 @@ def given_values(given: dict) -> dict:
         given = {"iterations": 0, "train_minutes": 0.0, **given}
     if given.get("path_to_data") and not given.get("dataset"):
         given["dataset"] = "folder"
+    if "num_heads" in given:                                                 # beats a preset's head_dim
+        given = {"head_dim": 0, **given}
     if given.get("recipe") == "best" and given.get("dataset"):
         if given["dataset"] not in BEST:
             raise UserError(f"--recipe best knows {', '.join(BEST)}, not {given['dataset']}: leave it out")
@@ -407,6 +428,16 @@ def linear_beta(T: int, beta_start: float, beta_end: float, s: float) -> Tensor:
     return torch.linspace(beta_start, beta_end, T, dtype=torch.float64)
 
 
+def scaled_linear_beta(T: int, beta_start: float, beta_end: float, s: float) -> Tensor:
+    """Equal steps of sqrt(beta) (Rombach et al. 2022, 2112.10752, code)."""
+    return torch.linspace(beta_start**0.5, beta_end**0.5, T, dtype=torch.float64) ** 2
+
+
+def geodiff_beta(T: int, beta_start: float, beta_end: float, s: float) -> Tensor:
+    """beta itself follows a sigmoid from beta_start to beta_end (Xu et al. 2022, GeoDiff, 2203.02923, code)."""
+    return torch.linspace(-6, 6, T, dtype=torch.float64).sigmoid() * (beta_end - beta_start) + beta_start
+
+
 def cosine_beta(T: int, beta_start: float, beta_end: float, s: float) -> Tensor:
     """Squared-cosine alpha_bar with offset s, beta capped at 0.999 (Nichol & Dhariwal 2021, eq. 17)."""
     return beta_of(torch.cos((torch.linspace(0, 1, T + 1, dtype=torch.float64) + s) / (1 + s) * math.pi / 2) ** 2)
@@ -428,7 +459,8 @@ def beta_of(alpha_bar: Tensor) -> Tensor:
     return (1 - alpha_bar[1:] / alpha_bar[:-1]).clamp(max=0.999)
 
 
-SCHEDULES = {"linear": linear_beta, "cosine": cosine_beta, "dns": dns_beta, "sigmoid": sigmoid_beta}
+SCHEDULES = {"linear": linear_beta, "cosine": cosine_beta, "dns": dns_beta, "sigmoid": sigmoid_beta,
+             "scaled_linear": scaled_linear_beta, "geodiff": geodiff_beta}
 
 
 def alpha_bar_table(cfg: Config) -> Tensor:
@@ -653,12 +685,14 @@ class SmallMapConvolution(torch.autograd.Function):
 
 
 class Convolution(nn.Conv2d):
-    """3x3 convolution, [N, cin, H, W] -> [N, cout, H, W] divided by `stride`."""
+    """3x3 convolution, [N, cin, H, W] -> [N, cout, H, W] divided by `stride`. padding: 1, or 0 for right and bottom."""
 
-    def __init__(self, cin: int, cout: int, stride: int = 1):
-        super().__init__(cin, cout, 3, stride, padding=1)
+    def __init__(self, cin: int, cout: int, stride: int = 1, padding: int = 1):
+        super().__init__(cin, cout, 3, stride, padding)
 
     def forward(self, x: Tensor) -> Tensor:
+        if self.padding == (0, 0):
+            x = F.pad(x, (0, 1, 0, 1))
         if hand_tuned(x) and x.shape[2] * x.shape[3] <= 64 and x.shape[1] >= 128 and self.stride == (1, 1):
             return SmallMapConvolution.apply(x, *(v.to(x.dtype) for v in (self.weight, self.bias)))
         return super().forward(x)
@@ -706,17 +740,18 @@ def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
 
 
 class Attention(nn.Module):
-    """Multi-head self-attention over all pixels, pre-norm, residual. [N, C, H, W] -> the same."""
+    """Multi-head self-attention over all pixels, residual, pre-norm where there is one. [N, C, H, W] -> the same."""
 
-    def __init__(self, channels: int, heads: int, groups: int):
+    def __init__(self, channels: int, heads: int, groups: int, eps: float = 1e-5):
         super().__init__()
         self.heads = heads
-        self.norm = nn.GroupNorm(groups, channels)
+        self.norm = nn.GroupNorm(groups, channels, eps)
         self.q, self.k, self.v, self.out = (nn.Linear(channels, channels) for _ in range(4))
 
     def forward(self, x: Tensor) -> Tensor:
         n, c, h, w = x.shape
-        tokens = normalise(self.norm, x, silu=False).flatten(2).transpose(1, 2)                  # [N, HW, C]
+        normal = normalise(self.norm, x, silu=False) if self.norm else x
+        tokens = normal.flatten(2).transpose(1, 2)                           # [N, HW, C]
         q, k, v = (f(tokens).view(n, h * w, self.heads, -1).transpose(1, 2)  # [N, heads, HW, C/heads]
                    for f in (self.q, self.k, self.v))
         mixed = attend(q, k, v).transpose(1, 2).reshape(n, h * w, c)
@@ -727,17 +762,18 @@ class ResBlock(nn.Module):
     """x [N, cin, H, W], cond [N, emb] -> [N, cout, H, W]: GroupNorm, SiLU, 3x3 convolution, twice, around a residual
     connection; conditioned in the middle, but for emb = 0; then attention where heads > 0."""
 
-    def __init__(self, cin: int, cout: int, emb: int, groups: int, dropout: float, scale_shift: bool, heads: int = 0):
+    def __init__(self, cin: int, cout: int, emb: int, groups: int, dropout: float, scale_shift: bool, heads: int = 0,
+                 eps: float = 1e-5):
         super().__init__()
         self.scale_shift = scale_shift
-        self.norm1 = nn.GroupNorm(groups, cin)
+        self.norm1 = nn.GroupNorm(groups, cin, eps)
         self.conv1 = Convolution(cin, cout)
         self.condition = nn.Linear(emb, 2 * cout if scale_shift else cout) if emb else None
-        self.norm2 = nn.GroupNorm(groups, cout)
+        self.norm2 = nn.GroupNorm(groups, cout, eps)
         self.dropout = Dropout(dropout)
         self.conv2 = Convolution(cout, cout)
         self.shortcut = nn.Conv2d(cin, cout, 1) if cin != cout else nn.Identity()
-        self.attention = Attention(cout, heads, groups) if heads else nn.Identity()
+        self.attention = Attention(cout, heads, groups, eps) if heads else nn.Identity()
 
     def forward(self, x: Tensor, cond: Tensor | None) -> Tensor:
         h, scale, shift = self.conv1(normalise(self.norm1, x)), None, None   # [N, cout, H, W]
@@ -755,22 +791,26 @@ class UNet(nn.Module):
     must divide by patch_size * 2 ** (levels - 1). Other arguments: see Config."""
 
     def __init__(self, image_channels: int, num_classes: int = 0, *, base_channels: int = 64,
-                 channel_mults: tuple[int, ...] = (1, 2, 2), num_res_blocks: int = 2, use_attention: bool = True,
-                 attention_levels: tuple[int, ...] = (), num_heads: int = 4, head_dim: int = 0, emb_dim: int = 128,
-                 dropout: float = 0.0, patch_size: int = 1, norm_groups: int = 32, conditioning: str = "scale_shift",
-                 gradient_checkpointing: bool = False):
+                 channel_mults: tuple[float, ...] = (1, 2, 2), num_res_blocks: int = 2, use_attention: bool = True,
+                 attention_levels: tuple[int, ...] = (), up_attention_levels: tuple[int, ...] | None = None,
+                 mid_attention: str = "norm", num_heads: int = 4, head_dim: int = 0, emb_dim: int = 128,
+                 dropout: float = 0.0, patch_size: int = 1, norm_groups: int = 32, norm_eps: float = 1e-5,
+                 downsample_padding: int = 1, freq_shift: float = 0.0, sin_first: bool = False,
+                 conditioning: str = "scale_shift", gradient_checkpointing: bool = False):
         super().__init__()
         self.base_channels, self.num_classes, self.patch_size = base_channels, num_classes, patch_size
-        self.gradient_checkpointing = gradient_checkpointing
+        self.freq_shift, self.sin_first, self.gradient_checkpointing = freq_shift, sin_first, gradient_checkpointing
         image_channels *= patch_size**2
         self.concat = conditioning == "concat"
         emb = emb_dim if self.concat else 4 * emb_dim
-        groups = math.gcd(norm_groups, base_channels)
-        widths = [base_channels * m for m in channel_mults]
+        widths = [round(base_channels * m) for m in channel_mults]
+        groups = math.gcd(norm_groups, base_channels, *widths)
+        up_levels = attention_levels if up_attention_levels is None else up_attention_levels
 
         def block(cin: int, cout: int, attend: bool) -> ResBlock:
             heads = (cout // head_dim if head_dim else num_heads) if attend and use_attention else 0
-            return ResBlock(cin, cout, 0 if self.concat else emb, groups, dropout, conditioning == "scale_shift", heads)
+            return ResBlock(cin, cout, 0 if self.concat else emb, groups, dropout, conditioning == "scale_shift", heads,
+                            norm_eps)
 
         self.time_mlp = nn.Sequential(nn.Linear(base_channels, emb), nn.SiLU(), nn.Linear(emb, emb))
         self.class_embedding = nn.Embedding(num_classes + 1, emb) if num_classes else None
@@ -783,17 +823,19 @@ class UNet(nn.Module):
                 self.down.append(block(cin, width, i in attention_levels))
                 skips.append(cin := width)
             if i < len(widths) - 1:
-                self.down.append(Convolution(width, width, stride=2))
+                self.down.append(Convolution(width, width, 2, downsample_padding))
                 skips.append(width)
-        self.mid = nn.ModuleList([block(cin, cin, True), block(cin, cin, False)])
+        self.mid = nn.ModuleList([block(cin, cin, mid_attention != "none"), block(cin, cin, False)])
+        if mid_attention == "plain" and use_attention:
+            self.mid[0].attention.norm = None
         for i, width in reversed(list(enumerate(widths))):
             for _ in range(num_res_blocks + 1):
-                self.up.append(block(cin + skips.pop(), width, i in attention_levels))
+                self.up.append(block(cin + skips.pop(), width, i in up_levels))
                 cin = width
             if i > 0:                                                        # nearest neighbour, then a convolution
                 self.up.append(nn.Sequential(nn.Upsample(scale_factor=2.0), Convolution(width, width)))
 
-        self.norm_out = nn.GroupNorm(groups, cin)
+        self.norm_out = nn.GroupNorm(groups, cin, norm_eps)
         self.conv_out = Convolution(cin, image_channels)
         self.apply(self.initialise)
 
@@ -811,9 +853,10 @@ class UNet(nn.Module):
     def embed_time(self, t: Tensor) -> Tensor:
         """Sinusoids of t, [N] -> [N, base_channels] (DDPM appendix B; cosines first, as in diffusers)."""
         half = self.base_channels // 2
-        frequency = torch.exp(-math.log(10_000) / half * torch.arange(half, device=t.device))
+        frequency = torch.exp(-math.log(10_000) / (half - self.freq_shift) * torch.arange(half, device=t.device))
         angle = t[:, None].float() * frequency
-        return F.pad(torch.cat([angle.cos(), angle.sin()], dim=1), (0, self.base_channels % 2))
+        waves = [angle.sin(), angle.cos()] if self.sin_first else [angle.cos(), angle.sin()]
+        return F.pad(torch.cat(waves, dim=1), (0, self.base_channels % 2))
 
     def run(self, block: ResBlock, *inputs: Tensor) -> Tensor:
         """block(*inputs), of which only the inputs are kept for the way back where memory is to be saved."""
@@ -846,11 +889,8 @@ class UNet(nn.Module):
 
 def build_unet(cfg: Config, image_channels: int, num_classes: int) -> UNet:
     """The configured network."""
-    return UNet(image_channels, num_classes, base_channels=cfg.base_channels, channel_mults=cfg.channel_mults,
-                num_res_blocks=cfg.num_res_blocks, use_attention=cfg.use_attention, num_heads=cfg.num_heads,
-                attention_levels=cfg.attention_levels, head_dim=cfg.head_dim, emb_dim=cfg.emb_dim, dropout=cfg.dropout,
-                patch_size=cfg.patch_size, norm_groups=cfg.norm_groups, conditioning=cfg.conditioning,
-                gradient_checkpointing=cfg.gradient_checkpointing)
+    options = inspect.signature(UNet).parameters.keys() & FIELDS.keys()
+    return UNet(image_channels, num_classes, **{name: getattr(cfg, name) for name in options})
 
 
 # ---- 5  Samplers -------------------------------------------------------------------------------
@@ -859,9 +899,10 @@ def build_unet(cfg: Config, image_channels: int, num_classes: int) -> UNet:
 
 Denoiser = Callable[[Tensor, int], tuple[Tensor, Tensor]]
 
-# Where n sampling steps lie in 0..T-1, from T-1 down, given T and alpha_bar.
+# Where n sampling steps lie in 0..T-1, downwards, given T and alpha_bar.
 SPACINGS = {
     "trailing": lambda T, alpha_bar, n: [round(T - i * T / n) - 1 for i in range(n)],              # 2305.08891, table 2
+    "leading": lambda T, alpha_bar, n: [(n - 1 - i) * (T // n) for i in range(n)],
     "linear": lambda T, alpha_bar, n: [round((T - 1) * (1 - i / max(n - 1, 1))) for i in range(n)],
     "quadratic": lambda T, alpha_bar, n: [round((T - 1) * (1 - i / n) ** 2) for i in range(n)],    # 2010.02502, D.2
     "logsnr": lambda T, alpha_bar, n: even_in_log_snr(half_log_snr(alpha_bar), n),                 # 2206.00927, 3.4
@@ -881,7 +922,7 @@ def sampling_steps(cfg: Config) -> int:
 
 
 def sampling_grid(cfg: Config, alpha_bar: Tensor) -> list[int]:
-    """The timesteps that it visits: from T-1 down, each at most once."""
+    """The timesteps that it visits, downwards, each at most once."""
     ts = SPACINGS[cfg.spacing](cfg.timesteps, alpha_bar, sampling_steps(cfg))
     for i in range(1, len(ts)):                                              # neighbours may round to the same one
         ts[i] = min(ts[i], ts[i - 1] - 1)
@@ -1045,9 +1086,9 @@ class Model:
         y = torch.tensor(labels, device=self.device)
         noise = image_noise(cfg.seed, range(first, first + len(labels)), self.shape, self.device)
         xT, alpha_bar = noise(), self.diffusion.alpha_bar
-        if cfg.start == "matched":
-            xT = self.moments.start(xT, y, alpha_bar[-1].item())
         ts = sampling_grid(cfg, alpha_bar)
+        if cfg.start == "matched":
+            xT = self.moments.start(xT, y, alpha_bar[ts[0]].item())
         yield from SAMPLERS[cfg.sampler](cfg)(self.denoiser(y, cfg), xT, ts, alpha_bar, noise)
 
     def denoiser(self, y: Tensor, cfg: Config) -> Denoiser:
@@ -1114,6 +1155,11 @@ def to_uint8(x: Tensor) -> Tensor:
     return ((x + 1) * 127.5).round().clamp(0, 255).to(torch.uint8).cpu()
 
 
+def listed(class_names: list[str]) -> str:
+    """The classes with their numbers, for people."""
+    return ", ".join(f"{i} {name}" if name != str(i) else name for i, name in enumerate(class_names))
+
+
 def parse_classes(classes: str | list, class_names: list[str]) -> list[int]:
     """Class numbers from names or numbers: a list, or text such as "cat, 3" or "all". Raises UserError."""
     if isinstance(classes, str):
@@ -1122,9 +1168,8 @@ def parse_classes(classes: str | list, class_names: list[str]) -> list[int]:
     index = {**{str(i): i for i in range(len(class_names))}, **{n.lower(): i for i, n in enumerate(class_names)}}
     unknown = [str(c) for c in classes if str(c).lower() not in index]
     if unknown or not classes:
-        known = ", ".join(f"{i} {n}" if n != str(i) else n for i, n in enumerate(class_names))
-        raise UserError(f"unknown class {', '.join(unknown) or '(none)'}: choose from {known}" if class_names else
-                        "this model was trained without classes: leave --classes out")
+        raise UserError(f"unknown class {', '.join(unknown) or '(none)'}: choose from {listed(class_names)}"
+                        if class_names else "this model was trained without classes: leave --classes out")
     return [index[str(c).lower()] for c in classes]
 
 
@@ -1841,11 +1886,11 @@ def network_size(cfg: Config, shape: tuple[int, int, int], num_classes: int) -> 
         network = build_unet(dataclasses.replace(cfg, gradient_checkpointing=False), shape[0], num_classes)
         for module in network.modules():
             if not list(module.children()):
-                module.register_forward_hook(lambda module, inputs, output: outputs.append(output.numel()))
+                module.register_forward_hook(lambda module, inputs, output: outputs.append(output[0].numel()))
             if isinstance(module, Attention):                                # weights and their softmax, see attend
                 module.register_forward_hook(lambda module, inputs, output: outputs.append(
                     module.heads * min(output[0, 0].numel(), 256) ** 2))
-        network(torch.zeros(1, *shape), torch.zeros(1, dtype=torch.long))
+        network(torch.zeros(2, *shape), torch.zeros(2, dtype=torch.long))   # of one, a norm may not like a 1x1 map
     return sum(p.numel() for p in network.parameters()), sum(outputs)
 
 
@@ -2864,7 +2909,7 @@ def converse(model: Model, cfg: Config, path: Path) -> None:
     """Ask for classes and numbers of images, draw, save and show, until the user quits."""
     quits = ("-1", "q", "quit", "exit")
     if model.class_names:
-        print("classes: " + ", ".join(f"{i} {n}" if n != str(i) else n for i, n in enumerate(model.class_names)))
+        print(f"classes: {listed(model.class_names)}")
     drawn = 0                                                                # so that no image is drawn twice
     while True:
         numbers = None

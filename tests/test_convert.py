@@ -1,0 +1,387 @@
+"""convert.py: against diffusers and safetensors themselves. Nothing here may reach for the network."""
+
+import dataclasses
+import json
+import socket
+
+import pytest
+import torch
+from conftest import TINY, cli, tiny_training, tiny_unet
+from diffusers import (
+    DDIMPipeline,
+    DDIMScheduler,
+    DDPMPipeline,
+    DDPMScheduler,
+    DPMSolverMultistepScheduler,
+    PNDMScheduler,
+    UNet2DModel,
+)
+from safetensors import safe_open
+from safetensors.torch import save_file
+
+import convert
+import diffuser
+from diffuser import UserError, configure, load
+
+PLAIN = dict(sample_size=16, block_out_channels=(16, 32), layers_per_block=1, norm_num_groups=8, attention_head_dim=8,
+             down_block_types=("DownBlock2D", "AttnDownBlock2D"), up_block_types=("AttnUpBlock2D", "UpBlock2D"))
+# What the three public models of google/ have in common, from their config.json.
+GOOGLE = dict(act_fn="silu", attention_head_dim=None, center_input_sample=False, downsample_padding=0,
+              flip_sin_to_cos=False, freq_shift=1, in_channels=3, layers_per_block=2, mid_block_scale_factor=1,
+              norm_eps=1e-6, norm_num_groups=32, out_channels=3, time_embedding_type="positional")
+DOWN, UP, ATTEND_DOWN, ATTEND_UP = "DownBlock2D", "UpBlock2D", "AttnDownBlock2D", "AttnUpBlock2D"
+CIFAR10 = dict(GOOGLE, sample_size=32, block_out_channels=(128, 256, 256, 256), down_block_types=(DOWN, ATTEND_DOWN, DOWN, DOWN),
+               up_block_types=(UP, UP, ATTEND_UP, UP))
+FACES = dict(GOOGLE, sample_size=32, block_out_channels=(32, 32, 64, 64, 128, 128),              # a quarter as wide, and 32x32
+             down_block_types=(DOWN, DOWN, DOWN, DOWN, ATTEND_DOWN, DOWN), up_block_types=(UP, ATTEND_UP, UP, UP, UP, UP))
+FOREIGN = {
+    "plain": PLAIN,
+    "cifar10": CIFAR10,
+    "celebahq and church": FACES,
+    "scale_shift, no norm in the middle": dict(PLAIN, resnet_time_scale_shift="scale_shift"),
+    "scale_shift": dict(PLAIN, resnet_time_scale_shift="scale_shift", attn_norm_num_groups=8, num_class_embeds=4),
+    "other widths": dict(PLAIN, block_out_channels=(16, 24, 40), sample_size=(16, 24), time_embedding_dim=20,
+                         down_block_types=(ATTEND_DOWN, DOWN, DOWN), up_block_types=(UP, ATTEND_UP, UP)),
+    "no attention": dict(PLAIN, down_block_types=(DOWN,) * 2, up_block_types=(UP,) * 2, add_attention=False, in_channels=1,
+                         out_channels=1),
+    "none in the middle": dict(PLAIN, add_attention=False, block_out_channels=(15, 30), norm_num_groups=5, attention_head_dim=15,
+                               freq_shift=0.5),
+    "classes": dict(PLAIN, num_class_embeds=3, dropout=0.1, act_fn="swish"),
+    "one level": dict(PLAIN, block_out_channels=(16,), down_block_types=(DOWN,), up_block_types=(ATTEND_UP,)),
+}
+OURS = {
+    "scale_shift": dict(dataset="digits", **TINY),
+    "add": dict(dataset="digits", conditioning="add", use_labels=False, **TINY),
+    "heads": dict(dataset="cifar10", base_channels=16, channel_mults=(1, 2, 2), attention_levels=(1,), num_heads=4, emb_dim=8),
+    "no attention": dict(dataset="digits", use_attention=False, **TINY),
+    "a rectangle": dict(dataset="mnist", img_size=(16, 24), head_dim=4, attention_levels=(0, 1), up_attention_levels=(0,), **TINY),
+    "ho2020's choices": dict(dataset="digits", sin_first=True, freq_shift=1.0, norm_eps=1e-6, downsample_padding=0, **TINY),
+}
+
+
+@pytest.fixture(autouse=True)
+def no_network(monkeypatch):
+    """A connection would be a failure."""
+    def refuse(*arguments):
+        raise AssertionError("the network was asked")
+
+    monkeypatch.setattr(socket.socket, "connect", refuse)
+    monkeypatch.setattr(socket, "getaddrinfo", refuse)
+
+
+def foreign(options):
+    """A UNet2DModel whose every parameter counts."""
+    torch.manual_seed(0)
+    network = UNet2DModel(**options).eval()
+    with torch.no_grad():
+        for p in network.parameters():
+            p.add_(0.03 * torch.randn_like(p))
+    return network
+
+
+def inputs(channels, size, classes):
+    """Noisy images, timesteps and labels."""
+    random = torch.Generator().manual_seed(1)
+    size = (size, size) if isinstance(size, int) else size
+    t, y = torch.tensor([0, 7, 950]), torch.randint(classes, (3,), generator=random) if classes else None
+    return torch.randn(3, channels, *size, generator=random), t, y
+
+
+@torch.no_grad()
+def difference(ours, theirs, channels, size, classes):
+    x, t, y = inputs(channels, size, classes)
+    out = theirs(x, t, class_labels=y).sample
+    return (ours(x, t, y) - out).abs().max() / out.abs().max().clamp(min=1)
+
+
+def checkpoint(path, classes=3, **options):
+    """A checkpoint of a network with weights that count, and of images that are not standard normal."""
+    cfg = configure(**{**dict(device="cpu", sample_every=1), **options})
+    shape = diffuser.image_shape(cfg)
+    network = tiny_unet(shape[0], classes, **{name: getattr(cfg, name) for name in diffuser.FIELDS
+                                              if name in diffuser.inspect.signature(diffuser.UNet).parameters})
+    moments = convert.standard_moments(shape, classes)
+    moments.mean.add_(0.3)
+    moments.var.mul_(0.5)
+    convert.write_checkpoint(path, network, cfg, shape, [f"class {i}" for i in range(classes)], moments)
+    return path
+
+
+@pytest.mark.parametrize("name", FOREIGN)
+def test_foreign_networks_compute_the_same_here(name, folder):
+    """A saved UNet2DModel, the public configs among them, read from its folder: outputs to 1e-5."""
+    theirs = foreign(FOREIGN[name])
+    theirs.save_pretrained("there")
+    classes = FOREIGN[name].get("num_class_embeds") or 0
+    said = convert.from_diffusers("there", "here.pt")
+    assert "defaults" in said and ("null class" in said) == (classes > 0)
+    model = load("here.pt", device="cpu", precision="fp32")
+    assert model.shape[0] == theirs.config.in_channels and len(model.class_names) == classes
+    assert difference(model.network, theirs, model.shape[0], FOREIGN[name]["sample_size"], classes) < 1e-5
+
+
+@pytest.mark.parametrize("name", OURS)
+def test_networks_from_here_compute_the_same_there(name, folder):
+    """A checkpoint written for diffusers and opened by it: outputs to 1e-5, labels and the null class too; and back."""
+    options = OURS[name]
+    classes = 0 if options.get("use_labels") is False else 3
+    checkpoint(folder / "here.pt", classes, **options)
+    ours = load("here.pt", device="cpu", precision="fp32")
+    convert.to_diffusers("here.pt", "there")
+    theirs = DDPMPipeline.from_pretrained("there").unet.eval()
+    size = ours.shape[1:]
+    assert difference(ours.network, theirs, ours.shape[0], size, classes and classes + 1) < 1e-5
+    convert.from_diffusers("there", "back.pt")
+    back = diffuser.load_checkpoint("back.pt")
+    before = diffuser.load_checkpoint("here.pt")
+    assert all(torch.equal(v, back["model"][k]) for k, v in before["model"].items())
+    assert all(torch.equal(v, back["moments"][k]) for k, v in before["moments"].items())
+    assert back["class_names"] == before["class_names"]
+    again = load("back.pt", device="cpu", precision="fp32")
+    assert difference(again.network, theirs, ours.shape[0], size, classes and classes + 1) < 1e-5
+
+
+def test_every_preset_and_recipe_can_be_exported_or_says_why():
+    """No preset's default network is one that diffusers cannot hold, and recipes are none but `best` of MNIST."""
+    for dataset in diffuser.PRESETS:
+        convert.unet2d_options(configure(dataset=dataset, path_to_data="x"), (3, 32, 32), 10)
+    for recipe in ("ho2020", "celebahq128"):
+        convert.unet2d_options(configure(dataset="celeba", recipe=recipe), (3, 128, 128), 0)
+    with pytest.raises(UserError, match="patch_size 2.*squares of pixels"):
+        convert.unet2d_options(configure(dataset="mnist", recipe="best"), (1, 28, 28), 10)
+
+
+@pytest.mark.parametrize("options, words", [
+    (dict(conditioning="concat"), "conditioning concat.*input channels"), (dict(patch_size=2), "patch_size 2"),
+    (dict(channel_mults=(2, 2)), "first has to be 1"), (dict(attention_levels=(0,)), "num_heads 2 at levels of 8 and 16"),
+    (dict(mid_attention="plain", conditioning="add"), "mid_attention plain")])
+def test_what_diffusers_cannot_represent_is_refused_with_the_reason(options, words, folder):
+    """One line that says which option and why; no half of a folder is left."""
+    checkpoint(folder / "here.pt", **{**dict(dataset="digits"), **TINY, **options})
+    with pytest.raises(UserError, match=words):
+        convert.to_diffusers("here.pt", "there")
+    assert sorted(p.name for p in folder.iterdir()) == ["here.pt"]
+
+
+@pytest.mark.parametrize("options, words", [
+    (dict(act_fn="relu"), "act_fn is 'relu'"), (dict(time_embedding_type="fourier"), "time_embedding_type"),
+    (dict(out_channels=6), "6 channels for 3"), (dict(in_channels=4, out_channels=4), "in_channels is 4"),
+    (dict(down_block_types=("DownBlock2D", "AttnSkipDownBlock2D")), "AttnSkipDownBlock2D"), (dict(sample_size=None), "img_size"),
+    (dict(class_embed_type="timestep"), "class_embed_type"), (dict(center_input_sample=True), "center_input_sample"),
+    (dict(downsample_type="resnet"), "downsample_type"), (dict(mid_block_scale_factor=1.4), "mid_block_scale_factor"),
+    (dict(resnet_time_scale_shift="scale_shift", attn_norm_num_groups=4), "attn_norm_num_groups"),
+    (dict(sample_size=15), "image size 15x15")])
+def test_foreign_networks_without_a_counterpart_are_refused_with_the_reason(options, words, folder):
+    """Each refusal names the entry of their config; nothing is written."""
+    UNet2DModel(**{**PLAIN, **options}).save_pretrained("there")
+    with pytest.raises(UserError, match=words):
+        convert.from_diffusers("there", "here.pt")
+    assert not (folder / "here.pt").exists()
+
+
+def test_the_layout_and_names_of_the_oldest_models(folder):
+    """google's files: no subfolders, a pickle of weights, attention with the names of 2022."""
+    theirs = foreign(dict(FACES, block_out_channels=(32, 32, 32, 32, 64, 64), sample_size=64))
+    old = {"to_q": "query", "to_k": "key", "to_v": "value", "to_out.0": "proj_attn"}
+
+    def renamed(name):
+        for new, before in old.items():
+            name = name.replace(new, before)
+        return name
+
+    torch.save({renamed(k): v for k, v in theirs.state_dict().items()}, "diffusion_pytorch_model.bin")
+    (folder / "config.json").write_text(json.dumps(dict(theirs.config, _class_name="UNet2DModel", _diffusers_version="0.0.4")))
+    (folder / "scheduler_config.json").write_text(json.dumps(dict(
+        _class_name="DDPMScheduler", _diffusers_version="0.1.1", beta_end=0.02, beta_schedule="linear", beta_start=0.0001,
+        clip_sample=True, num_train_timesteps=1000, trained_betas=None, variance_type="fixed_small")))
+    convert.from_diffusers(".", "here.pt")
+    model = load("here.pt", device="cpu", precision="fp32")
+    assert difference(model.network, theirs, 3, 64, 0) < 1e-5
+    assert (model.config.timesteps, model.config.schedule_type, model.config.variance) == (1000, "linear", "small")
+
+
+SCHEDULES = {
+    "linear": dict(beta_start=1e-5, beta_end=0.01), "scaled_linear": dict(beta_schedule="scaled_linear", beta_start=8.5e-4, beta_end=0.012),
+    "cosine": dict(beta_schedule="squaredcos_cap_v2", prediction_type="v_prediction"), "geodiff": dict(beta_schedule="sigmoid"),
+    "by beta": dict(trained_betas=torch.linspace(1e-3, 0.05, 1000).tolist(), prediction_type="sample"),
+    "no signal left": dict(rescale_betas_zero_snr=True, prediction_type="v_prediction"),
+    "large, unclipped": dict(variance_type="fixed_large", clip_sample=False),
+    "thresholding": dict(thresholding=True, dynamic_thresholding_ratio=0.9, sample_max_value=1e9)}
+
+
+@pytest.mark.parametrize("name", SCHEDULES)
+def test_foreign_schedules_are_recognised_and_written_as_they_were(name, folder):
+    """alpha_bar to 1e-5, prediction, variance, clipping; through here and back to diffusers."""
+    theirs = DDPMScheduler(**SCHEDULES[name])
+    DDPMPipeline(foreign(PLAIN), theirs).save_pretrained("there")
+    convert.from_diffusers("there", "here.pt")
+    cfg = configure(diffuser.load_checkpoint("here.pt")["config"])
+    assert (diffuser.alpha_bar_table(cfg) - theirs.alphas_cumprod).abs().max() < 1e-5
+    convert.to_diffusers("here.pt", "back")
+    back = DDPMPipeline.from_pretrained("back").scheduler
+    assert (back.alphas_cumprod - theirs.alphas_cumprod).abs().max() < 1e-5
+    for option in ("prediction_type", "variance_type", "thresholding", "dynamic_thresholding_ratio", "rescale_betas_zero_snr"):
+        assert back.config[option] == theirs.config[option]
+    assert back.config.clip_sample == theirs.config.clip_sample or theirs.config.thresholding
+
+
+@pytest.mark.parametrize("options", [dict(schedule_type="dns"), dict(schedule_type="sigmoid"), dict(schedule_type="cosine", cosine_s=0.02),
+                                     dict(timesteps=250, scale_betas=True), dict(schedule_type="dns", zero_terminal_snr=True, prediction="v")])
+def test_our_own_schedules_survive_the_way_there_and_back(options):
+    """Schedules without a name in diffusers are written beta by beta, and recognised where the configuration is known."""
+    cfg = configure(dataset="digits", **{**dict(prediction="eps", schedule_type="linear"), **options})
+    scheduler = convert.to_scheduler(cfg)
+    assert (diffuser.alpha_bar_table(cfg) - scheduler.alphas_cumprod.double()).abs().max() < 1e-5
+    found = convert.schedule_options(scheduler, cfg)
+    assert {k: v for k, v in found.items() if getattr(cfg, k) != v} == {}
+
+
+def test_schedules_without_a_counterpart_are_refused(folder):
+    """A schedule of no formula here, and schedulers that have no betas."""
+    DDPMPipeline(foreign(PLAIN), DDPMScheduler(beta_schedule="laplace", prediction_type="v_prediction")).save_pretrained("there")
+    with pytest.raises(UserError, match="laplace.*none of linear, cosine"):
+        convert.from_diffusers("there", "here.pt")
+    DDPMPipeline(foreign(PLAIN), DDPMScheduler(variance_type="learned")).save_pretrained("there")
+    with pytest.raises(UserError, match="learned"):
+        convert.from_diffusers("there", "here.pt")
+    (folder / "there/scheduler/scheduler_config.json").write_text('{"_class_name": "FlowMatchEulerDiscreteScheduler"}')
+    with pytest.raises(UserError, match="FlowMatch"):
+        convert.from_diffusers("there", "here.pt")
+
+
+def walk(scheduler, network, x, steps, labels=None, **options):
+    scheduler.set_timesteps(steps)
+    with torch.no_grad():
+        for t in scheduler.timesteps:
+            x = scheduler.step(network(x, t, class_labels=labels).sample, t, x, **options).prev_sample
+    return x
+
+
+def drawn(path, labels, **settings):
+    """What this program draws, and the noise that it starts from."""
+    model = load(path, device="cpu", precision="fp32", start="gaussian", guidance_scale=0.0, **settings)
+    *_, (_, x, _) = model.sample(labels, model.config)
+    return x, diffuser.image_noise(model.config.seed, range(len(labels)), model.shape, "cpu")()
+
+
+@pytest.mark.parametrize("prediction, schedule", [("eps", "linear"), ("v", "cosine"), ("x0", "dns")])
+def test_trajectories_of_exported_models_agree(prediction, schedule, folder):
+    """DDIM and DPM-Solver++ from the exported scheduler's config, with labels: the last image to 1e-3."""
+    checkpoint(folder / "here.pt", dataset="digits", prediction=prediction, schedule_type=schedule, **TINY)
+    convert.to_diffusers("here.pt", "there")
+    pipeline, labels = DDPMPipeline.from_pretrained("there"), [0, 1, 2, 3]
+    ours, xT = drawn("here.pt", labels, sampler="ddim", steps=20)
+    scheduler = DDIMScheduler.from_config(pipeline.scheduler.config)
+    assert (walk(scheduler, pipeline.unet, xT, 20, torch.tensor(labels), use_clipped_model_output=True) - ours).abs().max() < 1e-3
+    ours, xT = drawn("here.pt", labels, sampler="dpmpp", steps=20, clip_x0=False)
+    scheduler = DPMSolverMultistepScheduler.from_config(pipeline.scheduler.config)
+    assert (walk(scheduler, pipeline.unet, xT, 20, torch.tensor(labels)) - ours).abs().max() < 1e-3 * ours.abs().max()
+
+
+def test_trajectories_of_imported_models_agree(folder):
+    """A pipeline from elsewhere, by its own DDIM steps (leading, the default there, and trailing): to 1e-3."""
+    theirs = foreign(PLAIN)
+    DDIMPipeline(theirs, DDIMScheduler(beta_schedule="scaled_linear", clip_sample=False)).save_pretrained("there")
+    convert.from_diffusers("there", "here.pt")
+    for spacing in ("leading", "trailing"):    # theirs takes 1000 // n for every step, so n has to divide 1000
+        ours, xT = drawn("here.pt", [0, 0], sampler="ddim", steps=25, spacing=spacing)
+        scheduler = DDIMScheduler.from_pretrained("there", subfolder="scheduler", timestep_spacing=spacing)
+        reference = walk(scheduler, theirs, xT, 25)
+        assert (reference - ours).abs().max() < 1e-3 * reference.abs().max()
+    assert PNDMScheduler.from_pretrained("there", subfolder="scheduler").config.beta_schedule == "scaled_linear"
+
+
+def test_ema_weights_are_written_unless_raw_ones_are_asked_for(folder):
+    """By default what is drawn with here is what diffusers gets; --raw gives the weights being trained."""
+    path = diffuser.train(tiny_training())
+    state = diffuser.load_checkpoint(path)
+    for raw, part in ((False, "ema"), (True, "model")):
+        convert.to_diffusers(str(path), f"there{raw}", raw)
+        convert.to_safetensors(str(path), f"{raw}.safetensors", raw)
+        weight = DDPMPipeline.from_pretrained(f"there{raw}").unet.conv_in.weight
+        assert torch.equal(weight, state[part]["conv_in.weight"])
+        with safe_open(f"{raw}.safetensors", "pt") as file:
+            assert torch.equal(file.get_tensor("conv_in.weight"), state[part]["conv_in.weight"])
+    assert not torch.equal(state["ema"]["conv_in.weight"], state["model"]["conv_in.weight"])
+
+
+def test_one_class_can_be_left_in_a_network_without_labels(folder):
+    """--label: the stock pipeline, which knows no labels, then draws that class: the network's output for it, to 1e-5."""
+    checkpoint(folder / "here.pt", dataset="digits", **TINY)
+    convert.to_diffusers("here.pt", "there", label="class 1")
+    pipeline = DDPMPipeline.from_pretrained("there")
+    assert pipeline.unet.config.num_class_embeds is None
+    x, t, _ = inputs(1, 8, 0)
+    with torch.no_grad():
+        ours = load("here.pt", device="cpu", precision="fp32").network(x, t, torch.tensor([1, 1, 1]))
+        assert (pipeline.unet(x, t).sample - ours).abs().max() < 1e-5
+    assert len(pipeline(batch_size=2, num_inference_steps=3).images) == 2
+
+
+def test_class_names_tell_whether_the_last_embedding_is_no_label(folder):
+    """A foreign model of four embeddings: three names make the last one the null class, four add a null class."""
+    theirs = foreign(dict(PLAIN, num_class_embeds=4))
+    theirs.save_pretrained("there")
+    said = convert.from_diffusers("there", "three.pt", "cat,dog,bird")
+    three = load("three.pt", device="cpu", precision="fp32")
+    assert three.class_names == ["cat", "dog", "bird"] and "null" not in said
+    assert torch.equal(three.network.class_embedding.weight, theirs.class_embedding.weight)
+    convert.from_diffusers("there", "four.pt", "a,b,c,d")
+    four = load("four.pt", device="cpu").network.class_embedding.weight
+    assert torch.allclose(four[4], theirs.class_embedding.weight.mean(0), atol=1e-6)
+    with pytest.raises(UserError, match="2 for 4 class embeddings"):
+        convert.from_diffusers("there", "five.pt", "a,b")
+
+
+@pytest.mark.parametrize("options", [dict(dataset="digits", use_labels=False), dict(dataset="digits"),
+                                     dict(dataset="mnist", img_size=(16, 16)),
+                                     dict(dataset="mnist", img_size=(16, 16), use_labels=False)])
+def test_the_model_card_tells_how_to_use_it_and_it_works(options, folder, monkeypatch):
+    """The Python on the card draws pictures, with labels and where the schedule leaves signal at T; a grid is beside it."""
+    classes = 0 if options.get("use_labels") is False else 3
+    checkpoint(folder / "here.pt", classes, **options, **TINY)
+    convert.to_diffusers("here.pt", "there")
+    card = (folder / "there/README.md").read_text()
+    assert options["dataset"] in card and "| base_channels | 8 |" in card and (folder / "there/samples.png").stat().st_size > 500
+    assert ("class_labels" in card) == (classes > 0) and ("moments" in card) == (options["dataset"] == "mnist")
+    code, found = card.split("```python\n")[1].split("```")[0], {}
+    exec(code.replace("path/to/this/folder", "there"), found)
+    side = 8 if options["dataset"] == "digits" else 16
+    assert {image.size for image in found["images"]} == {(side, side)} and len(found["images"]) == (classes or 4)
+
+
+def test_safetensors_there_and_back(folder):
+    """Weights, moments, configuration and class names survive, and anybody's reader sees them."""
+    checkpoint(folder / "here.pt", dataset="digits", **TINY)
+    convert.to_safetensors("here.pt", "w.safetensors")
+    with safe_open("w.safetensors", "pt") as file:
+        about = json.loads(file.metadata()["diffuser"])
+    assert about["class_names"] == ["class 0", "class 1", "class 2"] and about["config"]["base_channels"] == 8
+    convert.from_safetensors("w.safetensors", "back.pt")
+    before, back = (load(p, device="cpu", precision="fp32") for p in ("here.pt", "back.pt"))
+    assert torch.equal(before.generate(["class 1"], 2, steps=3), back.generate(["class 1"], 2, steps=3))
+    assert dataclasses.asdict(before.config) == dataclasses.asdict(back.config)
+    save_file({"x": torch.zeros(1)}, "other.safetensors")
+    with pytest.raises(UserError, match="no configuration"):
+        convert.from_safetensors("other.safetensors", "other.pt")
+
+
+def test_the_command_line(folder):
+    """Each command as a user types it; existing files are kept, mistakes are one line with a status."""
+    checkpoint(folder / "here.pt", dataset="digits", **TINY)
+    done = cli("to-diffusers", "here.pt", "there", cwd=folder, script="convert.py")
+    assert done.returncode == 0 and "there/README.md" in done.stdout, done.stderr
+    for arguments, words in ((("to-diffusers", "here.pt", "there"), "exists"), (("from-diffusers", "nowhere", "x.pt"), "neither"),
+                             (("to-safetensors", "nothing.pt", "x"), "no checkpoint"), (("from-safetensors", "here.pt", "x.pt"), "from-safetensors failed")):
+        assert convert.main(list(arguments)) in (1, 2)
+        done = cli(*arguments, cwd=folder, script="convert.py") if words == "exists" else None
+        assert done is None or (done.returncode == 2 and done.stderr.count("\n") == 1 and words in done.stderr)
+    assert sorted(p.name for p in folder.iterdir()) == ["here.pt", "there"]
+
+
+def test_without_diffusers_the_line_says_what_to_install(folder, monkeypatch, capsys):
+    """diffusers and safetensors are optional."""
+    checkpoint(folder / "here.pt", dataset="digits", **TINY)
+    monkeypatch.setitem(__import__("sys").modules, "diffusers", None)
+    assert convert.main(["to-diffusers", "here.pt", "there"]) == 1
+    assert "pip install diffusers" in capsys.readouterr().err
