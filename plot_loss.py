@@ -3,10 +3,12 @@
 
     python plot_loss.py DIR [DIR ...]     draw these runs, overlaid
     python plot_loss.py                   list the runs found here and ask which to draw
+    python plot_loss.py --html DIR ...    write DIR/report.html for each: a page with all a run left
 
 A run writes epoch and mean loss into the names of its sample grids (epoch_50_loss_0.1234.png), so
 the folder of samples is all this needs: no checkpoint, no log file, no torch. The figure has two
-panels, the raw loss and its sliding average, and is saved as loss.png.
+panels, the raw loss and its sliding average, and is saved as loss.png. The page (see report.py)
+also shows the grids, the strips, metrics.csv and config.json, where the folder holds them.
 """
 
 import argparse
@@ -19,7 +21,7 @@ from pathlib import Path
 from statistics import fmean
 
 NUMBER = r"[-+]?(?:nan|inf|(?:\d+\.?\d*|\.\d+)(?:[eE][-+]?\d+)?)"
-SAMPLE_NAME = re.compile(rf"epoch_(\d+(?:\.\d+)?)_loss_({NUMBER})\.png")
+SAMPLE_NAME = re.compile(rf"epoch_(?P<epoch>\d+(?:\.\d+)?)_loss_(?P<loss>{NUMBER})\.png")
 COLOURS = ["#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000"]
 
 
@@ -29,11 +31,15 @@ class BadInput(Exception):
 
 # ---- numbers: what the names say ----------------------------------------------------------------
 
+def find_grids(directory) -> list[re.Match]:
+    """Return the names of the sample grids in `directory`, by epoch, as matches of SAMPLE_NAME."""
+    matches = (SAMPLE_NAME.fullmatch(name) for name in sorted(os.listdir(directory)))
+    return sorted(filter(None, matches), key=lambda match: float(match["epoch"]))
+
+
 def parse_losses(directory) -> list[tuple[float, float]]:
     """Return the (epoch, loss) pairs that the file names in `directory` carry, by epoch."""
-    matches = (SAMPLE_NAME.fullmatch(name) for name in sorted(os.listdir(directory)))
-    points = [(float(match[1]), float(match[2])) for match in matches if match]
-    return sorted(points, key=lambda point: point[0])  # not by loss as well: nan has no order
+    return [(float(match["epoch"]), float(match["loss"])) for match in find_grids(directory)]
 
 
 def finite(points) -> list[tuple[float, float]]:
@@ -226,20 +232,38 @@ def build_parser():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     add = parser.add_argument
     add("directories", nargs="*", type=Path, metavar="DIR", help="sample folders; none: asks")
-    add("--save", type=Path, metavar="FILE", help="the figure (default: loss.png, in DIR if one)")
+    output = parser.add_mutually_exclusive_group().add_argument
+    output("--save", type=Path, metavar="FILE",
+           help="the figure (default: loss.png, in DIR if one)")
+    output("--html", action="store_true", help="write DIR/report.html, not a figure")
     add("--window", type=float, default=10, help="epochs in the sliding average (default: 10)")
     add("--no-show", action="store_true", help="open no window")
     add("--samples_dir", default="samples", help="where to look for runs (default: samples)")
     return parser
 
 
+def write_reports(directories):
+    """Write and announce the report of each run."""
+    from report import write_report  # not above: report.py imports this module
+
+    for directory in directories:
+        if not os.path.isfile(directory / "metrics.csv"):
+            load_run(directory)  # says what is wrong where there are no grids either
+        try:
+            print(f"saved {write_report(directory)}")
+        except (OSError, ValueError) as error:  # ValueError: no axis holds a loss of 1e308
+            raise BadInput(f"cannot write the report of {directory}: {error}") from error
+
+
 def run(args):
-    """Choose, summarise and draw."""
+    """Choose, summarise and draw; or choose and write reports."""
     if not args.window > 0:  # written so that nan fails too
         raise BadInput(f"--window is a number of epochs above 0, not {args.window:g}")
     windows = can_open_windows() and not args.no_show
-    runs = {directory: load_run(directory)
-            for directory in args.directories or ask_for_runs(args.samples_dir, windows)}
+    directories = args.directories or ask_for_runs(args.samples_dir, windows)
+    if args.html:
+        return write_reports(directories)
+    runs = {directory: load_run(directory) for directory in directories}
     if not runs:
         return
     for directory, points in runs.items():
