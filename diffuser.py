@@ -119,6 +119,7 @@ class Config:
     dataset: str = opt("", "what to train on", choices=lambda: DATASETS, fixed=True, ask="digits is shipped and trains in a minute or two")
     recipe: str = opt("", "a whole configuration; best: what is best for the dataset today", choices=lambda: RECIPES, local=True)
     device: str = opt("auto", "auto: cuda, then mps, then cpu", choices=lambda: ("auto", "cuda", "mps", "cpu"), local=True)
+    config: str = opt("", "options from the config.json of a run, to repeat it; flags beat them", local=True)
     seed: int = opt(0, "seed of everything random", lo=0, hi=2**63 - 1)
     yes: bool = opt(False, "ask nothing: take every default", local=True)
     dry_run: bool = opt(False, "print settings, parameters, steps and memory, then stop", local=True)
@@ -200,14 +201,17 @@ class Config:
     checkpoint_rate: int = opt(0, "steps between checkpoints, each with a grid, instead of going by epochs; 0: go by epochs", "--evaluation_interval", lo=0, hi=10**9)
     num_keep_checkpoints: int = opt(1, "checkpoints to keep", lo=1, hi=10**6)
     num_generations: int = opt(0, "images per class in a grid and rows of a denoising strip; 0: choose", lo=0, hi=1000)
-    plot_freq_interval: int = opt(0, "timesteps between the pictures of a denoising strip; 0: no strips in training", lo=0, hi=100_000)
+    plot_freq_interval: int = opt(0, "timesteps between the pictures of a denoising strip beside each grid; 0: one strip, for the report", lo=0, hi=100_000)
     preview_steps: int = opt(20, "sampling steps of the grids drawn in training", lo=1, hi=100_000)
     log_every: int = opt(50, "steps between rows of metrics.csv", "--log_rate", lo=1, hi=10**9)
     resume: str = opt("auto", "auto: go on from the run's checkpoint; never: start over", choices=lambda: ("auto", "never"), local=True)
     resume_from_checkpoint: str = opt("", "go on from this checkpoint: checkpoint_STEP of the experiment, or a path", local=True)
+    init_from: str = opt("", "fine-tune: start a new run from the weights in this checkpoint, whose network and schedule it takes over", local=True)
     use_wandb: bool = opt(False, "log to Weights & Biases", "--log_to_wandb", local=True)
     use_tensorboard: bool = opt(False, "log to TensorBoard", local=True)
     project_name: str = opt("diffuser", "Weights & Biases project", local=True)
+    wandb_mode: str = opt("auto", "auto: what WANDB_MODE says, else online where a key is known", choices=lambda: ("auto", "online", "offline"), local=True)
+    report: bool = opt(True, "write report.html into the samples folder when training ends", local=True)
 
     model_path: str = opt("", "checkpoint to sample from", local=True, group="sampling")
     classes: str = opt("", "classes to draw, by name or number: cat,3 or all", local=True)
@@ -398,15 +402,39 @@ def given_values(given: dict) -> dict:
     if given.get("recipe") == "best" and given.get("dataset"):
         if given["dataset"] not in BEST:
             raise UserError(f"--recipe best knows {', '.join(BEST)}, not {given['dataset']}: leave it out")
-        return {**BEST[given["dataset"]], **given}
-    return {**RECIPES.get(given.get("recipe", ""), {}), **given}
+        given = {**BEST[given["dataset"]], **given}
+    given = {**RECIPES.get(given.get("recipe", ""), {}), **given}
+    return {**read_options(given["config"], given), **given} if given.get("config") else given
+
+
+LENGTHS = ("epochs", "iterations", "train_minutes")                          # settings that leave losses as they are
+
+
+def read_options(path: str, given: dict) -> dict:
+    """The options in the config.json of a run, or in a file of options alone, that repeat it: those about a single
+    invocation are left out, and of its lengths all but the one that counts. Raises UserError."""
+    try:
+        content = json.loads(Path(path).read_text(encoding="utf-8"))
+        options = {name: tuple(value) if isinstance(value, list) else value
+                   for name, value in content.get("config", content).items()}
+    except (OSError, ValueError, AttributeError) as error:
+        raise UserError(f"--config {path} holds no options ({first_line(error)}): give a run's config.json") from error
+    unknown = [name for name in options if name not in FIELDS]
+    if unknown:
+        raise UserError(f"--config {path}: this program has no option {unknown[0]}")
+    length = next((name for name in ("iterations", "train_minutes", "epochs") if options.get(name)), "")
+    dropped = {"mode", "config", "recipe", "dry_run", "debug", "resume", *LENGTHS} - {length}
+    if any(given.get(name) for name in LENGTHS):
+        dropped |= {*LENGTHS}
+    return {"mode": "train", **{name: value for name, value in options.items() if name not in dropped and value != ""}}
 
 
 def configure(checkpoint: dict | None = None, **given) -> Config:
-    """Settings from flags, then (when resuming) `checkpoint`, the configuration stored in one as a dictionary,
-    then the dataset's preset, then defaults. Raises UserError."""
+    """Settings from flags, then (when resuming) `checkpoint`, the configuration stored in one as a dictionary, then
+    what a run takes over from `init_from`, then the dataset's preset, then defaults. Raises UserError."""
     given = given_values(given)
-    inherited = {k: tuple(v) if isinstance(v, list) else v for k, v in (checkpoint or {}).items()
+    taken_over = starting_options(given) if given.get("init_from") else {}
+    inherited = {k: tuple(v) if isinstance(v, list) else v for k, v in {**taken_over, **(checkpoint or {})}.items()
                  if k in FIELDS and k not in LOCAL}
     preset = dict(PRESETS.get(given.get("dataset") or inherited.get("dataset", ""), {}))
     if "channel_mults" in given and "attention_levels" in preset:            # only levels that are still there
@@ -1129,9 +1157,12 @@ class Model:
             yield to_uint8(x[: len(chosen)])
             i += len(chosen)
 
-    def generate(self, classes: list[str | int] | None = None, num_images: int | None = None, **settings) -> Tensor:
-        """num_images of the classes (names or numbers) in turn, by default one each: uint8 [N, C, H, W] on the CPU.
-        settings: sampling options, such as steps, sampler, seed. Raises UserError for an unknown class or option."""
+    def generate(self, classes: list[str | int] | None = None, num_images: int | None = None, *, pil: bool = False,
+                 each_step: bool = False, **settings) -> Tensor | list[Image.Image] | Iterator[tuple]:
+        """num_images of the classes (names or numbers) in turn, by default one each: uint8 [N, C, H, W] on the CPU, or
+        PIL images where `pil`. each_step: an iterator over the sampling steps instead, of (t, x, x0_hat), both images
+        of that kind, all drawn at once. settings: sampling options, such as steps, sampler, seed. Raises UserError for
+        an unknown class or option."""
         numbers = parse_classes(classes, self.class_names) if classes is not None else None
         wrong = [name for name in settings if name not in FIELDS or FIELDS[name].metadata["fixed"] or name in LOCAL]
         if wrong:
@@ -1139,7 +1170,13 @@ class Model:
         cfg = dataclasses.replace(self.config, **settings)
         check(cfg)
         labels = self.labels(numbers, num_images or len(numbers or [0]))
-        return torch.cat(list(self.draw(labels, cfg)))
+
+        def images(x: Tensor) -> Tensor | list[Image.Image]:
+            return list(map(to_pil, x)) if pil else x
+
+        if each_step:
+            return ((t, *map(images, map(to_uint8, found))) for t, *found in self.sample(labels, cfg))
+        return images(torch.cat(list(self.draw(labels, cfg))))
 
     @torch.no_grad()
     def loss(self, images: Tensor, labels: Tensor | None = None, seed: int = 0) -> Tensor:
@@ -1571,6 +1608,21 @@ class Runtime:
             return nn.DataParallel(InContext(forward, arithmetic.running), list(range(self.replicas)))
         return forward
 
+    def devices(self) -> str:
+        """What computes, for people."""
+        cuda = self.device.type == "cuda"
+        name = torch.cuda.get_device_name(self.device) if cuda else f"{torch.get_num_threads()} threads"
+        return f"{self.device.type} x {self.num_devices} ({name})"
+
+    def facts(self, arithmetic: Arithmetic) -> dict[str, str]:
+        """The machine and the way it computes, for people."""
+        processor = platform.processor() or platform.machine()
+        with suppress(OSError, StopIteration):                               # Linux has the name there alone
+            lines = Path("/proc/cpuinfo").read_text().splitlines()
+            processor = next(line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
+        return dict(device=self.devices(), arithmetic=str(arithmetic), processor=processor, cores=str(os.cpu_count()),
+                    system=platform.platform(), python=platform.python_version())
+
     @contextmanager
     def main_first(self):
         """Rank 0 goes through the block before the others do, so that downloads and caches are made once."""
@@ -1772,13 +1824,13 @@ def free_memory(device: torch.device) -> int:
 
 class RunLog:
     """metrics.csv and config.json in the run's folder, and the trackers asked for; for rank 0. Rows that cannot be
-    written are written later."""
+    written are written later. machine: what it runs on, for people."""
 
     COLUMNS = ("step", "epoch", "loss", "loss_q1", "loss_q2", "loss_q3", "loss_q4", "val_loss", "lr", "grad_norm",
                "images_per_second", "seconds", "skipped_steps")
 
-    def __init__(self, folder: Path, cfg: Config, step: int):
-        self.path, self.rows, self.file, path = folder / "metrics.csv", [], None, folder / "config.json"
+    def __init__(self, folder: Path, cfg: Config, step: int, machine: dict[str, str]):
+        self.path, self.rows, self.file, self.about = folder / "metrics.csv", [], None, folder / "config.json"
         with suppress(OSError, ValueError, KeyError, csv.Error):
             for row in csv.DictReader(self.path.read_text().splitlines(), restval="") if step else ():
                 if row["seconds"] and row["step"].isdecimal():               # others were written by half
@@ -1786,15 +1838,22 @@ class RunLog:
         self.rewind(step)
         known = {}
         with suppress(OSError, ValueError):
-            known = json.loads(path.read_text()) if step else {}
-        run_id = known.get("run_id") or os.urandom(8).hex()                  # trackers go on under it
-        content = dict(config=dataclasses.asdict(cfg), torch=torch.__version__, run_id=run_id)
-        attempt(str(path), lambda: write_json(path, content))
-        self.trackers = {}
+            known = json.loads(self.about.read_text()) if step else {}
+        self.run_id = known.get("run_id") or os.urandom(8).hex()             # trackers go on under it
+        self.machine, self.begun = machine, time.perf_counter() - known.get("seconds", 0.0)
+        self.write_config(cfg)
+        self.trackers, self.machine_load = {}, dict
         if cfg.use_tensorboard or cfg.use_wandb:
             import trackers
 
-            self.trackers = trackers.start_trackers(cfg, folder, run_id)
+            self.trackers = trackers.start_trackers(cfg, folder, self.run_id, step)
+            self.machine_load = trackers.machine_load
+
+    def write_config(self, cfg: Config) -> None:
+        """config.json: what repeats the run, what it ran on, and for how long so far."""
+        content = dict(config=dataclasses.asdict(cfg), torch=torch.__version__, run_id=self.run_id,
+                       machine=self.machine, seconds=round(time.perf_counter() - self.begun, 1))
+        attempt(str(self.about), lambda: write_json(self.about, content))
 
     def rewind(self, step: int) -> None:
         """Forget the rows after a step, which are trained again."""
@@ -1823,16 +1882,32 @@ class RunLog:
         """One line of metrics.csv, and the same numbers to the trackers."""
         self.rows.append([str(values[column]) for column in self.COLUMNS])
         attempt(str(self.path), self.write_last)
-        self.track(values["step"], {k: v for k, v in values.items() if k != "step" and v != ""})
+        if self.trackers:
+            self.track(values["step"], {**{k: v for k, v in values.items() if k != "step" and v != ""},
+                                        **self.machine_load()})
 
     def track(self, step: int, values: dict) -> None:
-        """Numbers and pictures (paths) to the trackers. One that fails is dropped: training goes on."""
+        """Numbers and pictures (paths) to the trackers."""
+        self.each_tracker(lambda tracker: tracker.log(step, values))
+
+    def each_tracker(self, work: Callable) -> None:
+        """work(tracker) for each. One that fails is dropped: training goes on."""
         for name, tracker in list(self.trackers.items()):
             try:
-                tracker(step, values)
+                work(tracker)
             except Exception as error:
-                complain(f"{name} failed ({error}): going on without it")
+                complain(f"{name} failed ({first_line(error)}): going on without it")
                 del self.trackers[name]
+
+    def close(self, cfg: Config) -> None:
+        """Write the configuration as it ended; let go of trackers, with the last of each number, and of the file."""
+        self.write_config(cfg)
+        final = {}
+        for row in self.rows:
+            final |= {column: float(value) for column, value in zip(self.COLUMNS, row, strict=True) if value}
+        self.each_tracker(lambda tracker: tracker.finish(final))
+        if self.file:
+            self.file.close()
 
 
 def to_pil(image: Tensor) -> Image.Image:
@@ -2183,13 +2258,23 @@ def check_state(state: dict, peek: bool) -> None:
         raise UserError("its tensors are not those of a run with its configuration")
 
 
-def check_fits(path: Path, given: dict, saved: dict) -> None:
+def check_fits(path: str | Path, given: dict, saved: dict, advice: str = "Leave those flags out.") -> None:
     """Raise UserError if a setting asked for shapes the network or schedule differently from the checkpoint."""
     differing = [f"{name} is {saved[name]} there, {value} asked for" for name, value in given.items()
                  if FIELDS[name].metadata["fixed"] and value is not None and name in saved and saved[name] != value]
     if differing:
-        raise UserError(f"{path} does not fit: {'; '.join(differing)}.\nLeave those flags out to go on with it, "
-                        "or start another run with --experiment_name NAME or --resume never.")
+        raise UserError(f"{path} does not fit: {'; '.join(differing)}.\n{advice}")
+
+
+def starting_options(given: dict) -> dict:
+    """What a new run takes over from the checkpoint whose weights it starts from: network, schedule, channels of the
+    images and, for a folder of them, their size. Raises UserError for flags that ask for another network."""
+    path, state = given["init_from"], load_checkpoint(given["init_from"], peek=True)
+    saved = {**dataclasses.asdict(configure(state["config"])), "channels": state["shape"][0]}
+    network = inspect.signature(UNet).parameters.keys() | {"channels"}
+    check_fits(path, {name: value for name, value in given.items() if name in network}, saved)
+    own = {"dataset", "use_labels", *(("img_size",) if given.get("dataset", "folder") != "folder" else ())}
+    return {name: saved[name] for name in FIELDS if FIELDS[name].metadata["fixed"] and name not in own}
 
 
 def resume_point(cfg: Config, asked: dict, runtime: Runtime | None = None) -> tuple[Path | None, dict | None]:
@@ -2204,7 +2289,8 @@ def resume_point(cfg: Config, asked: dict, runtime: Runtime | None = None) -> tu
                 raise
             problems.append(error)
             continue
-        check_fits(path, asked, state["config"])
+        check_fits(path, asked, state["config"], "Leave those flags out to go on with it, or start another run with "
+                   "--experiment_name NAME or --resume never.")
         for problem in problems if runtime else ():
             runtime.say(f"{problem}: going on from {path} instead")
         return path, state
@@ -2245,7 +2331,6 @@ def restore(state: dict, cfg: Config) -> Model:
 # ---- 9  Training -------------------------------------------------------------------------------
 # One step, and the loop around it. Blind to which data it trains on, and to the rank but for what it writes.
 
-LENGTHS = ("epochs", "iterations", "train_minutes")                          # settings that leave losses as they are
 OPTIMIZERS = {"adamw": torch.optim.AdamW, "adam": torch.optim.Adam}
 
 
@@ -2268,6 +2353,24 @@ LR_SCHEDULES = {
     "cosine": partial(after_warmup, lambda part: (1 + math.cos(math.pi * part)) / 2),
     "constant": partial(after_warmup, lambda part: 1.0),
 }
+
+
+def start_from(network: UNet, state: dict) -> str:
+    """Give a new network the weights in another run's checkpoint, averaged where they are, and say what becomes of the
+    class embedding: of another number of classes each begins as no label did. Raises UserError."""
+    weights, before, now = dict(state["ema"] or state["model"]), len(state["class_names"]), network.num_classes
+    if before == now:
+        network.load_state_dict(weights)
+        return f"{now} classes as there" if now else "no classes"
+    if network.concat and not (before and now):
+        raise UserError("--init_from: with --conditioning concat, labels cannot come or go: see --use_labels")
+    null = weights.pop("class_embedding.weight")[-1] if before else torch.zeros(network.time_mlp[2].out_features)
+    if now:
+        weights["class_embedding.weight"] = null.repeat(now + 1, 1)
+    else:
+        weights["time_mlp.2.bias"] = weights["time_mlp.2.bias"] + null
+    network.load_state_dict(weights)
+    return f"the class embedding begins anew: {now} classes, {before} there"
 
 
 def training_length(cfg: Config, images: int) -> tuple[int, int, int]:
@@ -2298,8 +2401,8 @@ class Training:
         self.batches = Batches(data, indices, self.size, flip, cfg.seed, runtime.device, runtime.rank, runtime.world)
         self.diffusion = build_diffusion(cfg, runtime.device)
 
-        torch.manual_seed(mix(cfg.seed))
-        self.step, self.network = 0, build_unet(cfg, shape[0], self.null).to(runtime.device)
+        self.step, network = 0, build_unet(cfg, shape[0], self.null) if state else self.first_network()
+        self.network = network.to(runtime.device)
         self.scaler = torch.amp.GradScaler(runtime.device.type, enabled=False)
         self.arithmetic = arithmetic or self.settle_arithmetic((state or {}).get("arithmetic"))
         self.network.to(memory_format=self.arithmetic.layout)
@@ -2344,6 +2447,15 @@ class Training:
             torch.distributed.all_reduce(meter)
         return meter
 
+    def first_network(self) -> UNet:
+        """The network of step 0: by the seed, and with the weights of another run where they are asked for."""
+        torch.manual_seed(mix(self.cfg.seed))
+        network = build_unet(self.cfg, self.shape[0], self.null)
+        if self.cfg.init_from:
+            state = load_checkpoint(self.cfg.init_from)
+            self.runtime.say(f"weights  of {self.cfg.init_from}, step {state['step']:,}; {start_from(network, state)}")
+        return network
+
     def begin(self) -> None:
         """Stand at step 0; the weights are those that the network has."""
         self.step, self.history, self.range_since, self.slowed = 0, [], 0, 0
@@ -2361,8 +2473,8 @@ class Training:
         if tuple(shape) != self.shape or names != self.data.class_names:
             other = f"images {shape} with {len(names)} classes, the data has {list(self.shape)} and {self.null}"
         if other:
-            raise UserError(f"the checkpoint was trained on {other}: start another run with --experiment_name NAME, "
-                            "or --resume never")
+            raise UserError(f"the checkpoint was trained on {other}: start another run with --experiment_name NAME or "
+                            "--resume never; to begin it with these weights, --init_from CHECKPOINT")
         self.network.load_state_dict(state["model"])
         self.ema.network.load_state_dict(state["ema"] or state["model"])
         groups = self.optimizer.state_dict()["param_groups"]
@@ -2428,8 +2540,7 @@ class Training:
         if state:
             self.resume(state)
         else:
-            torch.manual_seed(mix(cfg.seed))
-            self.network.load_state_dict(build_unet(cfg, self.shape[0], self.null).state_dict())
+            self.network.load_state_dict(self.first_network().state_dict())
             self.ema.network.load_state_dict(self.network.state_dict())
             self.begin()
         self.slowed = max(slowed, self.slowed + 1)
@@ -2586,17 +2697,20 @@ class Training:
         self.clock = (self.step, time.perf_counter())
         return epoch_mean
 
+    def preview(self) -> Config:
+        """The settings of what is drawn in training."""
+        return dataclasses.replace(self.cfg, sampler="dpmpp", steps=min(self.cfg.preview_steps, self.cfg.timesteps))
+
     def draw_grid(self, folder: Path, loss: float) -> Path:
         """A grid of samples, epoch and loss in its name; a denoising strip beside it where asked for."""
         cfg, classes = self.cfg, list(range(min(self.null, 10)))
         rows = cfg.num_generations or (4 if classes else 16)
-        preview = dataclasses.replace(cfg, sampler="dpmpp", steps=min(cfg.preview_steps, cfg.timesteps))
         path = folder / f"epoch_{round(self.epoch, 2):g}_loss_{loss:.4f}.png"
         labels = self.model.labels(classes, rows * max(1, len(classes)))
-        images = torch.cat(list(draw_with_bar(self.model, labels, preview)))
+        images = torch.cat(list(draw_with_bar(self.model, labels, self.preview())))
         save_grid(images, path, [self.data.class_names[c] for c in classes])
         if cfg.plot_freq_interval:
-            every_step = dataclasses.replace(preview, steps=cfg.timesteps)
+            every_step = dataclasses.replace(self.preview(), steps=cfg.timesteps)
             save_strip(self.model, labels[:rows], every_step, folder / f"step_{self.step}.png")
         return path
 
@@ -2662,10 +2776,17 @@ def train_undisturbed(cfg: Config, runtime: Runtime) -> Path:
         runtime.say(f"resuming from {path} at step {run.step} of {run.total}")
     elif others and cfg.resume == "auto" and not cfg.experiment_name:
         runtime.say(f"starting a new run: other settings than those of {others[0]}")
-    log = RunLog(folder, run.cfg, run.step) if runtime.is_main else None
-    with runtime.noting(*stop_signals()), tqdm(total=run.total, initial=run.step, unit="step", dynamic_ncols=True,
-                                               disable=None if runtime.is_main else True) as bar:
-        return training_loop(run, log, folder, bar, deadline, path)
+    log = RunLog(folder, run.cfg, run.step, runtime.facts(run.arithmetic)) if runtime.is_main else None
+    try:
+        with runtime.noting(*stop_signals()), tqdm(total=run.total, initial=run.step, unit="step", dynamic_ncols=True,
+                                                   disable=None if runtime.is_main else True) as bar:
+            path = training_loop(run, log, folder, bar, deadline, path)
+    finally:
+        if log:
+            log.close(run.cfg)
+    if log and cfg.report:
+        attempt(f"report.html in {folder}", partial(report_run, run, folder))
+    return path
 
 
 def training_loop(run: Training, log: RunLog | None, folder: Path, bar: tqdm, deadline: float | None = None,
@@ -2727,6 +2848,16 @@ def training_loop(run: Training, log: RunLog | None, folder: Path, bar: tqdm, de
             raise UserError("the last checkpoint could not be saved; the one before is as it was.\nMake room: the same "
                             "command goes on from there.", code=1)
     return path
+
+
+def report_run(run: Training, folder: Path) -> None:
+    """Write report.html, with a strip from noise to image where the run has drawn none."""
+    from report import write_report
+
+    if not any(folder.glob("step_*.png")):
+        labels = run.model.labels(list(range(min(run.null, 5))), 5)
+        save_strip(run.model, labels, run.preview(), folder / f"step_{run.step}.png")
+    run.runtime.say(f"report   {write_report(folder)}")
 
 
 def show_grid(run: Training, log: RunLog, folder: Path, loss: float) -> None:
@@ -2793,6 +2924,9 @@ def run_training(given: dict) -> None:
     if cfg.dataset == "folder":                                              # told before anything is made
         ImageFiles.require(cfg.path_to_data)
     path, state = resume_point(cfg, given)
+    if path and cfg.config and state["step"] >= (cfg.iterations or cfg.epochs * state["step"] / state["epoch"]):
+        given["resume"], path = "never", None                                # it is finished: to be repeated
+        cfg = dataclasses.replace(cfg, resume="never")
     cfg = configure(state["config"], **given) if path else cfg
     del state                                                                # it keeps the file on the disk
     runtime = Runtime(cfg)
@@ -2809,14 +2943,12 @@ def run_training(given: dict) -> None:
 def run_report(cfg: Config, runtime: Runtime, shape: tuple[int, int, int], num_classes: int, images: int,
                arithmetic: str) -> str:
     """What is about to happen, in a few lines."""
-    cuda = runtime.device.type == "cuda"
-    name = torch.cuda.get_device_name(runtime.device) if cuda else f"{torch.get_num_threads()} threads"
     total, per_epoch, batch = training_length(cfg, images)
     length = f"{total:,} steps of {batch} images ({total / per_epoch:.4g} epochs)"
     if cfg.train_minutes and not cfg.iterations:
         length = f"as many steps of {batch} images as fit into {cfg.train_minutes:g} minutes"
     size, left = "x".join(map(str, (*shape[1:], shape[0]))), alpha_bar_table(cfg)[-1].sqrt().item()
-    lines = [f"device   {runtime.device.type} x {runtime.num_devices} ({name}), {arithmetic}",
+    lines = [f"device   {runtime.devices()}, {arithmetic}",
              f"data     {cfg.dataset}: {images:,} images {size}, {num_classes} classes",
              f"network  {network_size(cfg, shape, num_classes)[0]:,} parameters",
              f"training {length}",
@@ -2854,6 +2986,8 @@ def run_inference(given: dict) -> None:
     """--mode inference."""
     if int(os.environ.get("WORLD_SIZE", 1)) > 1:
         raise UserError("--mode inference runs in one process: start it without torchrun")
+    if given.get("config"):
+        raise UserError("--config repeats a training run; what to draw with is named by --model_path")
     asked = not any(given.get(name) for name in ("yes", "dry_run", "classes", "num_images", "save_dir"))
     path = Path(given["model_path"]) if given.get("model_path") else choose_checkpoint(given)
     state = load_checkpoint(path)
@@ -3045,9 +3179,10 @@ def main(argv: list[str] | None = None) -> int:
     given = {}
     try:
         given = build_parser().parse(argv)
+        given = given_values(given)
         if "mode" not in given:
             given = {**given, "mode": "train"} if given.get("yes") else ask_option("mode", given, "train")
-        COMMANDS[given["mode"]](given_values(given))
+        COMMANDS[given["mode"]](given)
         if torch.distributed.is_available() and torch.distributed.is_initialized():
             torch.distributed.destroy_process_group()
         return 0

@@ -221,11 +221,13 @@ def test_noise_scaling(options, factor):
 @pytest.mark.parametrize("spacing", sorted(diffuser.SPACINGS))
 @pytest.mark.parametrize("steps", [1, 2, 7, 50, 99, 100])
 def test_grids_descend_from_the_last_timestep(spacing, steps):
-    """Every grid has as many steps as asked for, distinct, descending, from T-1 where the start belongs."""
+    """Every grid has as many steps as asked for, distinct, descending, from T-1 where the start belongs; but leading,
+    which ends at 0 instead."""
     for settings in (BETAS, dict(timesteps=T, schedule_type="cosine"), dict(**BETAS, zero_terminal_snr=True, prediction="v")):
         cfg = configure(spacing=spacing, steps=steps, **settings)
         grid = diffuser.sampling_grid(cfg, alpha_bar_table(cfg))
-        assert len(grid) == steps and grid[0] == T - 1 and grid[-1] >= 0
+        first = (steps - 1) * (T // steps) if spacing == "leading" else T - 1
+        assert len(grid) == steps and grid[0] == first and grid[-1] >= 0
         assert all(a > b for a, b in zip(grid, grid[1:]))
 
 

@@ -312,9 +312,10 @@ def test_a_tracker_that_is_missing_or_fails_does_not_stop_training(folder, monke
     train(tiny_training(use_wandb=True))
     assert "pip install wandb" in capsys.readouterr().err
 
-    def broken(step, values):
-        raise RuntimeError("server gone")
-    monkeypatch.setattr(trackers, "start_trackers", lambda *a: {"broken": broken})
+    class Broken:
+        def log(self, step, values):
+            raise RuntimeError("server gone")
+    monkeypatch.setattr(trackers, "start_trackers", lambda *a: {"broken": Broken()})
     train(tiny_training(experiment_name="b", use_tensorboard=True))
     assert capsys.readouterr().err.count("server gone") == 1
 
