@@ -19,7 +19,7 @@ REAL_DATA = Path(os.environ.get("DIFFUSER_TEST_DATA", ROOT / "data"))
 # A network small enough to train in a second.
 TINY = dict(base_channels=8, channel_mults=(1, 2), num_res_blocks=1, emb_dim=8, num_heads=2)
 TINY_FLAGS = ["--base_channels", "8", "--channel_mults", "1,2", "--num_res_blocks", "1", "--emb_dim", "8",
-              "--num_heads", "2", "--preview_steps", "2", "--device", "cpu"]
+              "--num_heads", "2", "--preview_steps", "2", "--device", "cpu", "--no-report"]
 
 
 @pytest.fixture
@@ -68,7 +68,8 @@ def heed_interrupts():
 def tiny_training(**more):
     """Settings of a run of a few steps on the digits."""
     return diffuser.configure(**{**dict(dataset="digits", device="cpu", batch_size=16, iterations=4, preview_steps=2,
-                                        timesteps=20, log_every=2, num_generations=1), **TINY, **more})
+                                        timesteps=20, log_every=2, num_generations=1, report=False), **TINY,
+                                **more})
 
 
 def tiny_unet(channels=1, classes=3, **more):

@@ -56,7 +56,7 @@ OTHERS = [
     "--starting_channels 128 --loss_fn mse --use_wandb",
     "--mode train --dataset cifar10",
 ]
-SMALL = "--base_channels 8 --channel_mults 1,2 --num_res_blocks 1 --num_heads 2 --preview_steps 2 --device cpu --img_size 16"
+SMALL = "--base_channels 8 --channel_mults 1,2 --num_res_blocks 1 --num_heads 2 --preview_steps 2 --device cpu --img_size 16 --no-report"
 
 
 @pytest.fixture

@@ -1,0 +1,196 @@
+"""edit.py: slerp, SDEdit and RePaint against closed forms and against what the model draws."""
+
+import math
+
+import numpy as np
+import pytest
+import torch
+from conftest import TINY, cli, tiny_training
+from PIL import Image
+
+import diffuser
+import edit
+from diffuser import Diffusion, alpha_bar_table, configure
+
+TABLE = alpha_bar_table(configure(timesteps=200, schedule_type="cosine"))
+TS = diffuser.SPACINGS["trailing"](200, TABLE, 50)
+DDPM = diffuser.SAMPLERS["ddpm"](configure())
+DDIM = diffuser.SAMPLERS["ddim"](configure())
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    """A checkpoint of a few steps on the digits, and a picture with a mask."""
+    folder = tmp_path_factory.mktemp("trained")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        path = diffuser.train(tiny_training(timesteps=100, schedule_type="cosine", learning_rate=1e-2, iterations=30))
+    digits = np.load(diffuser.Path(diffuser.__file__).parent / "data" / "digits.npz")["images"]
+    Image.fromarray(digits[3]).resize((40, 60)).save(folder / "three.png")
+    mask = np.zeros((60, 40), np.uint8)
+    mask[30:] = 255
+    Image.fromarray(mask).save(folder / "mask.png")
+    return folder, folder / path
+
+
+def noises(shape, seed=0):
+    random = torch.Generator().manual_seed(seed)
+    return lambda: torch.randn(shape, generator=random)
+
+
+def gaussian_denoiser(mean, covariance):
+    """The exact denoiser of images from N(mean, covariance): mean [D], covariance [D, D], images [N, 1, 1, D]."""
+    diffusion = Diffusion(TABLE, "x0")
+
+    def denoise(xt, t):
+        bar = TABLE[t].item()
+        gain = math.sqrt(bar) * covariance @ torch.linalg.inv(bar * covariance + (1 - bar) * torch.eye(len(mean)))
+        x0_hat = (mean + (xt.flatten(1) - math.sqrt(bar) * mean) @ gain.T).view(xt.shape)
+        return diffusion.estimates(x0_hat, xt, torch.full((len(xt),), t), clip=False)
+
+    return denoise
+
+
+def test_slerp_goes_along_the_sphere():
+    """It begins and ends at its ends, keeps the length between equally long ones, and falls back where there is no arc."""
+    a, b = torch.randn(2, 500, generator=torch.Generator().manual_seed(0))
+    a, b = a / a.norm(), b / b.norm()
+    assert torch.allclose(edit.slerp(a, b, 0.0), a) and torch.allclose(edit.slerp(a, b, 1.0), b)
+    for weight in (0.2, 0.5, 0.9):
+        assert edit.slerp(a, b, weight).norm().item() == pytest.approx(1, abs=1e-5)
+    half = edit.slerp(a, b, 0.5)
+    assert torch.allclose(half, (a + b) / (a + b).norm(), atol=1e-6)
+    assert torch.allclose(edit.slerp(a, a, 0.3), a) and edit.slerp(a, -a, 0.5).norm() < 1e-5
+
+
+def test_noise_in_two_steps_is_noise_in_one():
+    """x0 to t and from there to a later t has the mean and variance of q(x_t | x0)."""
+    x0, draw = torch.full((200_000, 1, 1, 1), 0.7), noises((200_000, 1, 1, 1))
+    x = edit.add_noise(edit.add_noise(x0, 1.0, 0.8, draw()), 0.8, 0.3, draw())
+    assert x.mean().item() == pytest.approx(math.sqrt(0.3) * 0.7, abs=0.01) and x.var().item() == pytest.approx(0.7, abs=0.01)
+
+
+@pytest.mark.parametrize("steps, jump, resamples", [(10, 3, 2), (50, 5, 5), (7, 1, 3), (6, 10, 4), (12, 4, 1)])
+def test_the_walk_of_repaint(steps, jump, resamples):
+    """One step at a time; steps that are repeated are taken `resamples` times, never the one to the clean image."""
+    walk = [steps, *edit.repaint_walk(steps, jump, resamples)]
+    moves = [b - a for a, b in zip(walk, walk[1:])]
+    assert walk[-1] == 0 and 0 not in walk[:-1] and set(moves) <= {1, -1}
+    taken = [sum(a == left + 1 and b == left for a, b in zip(walk, walk[1:])) for left in range(steps)]
+    resting = [left for left in range(1, steps) if left >= 1 + (steps - 1) // jump * jump or steps <= jump]
+    assert taken[0] == 1 and all(taken[left] == 1 for left in resting)
+    assert all(taken[left] == resamples for left in range(1, 1 + (steps - 1) // jump * jump))
+    if (steps, jump, resamples) == (10, 3, 2):
+        assert walk == [10, 9, 8, 7, 8, 9, 10, 9, 8, 7, 6, 5, 4, 5, 6, 7, 6, 5, 4, 3, 2, 1, 2, 3, 4, 3, 2, 1, 0]
+
+
+def test_repaint_draws_from_the_conditional_distribution():
+    """Correlated Gaussian pixels, two of four known: mean and covariance of the others are the exact conditional ones,
+    which without resampling they are not."""
+    distance = (torch.arange(4)[:, None] - torch.arange(4)).abs()
+    covariance, mean = 0.95**distance, torch.tensor([0.5, -0.3, 0.2, 0.0])
+    picture = torch.tensor([1.9, 1.4, 0.0, 0.0]).view(1, 1, 1, 4).repeat(4000, 1, 1, 1)
+    mask = torch.tensor([0.0, 0.0, 1.0, 1.0]).view(1, 1, 1, 4)
+    gain = covariance[2:, :2] @ torch.linalg.inv(covariance[:2, :2])
+    expected = mean[2:] + gain @ (picture[0, 0, 0, :2] - mean[:2])
+    spread = covariance[2:, 2:] - gain @ covariance[:2, 2:]
+
+    def error(resamples):
+        draw = noises(picture.shape)
+        x = edit.inpaint(DDPM, gaussian_denoiser(mean, covariance), draw(), picture, mask, TS, TABLE, draw, 5, resamples)
+        assert torch.equal(x[..., :2], picture[..., :2])
+        unknown = x[:, 0, 0, 2:]
+        return (unknown.mean(0) - expected).abs().max().item(), (unknown.T.cov() - spread).abs().max().item()
+
+    with_it, without = error(10), error(1)
+    assert with_it[0] < 0.15 and with_it[1] < 0.05 and without[0] > 3 * with_it[0]
+
+
+def test_varying_keeps_as_much_of_the_picture_as_asked_for():
+    """SDEdit with the exact denoiser of N(0, 1) pixels: correlation with the picture falls with the strength, from one
+    to none, and the variance stays that of the data."""
+    denoise = gaussian_denoiser(torch.zeros(2), torch.eye(2))
+    draw, previous = noises((20_000, 1, 1, 2)), 1.1
+    picture = draw()
+    for strength in (0.02, 0.3, 0.6, 1.0):
+        x = edit.vary(DDPM, denoise, picture, strength, TS, TABLE, draw)
+        correlation = torch.corrcoef(torch.stack([x.flatten(), picture.flatten()]))[0, 1].item()
+        start = next(t for t in TS if t < strength * 200)
+        assert correlation == pytest.approx(TABLE[start].item(), abs=0.03) and correlation < previous
+        assert x.var().item() == pytest.approx(1, abs=0.1)                   # the small variance of 50 steps is a little small
+        previous = correlation
+    assert abs(correlation) < 0.03
+
+
+def test_interpolation_begins_and_ends_with_the_images_of_its_seeds(trained, monkeypatch):
+    """The first and last image are, to the bit, what these seeds draw, with one class and with two."""
+    folder, path = trained
+    monkeypatch.chdir(folder)
+    model = diffuser.load(path, device="cpu", precision="fp32")
+    for classes, name in ((["3", "3"], "3"), (["3", "8"], "3,8")):
+        assert edit.main([str(path), "interpolate", "--seeds", "4,5", "--classes", name, "--num_images", "5", "--steps", "5",
+                          "--device", "cpu", "--precision", "fp32", "--save_dir", f"between{name}"]) == 0
+        images = [np.array(Image.open(f"between{name}/images/{i:06}.png")) for i in range(5)]
+        for i, seed, label in ((0, 4, classes[0]), (4, 5, classes[1])):
+            alone = model.generate([label], 1, seed=seed, steps=5)
+            assert np.abs(images[i].astype(int) - alone[0, 0].numpy()).max() <= 1
+        assert all((a != b).any() for a, b in zip(images, images[1:]))
+
+
+def test_the_command_line_varies_and_inpaints(trained):
+    """As a user types it: images, a grid, and known pixels that stay as they are, byte for byte."""
+    folder, path = trained
+    done = cli(path, "inpaint", "three.png", "mask.png", "--classes", "3", "--num_images", 2, "--steps", 10, cwd=folder, script="edit.py")
+    assert done.returncode == 0 and "edit_inpaint_1" in done.stdout, done.stderr
+    picture = edit.read_picture(str(folder / "three.png"), (1, 8, 8))[0, 0].numpy()
+    images = [np.array(Image.open(p)) for p in sorted((folder / "samples/edit_inpaint_1/images").iterdir())]
+    assert len(images) == 2 and all((image[:4] == picture[:4]).all() for image in images)
+    assert (images[0][4:] != images[1][4:]).any() and Image.open(folder / "samples/edit_inpaint_1/grid.png").width > 200
+
+
+def test_the_image_does_not_depend_on_how_many_are_made(trained, monkeypatch):
+    """Image i of three is image i of two."""
+    folder, path = trained
+    monkeypatch.chdir(folder)
+    for count in (2, 3):
+        assert edit.main([str(path), "vary", "three.png", "--num_images", str(count), "--steps", "5", "--save_dir", f"vary{count}"]) == 0
+    for name in ("000000.png", "000001.png"):
+        a, b = (np.array(Image.open(f"vary{count}/images/{name}"), dtype=int) for count in (2, 3))
+        assert np.abs(a - b).max() <= 1
+
+
+@pytest.mark.parametrize("arguments, words", [
+    ("vary nowhere.png", "no such picture"), ("vary text.png", "cannot be read"), ("vary three.png --strength 0", "--strength"),
+    ("inpaint three.png text.png", "cannot be read"), ("inpaint three.png small.png", "make them alike"),
+    ("inpaint three.png black.png", "all black"), ("inpaint three.png mask.png --resamples 0", "--resamples"),
+    ("interpolate --seeds 1", "--seeds"), ("interpolate --seeds 1,-2", "--seeds"), ("interpolate --sampler ddpm", "no noise"),
+    ("interpolate --classes 1,2,3", "at most 2"), ("vary three.png --classes cat", "unknown class"), ("vary three.png --steps 500", "--steps"),
+    ("vary three.png --num_images 0", "--num_images"), ("vary three.png --save_dir full", "not empty")])
+def test_mistakes_are_one_line(trained, arguments, words, monkeypatch, capsys):
+    """Status 2 and a line that names what is wrong, before anything is written."""
+    folder, path = trained
+    monkeypatch.chdir(folder)
+    (folder / "text.png").write_text("no picture")
+    Image.new("L", (8, 8), 255).save("small.png")
+    Image.new("L", (40, 60)).save("black.png")
+    (folder / "full").mkdir(exist_ok=True)
+    (folder / "full" / "x").touch()
+    before = sorted(map(str, folder.rglob("*")))
+    assert edit.main([str(path), *arguments.split()]) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("edit: ") and error.count("\n") == 1 and words in error
+    assert sorted(map(str, folder.rglob("*"))) == before
+
+
+def test_unconditional_models_are_edited_too(folder):
+    """No classes, three channels, a rectangle: nothing assumes digits."""
+    random = np.random.default_rng(0)
+    (folder / "pictures").mkdir()
+    for i in range(20):
+        Image.fromarray(random.integers(0, 255, (16, 24, 3), dtype=np.uint8)).save(folder / f"pictures/{i}.png")
+    path = diffuser.train(configure(dataset="folder", path_to_data="pictures", img_size=(8, 12), device="cpu", batch_size=4, iterations=2,
+                                    preview_steps=2, timesteps=20, num_workers=0, report=False,
+                                    **{**TINY, "attention_levels": ()}))
+    assert edit.main([str(path), "inpaint", "pictures/0.png", "pictures/1.png", "--save_dir", "out", "--num_images", "2"]) == 0
+    assert Image.open("out/images/000000.png").size == (12, 8)
+    assert edit.main([str(path), "interpolate", "--save_dir", "out2", "--steps", "3"]) == 0
