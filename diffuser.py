@@ -1,4 +1,8 @@
 #!/usr/bin/env python3
+# /// script
+# requires-python = ">=3.10"
+# dependencies = ["torch>=2.5", "torchvision>=0.20", "numpy>=1.26", "matplotlib>=3.7", "pillow>=10.1", "tqdm>=4.66"]
+# ///
 """diffuser: train and sample denoising diffusion models of images, in one file.
 
     python diffuser.py                                          asks what to do
@@ -2785,7 +2789,7 @@ def train_undisturbed(cfg: Config, runtime: Runtime) -> Path:
         if log:
             log.close(run.cfg)
     if log and cfg.report:
-        attempt(f"report.html in {folder}", partial(report_run, run, folder))
+        report_run(run, folder)
     return path
 
 
@@ -2851,13 +2855,17 @@ def training_loop(run: Training, log: RunLog | None, folder: Path, bar: tqdm, de
 
 
 def report_run(run: Training, folder: Path) -> None:
-    """Write report.html, with a strip from noise to image where the run has drawn none."""
-    from report import write_report
+    """Write report.html, with a strip from noise to image where the run has drawn none. If it fails, the run is none
+    the worse."""
+    try:
+        from report import write_report
 
-    if not any(folder.glob("step_*.png")):
-        labels = run.model.labels(list(range(min(run.null, 5))), 5)
-        save_strip(run.model, labels, run.preview(), folder / f"step_{run.step}.png")
-    run.runtime.say(f"report   {write_report(folder)}")
+        if not any(folder.glob("step_*.png")):
+            labels = run.model.labels(list(range(min(run.null, 5))), 5)
+            save_strip(run.model, labels, run.preview(), folder / f"step_{run.step}.png")
+        run.runtime.say(f"report   {write_report(folder)}")
+    except Exception as error:
+        complain(f"no report: {first_line(error)}")
 
 
 def show_grid(run: Training, log: RunLog, folder: Path, loss: float) -> None:

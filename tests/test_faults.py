@@ -235,7 +235,7 @@ def test_metrics_and_grids_on_a_full_disk(folder, monkeypatch, capsys):
 
 def test_rows_that_were_taken_back_do_not_return(folder, monkeypatch):
     """Rewinding metrics.csv while the disk is full: with room again each step stands there once."""
-    log = diffuser.RunLog(folder / "log", tiny_training(), 0)
+    log = diffuser.RunLog(folder / "log", tiny_training(), 0, {})
     values = dict.fromkeys(diffuser.RunLog.COLUMNS, 1.0)
     for step in (50, 100, 150):
         log.row({**values, "step": step})
@@ -250,7 +250,7 @@ def test_rows_that_were_taken_back_do_not_return(folder, monkeypatch):
     log.row({**values, "step": 150})
     assert [row["step"] for row in metrics(folder)] == ["50", "100", "150"]
     (folder / "log" / "metrics.csv").write_bytes(b"step,epoch\n1,\"" + b"\0" * 200_000)
-    assert diffuser.RunLog(folder / "log", tiny_training(), 100).rows == []   # what a power cut may leave
+    assert diffuser.RunLog(folder / "log", tiny_training(), 100, {}).rows == []   # what a power cut may leave
 
 
 def test_a_place_that_cannot_be_written_is_told_at_once(folder, capsys):

@@ -320,6 +320,18 @@ def test_a_tracker_that_is_missing_or_fails_does_not_stop_training(folder, monke
     assert capsys.readouterr().err.count("server gone") == 1
 
 
+def test_a_finished_run_has_a_report_and_does_not_depend_on_it(folder, monkeypatch, capsys):
+    """report.html with the last grid, curves and a denoising strip, which is drawn for it; one that fails is one line."""
+    train(tiny_training(report=True, plot_freq_interval=0))
+    (run,) = folder.glob("samples/samples_*")
+    page = (run / "report.html").read_text()
+    assert [p.name for p in run.glob("step_*.png")] == ["step_4.png"] and "Denoising at step 4" in page
+    assert page.count('role="img"') == 2 and "cpu x 1" in page and "report.html" in capsys.readouterr().out
+    monkeypatch.setattr("report.write_report", lambda folder: 1 / 0)
+    assert train(tiny_training(report=True, experiment_name="b")).exists()
+    assert "no report: division by zero" in capsys.readouterr().err
+
+
 def test_timesteps_of_a_batch_are_spread_evenly(folder):
     """One timestep from each of batch_size equal parts of 0..T-1, other ones at the next step."""
     run = Training(tiny_training(timesteps=160, batch_size=16), Runtime(tiny_training()))
@@ -382,7 +394,7 @@ def test_the_number_of_steps_follows_the_pace(folder, monkeypatch):
         cfg = tiny_training(iterations=50, experiment_name=str(longer), checkpoint_rate=5, num_keep_checkpoints=99)
         run = Training(cfg, Runtime(cfg))
         with diffuser.tqdm(disable=True) as bar:
-            path = diffuser.training_loop(run, diffuser.RunLog(folder / "log", cfg, 0), folder, bar, next(ticks) / 10 + seconds)
+            path = diffuser.training_loop(run, diffuser.RunLog(folder / "log", cfg, 0, {}), folder, bar, next(ticks) / 10 + seconds)
         state = load_checkpoint(path)
         assert (state["step"] > 50) == longer and state["step"] == state["config"]["iterations"] == run.total
         assert run.lr_schedule.get_last_lr()[0] < 0.1 * cfg.learning_rate
