@@ -104,6 +104,12 @@ def first_line(error: Exception) -> str:
     return str(error).strip().split("\n")[0][:120] or type(error).__name__
 
 
+def did_you_mean(wrong: str, known) -> str:
+    """The nearest of the known names as a question, or nothing."""
+    near = difflib.get_close_matches(wrong, known, 1)
+    return f": did you mean {near[0]}?" if near else ""
+
+
 def opt(default, help, *aliases, choices=None, spelled=None, lo=None, hi=None, ask=None, fixed=False, local=False,
         group=None):
     """One option. `choices`: a function that gives the allowed values; `spelled`: other spellings of them; `lo`,
@@ -394,7 +400,7 @@ def check_image_size(height: int, width: int, levels: int, patch_size: int = 1) 
 
 def given_values(given: dict) -> dict:
     """Options asked for: a recipe's, overridden by flags. A path to images means dataset folder."""
-    given = dict(given)
+    given = as_options(given)
     if given.get("epochs") or given.get("iterations"):                       # a length asked for beats one stored
         if given.get("train_minutes"):
             raise UserError("--train_minutes sets the number of steps: leave out --epochs and --iterations")
@@ -411,6 +417,18 @@ def given_values(given: dict) -> dict:
     return {**read_options(given["config"], given), **given} if given.get("config") else given
 
 
+def as_options(values: dict) -> dict:
+    """Values as Python or JSON has them, as fields of Config: lists for tuples, a number for a square image. Raises
+    UserError for a name that is no option."""
+    unknown = next((name for name in values if name not in FIELDS), None)
+    if unknown:
+        raise UserError(f"there is no option {unknown}{did_you_mean(unknown, FIELDS)}")
+    options = {name: tuple(value) if isinstance(value, list) else value for name, value in values.items()}
+    if type(options.get("img_size")) is int:
+        options["img_size"] = (options["img_size"],) * 2
+    return options
+
+
 LENGTHS = ("epochs", "iterations", "train_minutes")                          # settings that leave losses as they are
 
 
@@ -419,13 +437,11 @@ def read_options(path: str, given: dict) -> dict:
     invocation are left out, and of its lengths all but the one that counts. Raises UserError."""
     try:
         content = json.loads(Path(path).read_text(encoding="utf-8"))
-        options = {name: tuple(value) if isinstance(value, list) else value
-                   for name, value in content.get("config", content).items()}
-    except (OSError, ValueError, AttributeError) as error:
+        options = as_options(content.get("config", content))
+    except UserError as error:
+        raise UserError(f"--config {path}: {error}") from None
+    except (OSError, ValueError, AttributeError, TypeError) as error:
         raise UserError(f"--config {path} holds no options ({first_line(error)}): give a run's config.json") from error
-    unknown = [name for name in options if name not in FIELDS]
-    if unknown:
-        raise UserError(f"--config {path}: this program has no option {unknown[0]}")
     length = next((name for name in ("iterations", "train_minutes", "epochs") if options.get(name)), "")
     dropped = {"mode", "config", "recipe", "dry_run", "debug", "resume", *LENGTHS} - {length}
     if any(given.get(name) for name in LENGTHS):
@@ -434,7 +450,7 @@ def read_options(path: str, given: dict) -> dict:
 
 
 def configure(checkpoint: dict | None = None, **given) -> Config:
-    """Settings from flags, then (when resuming) `checkpoint`, the configuration stored in one as a dictionary, then
+    """Settings from `given`, then (when resuming) `checkpoint`, the configuration stored in one as a dictionary, then
     what a run takes over from `init_from`, then the dataset's preset, then defaults. Raises UserError."""
     given = given_values(given)
     taken_over = starting_options(given) if given.get("init_from") else {}
@@ -443,10 +459,7 @@ def configure(checkpoint: dict | None = None, **given) -> Config:
     preset = dict(PRESETS.get(given.get("dataset") or inherited.get("dataset", ""), {}))
     if "channel_mults" in given and "attention_levels" in preset:            # only levels that are still there
         preset["attention_levels"] = tuple(n for n in preset["attention_levels"] if n < len(given["channel_mults"]))
-    try:
-        cfg = Config(**{**preset, **inherited, **given})
-    except TypeError as error:
-        raise UserError(f"unknown option: {error}") from None
+    cfg = Config(**{**preset, **inherited, **given})
     check(cfg)
     return cfg
 
@@ -1840,11 +1853,11 @@ class RunLog:
                 if row["seconds"] and row["step"].isdecimal():               # others were written by half
                     self.rows.append([row.get(column, "") for column in self.COLUMNS])
         self.rewind(step)
-        known = {}
-        with suppress(OSError, ValueError):
+        self.machine, self.begun, self.run_id = machine, time.perf_counter(), os.urandom(8).hex()
+        with suppress(OSError, ValueError, TypeError, KeyError):             # written by other hands, or by half
             known = json.loads(self.about.read_text()) if step else {}
-        self.run_id = known.get("run_id") or os.urandom(8).hex()             # trackers go on under it
-        self.machine, self.begun = machine, time.perf_counter() - known.get("seconds", 0.0)
+            self.run_id = str(known["run_id"])                               # trackers go on under it
+            self.begun -= float(known["seconds"])
         self.write_config(cfg)
         self.trackers, self.machine_load = {}, dict
         if cfg.use_tensorboard or cfg.use_wandb:
@@ -2860,7 +2873,7 @@ def report_run(run: Training, folder: Path) -> None:
     try:
         from report import write_report
 
-        if not any(folder.glob("step_*.png")):
+        if not run.cfg.plot_freq_interval:
             labels = run.model.labels(list(range(min(run.null, 5))), 5)
             save_strip(run.model, labels, run.preview(), folder / f"step_{run.step}.png")
         run.runtime.say(f"report   {write_report(folder)}")
@@ -3123,8 +3136,8 @@ class Parser(argparse.ArgumentParser):
         """The options given, by name."""
         options, unknown = self.parse_known_args(argv)
         if unknown:
-            near = difflib.get_close_matches(unknown[0].split("=")[0], self._option_string_actions, 1)
-            raise UserError(f"unknown option {unknown[0]}{f': did you mean {near[0]}?' if near else ', see --help'}")
+            hint = did_you_mean(unknown[0].split("=")[0], self._option_string_actions) or ", see --help"
+            raise UserError(f"unknown option {unknown[0]}{hint}")
         return vars(options)
 
 

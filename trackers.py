@@ -10,6 +10,7 @@ from __future__ import annotations
 import dataclasses
 import os
 import sys
+from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
@@ -74,19 +75,15 @@ def machine_load() -> dict[str, float]:
     """What the machine is doing, where it can be read: percent of all CPUs, GiB of memory of this process, GiB of GPU
     memory taken by it, percent of the GPU. psutil and nvidia-ml-py are optional."""
     load = {}
-    try:
+    with suppress(ImportError):
         import psutil
 
         load["machine/cpu_percent"] = psutil.cpu_percent()                   # since the call before
         load["machine/memory_gib"] = psutil.Process().memory_info().rss / 2**30
-    except ImportError:
-        pass
     if torch.cuda.is_available():
         load["machine/gpu_memory_gib"] = torch.cuda.memory_reserved() / 2**30
-        try:
+        with suppress(Exception):                                            # no nvidia-ml-py, or a driver without it
             load["machine/gpu_percent"] = float(torch.cuda.utilization())
-        except Exception:                                                    # no nvidia-ml-py, or a driver without it
-            pass
     elif torch.backends.mps.is_available():
         load["machine/gpu_memory_gib"] = torch.mps.driver_allocated_memory() / 2**30
     return load

@@ -138,3 +138,27 @@ def test_contradicting_sampling_and_training_options(options, words):
 def test_pairs_of_numbers():
     """--guidance_interval 0.2,2 is a pair of numbers; its ends keep their decimals."""
     assert diffuser.parse_value("guidance_interval", "0.2,2") == (0.2, 2.0)
+
+
+def test_options_from_python_take_what_python_has():
+    """Lists, a number for a square image; a misspelt option names the nearest one."""
+    cfg = configure(dataset="folder", path_to_data="x", img_size=64, channel_mults=[1, 2])
+    assert cfg.img_size == (64, 64) and cfg.channel_mults == (1, 2)
+    with pytest.raises(UserError, match="no option epoch: did you mean epochs"):
+        configure(dataset="digits", epoch=3)
+
+
+@pytest.mark.parametrize("text, value", [("1,1.5,2", (1, 1.5, 2)), ("1,2,2", (1, 2, 2))])
+def test_levels_may_be_fractions(text, value):
+    """Multipliers that make whole numbers of channels, shown as they were written; others are refused."""
+    assert str(diffuser.parse_value("channel_mults", text)) == str(value)
+    assert configure(dataset="digits", base_channels=32, channel_mults=(1, 1.5)).channel_mults == (1, 1.5)
+    with pytest.raises(UserError, match="no whole numbers of 10 channels"):
+        configure(base_channels=10, channel_mults=(1, 1.25))
+
+
+def test_a_number_of_heads_beats_a_preset_of_channels_per_head():
+    """--num_heads counts where the preset or recipe says --head_dim."""
+    assert configure(dataset="celeba").head_dim == 64
+    assert configure(dataset="celeba", num_heads=8).head_dim == 0
+    assert configure(dataset="celeba", recipe="celebahq128", num_heads=4).head_dim == 0

@@ -147,7 +147,7 @@ def test_every_preset_and_recipe_can_be_exported_or_says_why():
         convert.unet2d_options(configure(dataset=dataset, path_to_data="x"), (3, 32, 32), 10)
     for recipe in ("ho2020", "celebahq128"):
         convert.unet2d_options(configure(dataset="celeba", recipe=recipe), (3, 128, 128), 0)
-    with pytest.raises(UserError, match="patch_size 2.*squares of pixels"):
+    with pytest.raises(UserError, match=r"patch_size 2.*squares of pixels"):
         convert.unet2d_options(configure(dataset="mnist", recipe="best"), (1, 28, 28), 10)
 
 
@@ -239,7 +239,7 @@ def test_our_own_schedules_survive_the_way_there_and_back(options):
 def test_schedules_without_a_counterpart_are_refused(folder):
     """A schedule of no formula here, and schedulers that have no betas."""
     DDPMPipeline(foreign(PLAIN), DDPMScheduler(beta_schedule="laplace", prediction_type="v_prediction")).save_pretrained("there")
-    with pytest.raises(UserError, match="laplace.*none of linear, cosine"):
+    with pytest.raises(UserError, match=r"laplace.*none of linear, cosine"):
         convert.from_diffusers("there", "here.pt")
     DDPMPipeline(foreign(PLAIN), DDPMScheduler(variance_type="learned")).save_pretrained("there")
     with pytest.raises(UserError, match="learned"):
