@@ -26,7 +26,7 @@ demo: $(RUNTIME)  ## train on the shipped digits, sample from the result, plot t
 	echo "Loss:                       $$(ls -d samples/samples_demo_*)/loss.png"
 
 test: lint  ## run the linter and the fast tests
-	$(VENV) -m pytest -m "not slow"
+	OMP_NUM_THREADS=1 $(VENV) -m pytest -m "not slow" -n auto --maxprocesses 4 --dist worksteal
 
 test-slow: $(DEV)  ## run the tests that take minutes
 	$(VENV) -m pytest -m slow

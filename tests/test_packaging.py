@@ -37,4 +37,3 @@ def test_every_registry_is_on_the_map():
         assert hasattr(diffuser, registry) and f"`{registry}`" in guide
     for script in sorted(ROOT.glob("*.py")):
         assert f"`{script.name}`" in guide or f"`{script.name}`" in readme
-    assert all(f"| `--{name}`" in readme for name in diffuser.FIELDS)
