@@ -23,7 +23,8 @@ demo: $(RUNTIME)  ## train on the shipped digits, sample from the result, plot t
 	@echo && \
 	echo "Samples drawn in training:  $$(ls -d samples/samples_demo_*)/" && \
 	echo "Samples of the result:      samples/demo/grid.png" && \
-	echo "Loss:                       $$(ls -d samples/samples_demo_*)/loss.png"
+	echo "Loss:                       $$(ls -d samples/samples_demo_*)/loss.png" && \
+	echo "All of it on one page:      $$(ls -d samples/samples_demo_*)/report.html"
 
 test: lint  ## run the linter and the fast tests
 	OMP_NUM_THREADS=1 $(VENV) -m pytest -m "not slow" -n auto --maxprocesses 4 --dist worksteal
