@@ -336,7 +336,8 @@ def read_unet2d(folder: Path):
 
     home = folder / "unet" if (folder / "unet").is_dir() else folder
     if not (home / "config.json").is_file():
-        raise UserError(f"{folder} holds neither unet/config.json nor config.json: it is no folder of diffusers")
+        raise UserError(f"{folder} holds neither unet/config.json nor config.json: it is no folder of diffusers. One "
+                        "from the hub has to be downloaded first: hf download NAME --local-dir DIR")
     kind = json.loads((home / "config.json").read_text()).get("_class_name")
     if kind not in (None, "UNet2DModel"):
         raise UserError(f"{home} is a {kind}: this program has the counterpart of UNet2DModel alone")
