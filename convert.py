@@ -127,9 +127,9 @@ REQUIRED = dict(center_input_sample=(False,), time_embedding_type=("positional",
                 downsample_padding=(0, 1), in_channels=(1, 3))
 
 
-def network_options(theirs) -> dict:
-    """Options of the network that computes what a UNet2DModel with the config `theirs` does. Raises UserError where
-    there is none."""
+def network_options(theirs, known: Config | None = None) -> dict:
+    """Options of the network that computes what a UNet2DModel with the config `theirs` does. known: a configuration
+    that may say the same of its heads in other words. Raises UserError where there is none."""
     for name, possible in REQUIRED.items():
         if theirs[name] not in possible:
             raise UserError(f"its {name} is {theirs[name]!r}: here it is {' or '.join(map(repr, possible))}")
@@ -144,6 +144,9 @@ def network_options(theirs) -> dict:
     if theirs.attn_norm_num_groups not in (None, groups) or time_width % 4:
         raise UserError(f"here its attn_norm_num_groups, {theirs.attn_norm_num_groups}, would have to be its "
                         f"norm_num_groups, {groups}, and its time_embedding_dim, {time_width}, a multiple of 4")
+    heads = dict(num_heads=1, head_dim=theirs.attention_head_dim or 0)
+    if known and attention_head_dim(known) == theirs.attention_head_dim:
+        heads = dict(num_heads=known.num_heads, head_dim=known.head_dim)
     plain = scale_shift and theirs.attn_norm_num_groups is None
     down, up = ([i for i, kind in enumerate(kinds) if kind.startswith("Attn")]
                 for kinds in (theirs.down_block_types, theirs.up_block_types[::-1]))
@@ -152,9 +155,9 @@ def network_options(theirs) -> dict:
         channel_mults=tuple(w // widths[0] if w % widths[0] == 0 else w / widths[0] for w in widths),
         use_attention=bool(theirs.add_attention or down or up), attention_levels=tuple(down),
         up_attention_levels=None if up == down else tuple(up),
-        mid_attention="none" if not theirs.add_attention else "plain" if plain else "norm", num_heads=1,
-        head_dim=theirs.attention_head_dim or 0, emb_dim=time_width // 4, dropout=theirs.dropout, norm_groups=groups,
-        norm_eps=theirs.norm_eps, downsample_padding=theirs.downsample_padding, freq_shift=float(theirs.freq_shift),
+        mid_attention="none" if not theirs.add_attention else "plain" if plain else "norm", **heads,
+        emb_dim=time_width // 4, dropout=theirs.dropout, norm_groups=groups, norm_eps=theirs.norm_eps,
+        downsample_padding=theirs.downsample_padding, freq_shift=float(theirs.freq_shift),
         sin_first=not theirs.flip_sin_to_cos, conditioning="scale_shift" if scale_shift else "add")
 
 
@@ -203,9 +206,9 @@ def to_scheduler(cfg: Config):
     return DDPMScheduler(**options, trained_betas=(1 - alpha_bar / before).tolist())
 
 
-def schedule_options(scheduler, known: Config | None = None) -> dict:
+def schedule_options(scheduler, noticed: list[str], known: Config | None = None) -> dict:
     """Options of the schedule, and of drawing, from a DDPMScheduler. known: a configuration that may have the schedule
-    already. Raises UserError for one that has no name here."""
+    already; noticed: takes lines to be told. Raises UserError for a schedule that has no name here."""
     theirs, betas = scheduler.config, scheduler.betas.tolist()
     predictions = {kind: name for name, kind in PREDICTION_TYPES.items()}
     if theirs.prediction_type not in predictions or not theirs.variance_type.startswith("fixed"):
@@ -217,13 +220,15 @@ def schedule_options(scheduler, known: Config | None = None) -> dict:
                   zero_terminal_snr=bool(theirs.rescale_betas_zero_snr))
     curve = ("schedule_type", "beta_start", "beta_end", "cosine_s", "scale_betas")
     candidates = [{name: getattr(known, name) for name in curve}] if known else []
-    candidates += [dict(schedule_type=name, beta_start=low, beta_end=high)
+    candidates += [dict(schedule_type=name, beta_start=low, beta_end=high, cosine_s=0.008, scale_betas=False)
                    for name in diffuser.SCHEDULES for low, high in ends]
     fitting = next((c for c in candidates if same_curve(Config(**c, **shared), scheduler)), None)
     if fitting is None:
         raise UserError(f"its noise schedule ({theirs.beta_schedule}, unless betas are given one by one) is none of "
                         f"{', '.join(diffuser.SCHEDULES)}")
     thresholding = theirs.thresholding and theirs.sample_max_value > 1       # up to 1 it is clipping
+    if thresholding and theirs.sample_max_value < 1000:
+        noticed.append(f"its scheduler's thresholds end at {theirs.sample_max_value:g}: here they have no end")
     return dict(shared, **fitting, variance="large" if "large" in theirs.variance_type else "small",
                 clip_x0=bool(theirs.clip_sample or theirs.thresholding),
                 dynamic_threshold=theirs.dynamic_thresholding_ratio if thresholding else 0.0)
@@ -236,7 +241,7 @@ def schedule_options(scheduler, known: Config | None = None) -> dict:
 def read_model(path: str, raw: bool) -> tuple[Model, dict]:
     """The model in a checkpoint, and the checkpoint's content. Raises UserError."""
     state = diffuser.load_checkpoint(path)
-    cfg = diffuser.configure(state["config"], device="cpu")
+    cfg = diffuser.configure(state["config"])
     return diffuser.restore(state, dataclasses.replace(cfg, use_ema=cfg.use_ema and not raw)), state
 
 
@@ -269,11 +274,13 @@ def to_diffusers(checkpoint: str, folder: str, raw: bool = False, label: str | N
     from diffusers import DDPMPipeline
 
     target, (model, state) = require_free(folder), read_model(checkpoint, raw)
+    if label is not None and not model.class_names:
+        raise UserError(f"--label {label}: {checkpoint} was trained without classes")
     number = None if label is None else diffuser.parse_classes([label], model.class_names)[0]
     unet = to_unet2d(model.network, model.config, model.shape, number)
     target.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix=f".{target.name}.", dir=target.parent) as folder:
-        temporary = Path(folder, target.name)                                # whole before it has its name
+    with tempfile.TemporaryDirectory(prefix=f".{target.name}.", dir=target.parent) as aside:
+        temporary = Path(aside, target.name)                                 # whole before it has its name
         DDPMPipeline(unet, to_scheduler(model.config)).save_pretrained(temporary)
         describe(temporary, model, state, number)
         temporary.rename(target)
@@ -291,7 +298,8 @@ def describe(folder: Path, model: Model, state: dict, number: int | None) -> Non
     (folder / "moments.safetensors").write_bytes(save(moments))
     diffuser.write_json(folder / "diffuser.json", dict(config=dataclasses.asdict(model.config), class_names=names))
     classes = list(range(min(10, len(names)))) if number is None else [number]
-    images = torch.cat(list(model.draw(model.labels(classes, 4 * len(classes) if names else 16), model.config)))
+    labels = model.labels(classes, 2 * len(names[:10]) if names else 8)
+    images = torch.cat(list(diffuser.draw_with_bar(model, labels, model.config)))
     diffuser.save_grid(images, folder / "samples.png", names[:10])
     (folder / "README.md").write_text(model_card(model, state, folder.name, names), encoding="utf-8")
 
@@ -307,14 +315,10 @@ def from_diffusers(folder: str, checkpoint: str, class_names: str | None = None,
         raise UserError(f"{folder} does not tell the size of its images: give --img_size")
     height, width = size if isinstance(size, (tuple, list)) else (size, size)
     stored = aside.get("config") or {}
-    options = network_options(theirs.config)
-    options |= schedule_options(scheduler, diffuser.configure(stored) if stored else None)
-    embeddings = theirs.config.num_class_embeds or 0
-    names = [n.strip() for n in class_names.split(",")] if class_names else aside.get("class_names")
-    names = [str(i) for i in range(embeddings)] if names is None else names
-    if embeddings and len(names) not in (embeddings, embeddings - 1):
-        raise UserError(f"--class_names: {len(names)} for {embeddings} class embeddings")
-    names, dataset = names if embeddings else [], stored.get("dataset") or "folder"
+    known = diffuser.configure(stored) if stored else None
+    options = network_options(theirs.config, known) | schedule_options(scheduler, noticed, known)
+    embeddings, dataset = theirs.config.num_class_embeds or 0, stored.get("dataset") or "folder"
+    names = read_class_names(class_names, embeddings, aside.get("class_names"))
     cfg = diffuser.configure(stored, **options, dataset=dataset, img_size=(height, width), use_labels=bool(names))
     shape = (cfg.channels, height, width)
     network = diffuser.build_unet(cfg, shape[0], len(names))
@@ -324,26 +328,55 @@ def from_diffusers(folder: str, checkpoint: str, class_names: str | None = None,
         theirs.class_embedding = nn.Embedding.from_pretrained(torch.cat([table, table.mean(0, keepdim=True)]))
     for a, b in counterparts(network, theirs):
         a.load_state_dict(b.state_dict())
-    moments = aside.get("moments") or standard_moments(shape, len(names))
+    moments = aside.get("moments")
+    if moments is None or len(moments.mean) != len(names) + 1:
+        moments = standard_moments(shape, len(names))
     write_checkpoint(target, network, cfg, shape, names, moments)
     return "\n".join([*noticed, f"{target}: {sum(p.numel() for p in network.parameters()):,} parameters, images "
                       f"{height}x{width}x{shape[0]}, {len(names)} classes"])
 
 
+def read_class_names(given: str | None, embeddings: int, stored: list[str] | None) -> list[str]:
+    """Names for that many class embeddings, or for all but the last: as given, else as stored, else their numbers.
+    Raises UserError."""
+    if given is None:
+        return [str(i) for i in range(embeddings)] if stored is None else stored
+    names = [name.strip() for name in given.split(",")]
+    if embeddings == 0 or len(names) not in (embeddings, embeddings - 1):
+        raise UserError(f"--class_names: {len(names)} for {embeddings} class embeddings")
+    if not all(names) or len(set(names)) < len(names):
+        raise UserError("--class_names: each needs a name of its own")
+    return names
+
+
+def read_json(path: Path) -> dict:
+    """A configuration in JSON. Raises UserError."""
+    try:
+        return dict(json.loads(path.read_text(encoding="utf-8")).items())
+    except (OSError, ValueError, AttributeError) as error:
+        raise UserError(f"{path} is no configuration ({diffuser.first_line(error)})") from error
+
+
 def read_unet2d(folder: Path):
-    """The UNet2DModel of a pipeline's folder, or in a folder of its own. Raises UserError."""
+    """The UNet2DModel of a pipeline's folder, or in a folder of its own, in float32. Raises UserError."""
     from diffusers import UNet2DModel
 
     home = folder / "unet" if (folder / "unet").is_dir() else folder
     if not (home / "config.json").is_file():
         raise UserError(f"{folder} holds neither unet/config.json nor config.json: it is no folder of diffusers. One "
                         "from the hub has to be downloaded first: hf download NAME --local-dir DIR")
-    kind = json.loads((home / "config.json").read_text()).get("_class_name")
+    kind = read_json(home / "config.json").get("_class_name")
     if kind not in (None, "UNet2DModel"):
         raise UserError(f"{home} is a {kind}: this program has the counterpart of UNet2DModel alone")
-    modern = any(home.glob("*.safetensors"))                                 # else a pickle, read with weights_only
-    theirs = UNet2DModel.from_pretrained(home, local_files_only=True, use_safetensors=modern)
-    return theirs.eval().requires_grad_(False)
+    names = [path.name for path in home.glob("diffusion_pytorch_model*")]
+    modern = any(name.endswith(".safetensors") for name in names)            # else a pickle, read with weights_only
+    variant = "fp16" if names and all(".fp16." in name for name in names) else None
+    theirs, found = UNet2DModel.from_pretrained(home, local_files_only=True, use_safetensors=modern, variant=variant,
+                                                low_cpu_mem_usage=False, output_loading_info=True)
+    wrong = [f"{key} {', '.join(map(str, found[key]))[:80]}" for key in found if found[key]]
+    if wrong:
+        raise UserError(f"the weights in {home} are not those of its config.json: {'; '.join(wrong)}")
+    return theirs.float().eval().requires_grad_(False)
 
 
 def read_scheduler(folder: Path, noticed: list[str]):
@@ -352,14 +385,16 @@ def read_scheduler(folder: Path, noticed: list[str]):
 
     path = next((p for p in (folder / "scheduler" / "scheduler_config.json", folder / "scheduler_config.json")
                  if p.is_file()), None)
-    config = json.loads(path.read_text()) if path else {}
+    config = {name: value for name, value in (read_json(path) if path else {}).items() if value is not None}
     if path is None:
         noticed.append("no scheduler_config.json there: taking DDPMScheduler's own defaults")
-    elif "beta_schedule" not in config and config.get("trained_betas") is None:
+    elif "beta_schedule" not in config and "trained_betas" not in config:
         raise UserError(f"{path} is a {config.get('_class_name')}, which has no betas: nothing here matches it")
     limit = config.get("clip_sample_range", 1.0)
     if limit != 1:
         noticed.append(f"its scheduler clips images to +-{limit}: here it is +-1, or --clip_x0 false")
+    if path and config.get("_class_name") not in ("DDPMScheduler", "DDIMScheduler"):
+        config.setdefault("clip_sample", False)                              # others have no such thing
     known = inspect.signature(DDPMScheduler).parameters
     return DDPMScheduler(**{name: value for name, value in config.items() if name in known})
 
@@ -370,7 +405,7 @@ def read_aside(folder: Path) -> dict:
 
     if not (folder / "diffuser.json").is_file():
         return {}
-    return {**json.loads((folder / "diffuser.json").read_text()),
+    return {**read_json(folder / "diffuser.json"),
             "moments": Moments(**load_file(folder / "moments.safetensors"))}
 
 
@@ -469,9 +504,10 @@ images = pipeline.numpy_to_pil((x / 2 + 0.5).clamp(0, 1).permute(0, 2, 3, 1).num
 {% endif %}
 ```
 
-The scheduler is a `DDPMScheduler`; `DDIMScheduler` (with `use_clipped_model_output=True` it takes the very steps of
-`diffuser.py --sampler ddim`) and `DPMSolverMultistepScheduler` load from its config. The network was trained to predict
-{{ cfg.prediction }} on the {{ cfg.schedule_type }} schedule with T = {{ cfg.timesteps }}.
+The scheduler is a `DDPMScheduler`; `DDIMScheduler` (with `use_clipped_model_output=True`, and a number of steps that
+divides T, it takes the very steps of `diffuser.py --sampler ddim`) and `DPMSolverMultistepScheduler` load from its
+config. The network was trained to predict {{ cfg.prediction }} on the {{ cfg.schedule_type }} schedule with
+T = {{ cfg.timesteps }}.
 
 ## Settings
 
@@ -539,6 +575,9 @@ def main(argv: list[str] | None = None) -> int:
         return error.code
     except Exception as error:                                               # the libraries raise many kinds
         print(f"convert: {command} failed ({type(error).__name__}: {diffuser.first_line(error)})", file=sys.stderr)
+    except KeyboardInterrupt:
+        print("\nconvert: interrupted", file=sys.stderr)
+        return 130
     return 1
 
 

@@ -160,7 +160,7 @@ class Config:
     time_scale: float | None = opt(None, "width: deviation (logit_normal) [1], b (laplace) [0.5]", lo=1e-3, hi=1e3)
 
     base_channels: int = opt(64, "channels of the first level", "--starting_channels", lo=2, hi=4096, fixed=True, ask="wider is better and slower", group="network")
-    channel_mults: tuple[float, ...] = opt((1, 2, 2), "channel multiplier of each level", lo=0.125, hi=64, fixed=True)
+    channel_mults: tuple[float, ...] = opt((1, 2, 2), "channel multiplier of each level", lo=0.001, hi=64, fixed=True)
     num_res_blocks: int = opt(2, "residual blocks per level", lo=1, hi=16, fixed=True)
     use_attention: bool = opt(True, "self-attention at --attention_levels and in the bottleneck", fixed=True, ask="better structure for some time")
     attention_levels: tuple[int, ...] = opt((), "levels with attention, 0 the finest", "--attention_resolutions", lo=0, hi=16, fixed=True)
@@ -363,10 +363,10 @@ def check(cfg: Config) -> None:
         raise UserError(f"--guidance_interval {cfg.guidance_interval} begins above its end")
     if levels == 0:
         raise UserError("--channel_mults needs one entry per level, such as 1,2,2")
-    widths = [cfg.base_channels * m for m in cfg.channel_mults]
+    widths = [cfg.base_channels * m for m in cfg.channel_mults]              # of fractions: rounded
     if max(widths) > MAX_CHANNELS:
         raise UserError(f"--base_channels x --channel_mults makes {max(widths):,} channels: {MAX_CHANNELS:,} at most")
-    if any(width % 1 for width in widths):
+    if any(abs(width - round(width)) > 1e-6 or round(width) < 1 for width in widths):
         raise UserError(f"--channel_mults {cfg.channel_mults} make no whole numbers of {cfg.base_channels} channels")
     for level in sorted(attended_levels(cfg), reverse=True):
         if level >= levels:
@@ -409,12 +409,15 @@ def given_values(given: dict) -> dict:
         given["dataset"] = "folder"
     if "num_heads" in given:                                                 # beats a preset's head_dim
         given = {"head_dim": 0, **given}
-    if given.get("recipe") == "best" and given.get("dataset"):
-        if given["dataset"] not in BEST:
-            raise UserError(f"--recipe best knows {', '.join(BEST)}, not {given['dataset']}: leave it out")
-        given = {**BEST[given["dataset"]], **given}
+    stored = read_options(given["config"]) if given.get("config") else {}
+    dataset = given.get("dataset") or stored.get("dataset")
+    if given.get("recipe") == "best" and dataset:
+        if dataset not in BEST:
+            raise UserError(f"--recipe best knows {', '.join(BEST)}, not {dataset}: leave it out")
+        given = {**BEST[dataset], **given}
     given = {**RECIPES.get(given.get("recipe", ""), {}), **given}
-    return {**read_options(given["config"], given), **given} if given.get("config") else given
+    longer = any(given.get(name) for name in LENGTHS)                        # another length than the stored one
+    return {**{name: value for name, value in stored.items() if not (longer and name in LENGTHS)}, **given}
 
 
 def as_options(values: dict) -> dict:
@@ -432,20 +435,20 @@ def as_options(values: dict) -> dict:
 LENGTHS = ("epochs", "iterations", "train_minutes")                          # settings that leave losses as they are
 
 
-def read_options(path: str, given: dict) -> dict:
+def read_options(path: str) -> dict:
     """The options in the config.json of a run, or in a file of options alone, that repeat it: those about a single
     invocation are left out, and of its lengths all but the one that counts. Raises UserError."""
     try:
         content = json.loads(Path(path).read_text(encoding="utf-8"))
-        options = as_options(content.get("config", content))
+        inner = content.get("config", content)                               # a string: an option of that name
+        options = as_options(content if isinstance(inner, str) else inner)
     except UserError as error:
         raise UserError(f"--config {path}: {error}") from None
     except (OSError, ValueError, AttributeError, TypeError) as error:
         raise UserError(f"--config {path} holds no options ({first_line(error)}): give a run's config.json") from error
     length = next((name for name in ("iterations", "train_minutes", "epochs") if options.get(name)), "")
-    dropped = {"mode", "config", "recipe", "dry_run", "debug", "resume", *LENGTHS} - {length}
-    if any(given.get(name) for name in LENGTHS):
-        dropped |= {*LENGTHS}
+    dropped = {"mode", "config", "recipe", "yes", "dry_run", "debug", "resume", "resume_from_checkpoint",
+               *LENGTHS} - {length}
     return {"mode": "train", **{name: value for name, value in options.items() if name not in dropped and value != ""}}
 
 
@@ -453,7 +456,7 @@ def configure(checkpoint: dict | None = None, **given) -> Config:
     """Settings from `given`, then (when resuming) `checkpoint`, the configuration stored in one as a dictionary, then
     what a run takes over from `init_from`, then the dataset's preset, then defaults. Raises UserError."""
     given = given_values(given)
-    taken_over = starting_options(given) if given.get("init_from") else {}
+    taken_over = starting_options(given) if given.get("init_from") and not checkpoint else {}
     inherited = {k: tuple(v) if isinstance(v, list) else v for k, v in {**taken_over, **(checkpoint or {})}.items()
                  if k in FIELDS and k not in LOCAL}
     preset = dict(PRESETS.get(given.get("dataset") or inherited.get("dataset", ""), {}))
@@ -1921,7 +1924,8 @@ class RunLog:
         self.write_config(cfg)
         final = {}
         for row in self.rows:
-            final |= {column: float(value) for column, value in zip(self.COLUMNS, row, strict=True) if value}
+            with suppress(ValueError):                                       # a power cut may leave anything in a file
+                final |= {column: float(value) for column, value in zip(self.COLUMNS, row, strict=True) if value}
         self.each_tracker(lambda tracker: tracker.finish(final))
         if self.file:
             self.file.close()
@@ -2294,9 +2298,18 @@ def starting_options(given: dict) -> dict:
     return {name: saved[name] for name in FIELDS if FIELDS[name].metadata["fixed"] and name not in own}
 
 
+def same_run(cfg: Config, state: dict) -> bool:
+    """Whether a checkpoint in this run's place is an earlier part of it: not of a run that began with other weights
+    than --init_from names, nor the end of the run that --config repeats."""
+    done = state["step"] if cfg.iterations else state["epoch"]
+    finished = cfg.config and done >= (cfg.iterations or cfg.epochs)
+    return not finished and cfg.init_from in ("", state["config"].get("init_from", ""))
+
+
 def resume_point(cfg: Config, asked: dict, runtime: Runtime | None = None) -> tuple[Path | None, dict | None]:
     """The checkpoint that the run goes on from, and its content, checked against the settings asked for; two times
-    None for a new run. Without a runtime a peek. One that cannot be used is passed over for the one before it."""
+    None for a new run, or where the newest one is of a run that is not to be gone on with. Without a runtime a peek.
+    One that cannot be used is passed over for the one before it."""
     wanted, problems = [find_checkpoint(cfg)] if cfg.resume_from_checkpoint else [], []
     for path in wanted or (kept_checkpoints(cfg) if cfg.resume == "auto" else []):
         try:
@@ -2306,6 +2319,8 @@ def resume_point(cfg: Config, asked: dict, runtime: Runtime | None = None) -> tu
                 raise
             problems.append(error)
             continue
+        if not wanted and not same_run(cfg, state):
+            return None, None
         check_fits(path, asked, state["config"], "Leave those flags out to go on with it, or start another run with "
                    "--experiment_name NAME or --resume never.")
         for problem in problems if runtime else ():
@@ -2945,9 +2960,6 @@ def run_training(given: dict) -> None:
     if cfg.dataset == "folder":                                              # told before anything is made
         ImageFiles.require(cfg.path_to_data)
     path, state = resume_point(cfg, given)
-    if path and cfg.config and state["step"] >= (cfg.iterations or cfg.epochs * state["step"] / state["epoch"]):
-        given["resume"], path = "never", None                                # it is finished: to be repeated
-        cfg = dataclasses.replace(cfg, resume="never")
     cfg = configure(state["config"], **given) if path else cfg
     del state                                                                # it keeps the file on the disk
     runtime = Runtime(cfg)
@@ -3007,8 +3019,9 @@ def run_inference(given: dict) -> None:
     """--mode inference."""
     if int(os.environ.get("WORLD_SIZE", 1)) > 1:
         raise UserError("--mode inference runs in one process: start it without torchrun")
-    if given.get("config"):
-        raise UserError("--config repeats a training run; what to draw with is named by --model_path")
+    for name in ("config", "init_from"):
+        if given.get(name):
+            raise UserError(f"--{name} is for --mode train; what to draw with is named by --model_path")
     asked = not any(given.get(name) for name in ("yes", "dry_run", "classes", "num_images", "save_dir"))
     path = Path(given["model_path"]) if given.get("model_path") else choose_checkpoint(given)
     state = load_checkpoint(path)

@@ -7,7 +7,7 @@
     python edit.py CKPT inpaint PICTURE MASK --classes 3             white in the mask is painted anew
 
 PICTURE is cropped to the middle and resized to the model's size. Images go to --save_dir: grid.png shows them side by
-side, after what they were made from. Other options are those of diffuser.py, such as --sampler, --steps, --seed.
+side, after what they were made from. --sampler, --steps, --seed and others are as for diffuser.py.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from functools import partial
 from pathlib import Path
 
 import torch
-from PIL import Image
+from PIL import Image, ImageOps
 from torch import Tensor
 
 import diffuser
@@ -121,9 +121,9 @@ def read_picture(path: str, shape: tuple[int, int, int]) -> Tensor:
 def read_mask(path: str, picture: str, shape: tuple[int, int, int]) -> Tensor:
     """A mask for the picture, float [1, 1, H, W], 1 where it is white. Raises UserError."""
     mask = (read_picture(path, (1, *shape[1:])) > 127).float()
-    with Image.open(path) as a, Image.open(picture) as b:
-        if a.size != b.size:
-            raise UserError(f"the mask is {a.width}x{a.height}, the picture {b.width}x{b.height}: make them alike")
+    sizes = [ImageOps.exif_transpose(Image.open(p)).size for p in (path, picture)]     # as they are looked at
+    if sizes[0] != sizes[1]:
+        raise UserError("the mask is {}x{}, the picture {}x{}: make them alike".format(*sizes[0], *sizes[1]))
     if mask.min() == mask.max():
         raise UserError(f"{path} is all {'white' if mask.max() else 'black'}: white is painted anew, black stays")
     return mask
@@ -159,7 +159,7 @@ class Studio:
 def run_interpolate(studio: Studio, args: argparse.Namespace) -> tuple[Tensor, list[Tensor]]:
     """Images on the way from one seed's to another's; returns them and what they were made from: nothing."""
     if studio.cfg.sampler == "ddpm" or studio.cfg.eta > 0:
-        raise UserError("interpolate wants a sampler that adds no noise: --sampler dpmpp, heun or ddim")
+        raise UserError("interpolate wants a sampler that adds no noise: --sampler dpmpp, heun or ddim, --eta 0")
     try:
         first, second = (int(seed) for seed in args.seeds.split(","))
         ends = [studio.noise(seed, range(1))()[0] for seed in (first, second)]
@@ -179,7 +179,7 @@ def run_interpolate(studio: Studio, args: argparse.Namespace) -> tuple[Tensor, l
 def run_vary(studio: Studio, args: argparse.Namespace) -> tuple[Tensor, list[Tensor]]:
     """Variations of a picture; returns them and the picture."""
     if not 0 < args.strength <= 1:
-        raise UserError(f"--strength lies between 0 and 1, not {args.strength:g}")
+        raise UserError(f"--strength is above 0 and at most 1, not {args.strength:g}")
     picture = read_picture(args.picture, studio.model.shape)
     x0 = diffuser.from_uint8(picture).to(studio.model.device).repeat(studio.count, 1, 1, 1)
     return vary(studio.sampler, studio.denoiser(), x0, args.strength, studio.ts, studio.alpha_bar,
@@ -201,14 +201,15 @@ def run_inpaint(studio: Studio, args: argparse.Namespace) -> tuple[Tensor, list[
 
 
 COMMANDS = {"interpolate": run_interpolate, "vary": run_vary, "inpaint": run_inpaint}
-OPTIONS = ("seed", "device", "sampler", "steps", "spacing", "eta", "guidance_scale", "guidance_interval", "clip_x0",
-           "start", "precision")
+OPTIONS = ("device", "precision", "sampler", "steps", "spacing", "eta", "clip_x0", "guidance_scale",
+           "guidance_interval")
+OPTIONS_OF = {"interpolate": (*OPTIONS, "start"), "vary": (*OPTIONS, "seed"), "inpaint": (*OPTIONS, "seed", "start")}
 
 
 @torch.no_grad()
 def edit(args: argparse.Namespace) -> str:
     """Do what the command line asks for; returns what to say of it. Raises UserError."""
-    given = {name: getattr(args, name) for name in OPTIONS if getattr(args, name) is not None}
+    given = {name: getattr(args, name) for name in OPTIONS_OF[args.command] if getattr(args, name) is not None}
     folder = Path(args.save_dir) if args.save_dir else diffuser.free_path(Path("samples", f"edit_{args.command}_"))
     if folder.exists() and any(folder.iterdir()):
         raise UserError(f"{folder} is not empty: give another --save_dir")
@@ -220,8 +221,8 @@ def edit(args: argparse.Namespace) -> str:
     most = 2 if args.command == "interpolate" else 1
     if len(numbers) > most:
         raise UserError(f"--classes: {args.command} takes at most {most}")
-    if not 1 <= args.num_images <= 1000:
-        raise UserError("--num_images lies between 1 and 1000")
+    if not 1 <= args.num_images <= 100:                                      # they are drawn in one batch
+        raise UserError("--num_images lies between 1 and 100")
     x, sources = COMMANDS[args.command](Studio(model, numbers, args.num_images), args)
     images = diffuser.to_uint8(x)
     for i, image in enumerate(images):
@@ -245,15 +246,16 @@ def build_parser() -> argparse.ArgumentParser:
         else:
             sub.add_argument("picture")
         if command == "vary":
-            sub.add_argument("--strength", type=float, default=0.5, help="0: the picture, 1: nothing of it [0.5]")
+            sub.add_argument("--strength", type=float, default=0.5, help="near 0: the picture, 1: nothing of it [0.5]")
         if command == "inpaint":
             sub.add_argument("mask", help="a picture of the same size: white is painted anew, black stays")
             sub.add_argument("--jump_length", type=int, default=5, help="steps that are undone at a time [5]")
             sub.add_argument("--resamples", type=int, default=5, help="how often steps are taken in all [5]")
-        sub.add_argument("--classes", default="", help="the class to draw, by name or number; interpolate: one or two")
+        number = "one class or two" if command == "interpolate" else "the class"
+        sub.add_argument("--classes", default="", help=f"{number} to draw, by name or number")
         sub.add_argument("--num_images", type=int, default=8, help="how many [8]")
         sub.add_argument("--save_dir", default="", help="where to: an empty folder or a new one")
-        for name in OPTIONS:
+        for name in OPTIONS_OF[command]:
             sub.add_argument(f"--{name}", type=partial(diffuser.parse_value, name), help="as for diffuser.py")
     return parser
 

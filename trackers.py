@@ -31,7 +31,8 @@ class TensorBoard:
     def log(self, step: int, values: dict) -> None:
         for name, value in values.items():
             if isinstance(value, Path):
-                self.writer.add_image(name, np.asarray(Image.open(value).convert("RGB")), step, dataformats="HWC")
+                with Image.open(value) as picture:
+                    self.writer.add_image(name, np.asarray(picture.convert("RGB")), step, dataformats="HWC")
             else:
                 self.writer.add_scalar(name, value, step)
         self.writer.flush()
@@ -75,7 +76,7 @@ def machine_load() -> dict[str, float]:
     """What the machine is doing, where it can be read: percent of all CPUs, GiB of memory of this process, GiB of GPU
     memory taken by it, percent of the GPU. psutil and nvidia-ml-py are optional."""
     load = {}
-    with suppress(ImportError):
+    with suppress(Exception):                                                # not there, or kept from looking
         import psutil
 
         load["machine/cpu_percent"] = psutil.cpu_percent()                   # since the call before

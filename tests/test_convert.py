@@ -13,6 +13,7 @@ from diffusers import (
     DDPMPipeline,
     DDPMScheduler,
     DPMSolverMultistepScheduler,
+    EulerDiscreteScheduler,
     PNDMScheduler,
     UNet2DModel,
 )
@@ -21,7 +22,7 @@ from safetensors.torch import save_file
 
 import convert
 import diffuser
-from diffuser import UserError, configure, load
+from diffuser import UserError, configure, load, load_checkpoint
 
 PLAIN = dict(sample_size=16, block_out_channels=(16, 32), layers_per_block=1, norm_num_groups=8, attention_head_dim=8,
              down_block_types=("DownBlock2D", "AttnDownBlock2D"), up_block_types=("AttnUpBlock2D", "UpBlock2D"))
@@ -47,6 +48,8 @@ FOREIGN = {
     "none in the middle": dict(PLAIN, add_attention=False, block_out_channels=(15, 30), norm_num_groups=5, attention_head_dim=15,
                                freq_shift=0.5),
     "classes": dict(PLAIN, num_class_embeds=3, dropout=0.1, act_fn="swish"),
+    "fractions that floats cannot tell": dict(PLAIN, block_out_channels=(88, 120), attention_head_dim=8),
+    "narrowing": dict(PLAIN, block_out_channels=(64, 16)),
     "one level": dict(PLAIN, block_out_channels=(16,), down_block_types=(DOWN,), up_block_types=(ATTEND_UP,)),
 }
 OURS = {
@@ -132,8 +135,8 @@ def test_networks_from_here_compute_the_same_there(name, folder):
     size = ours.shape[1:]
     assert difference(ours.network, theirs, ours.shape[0], size, classes and classes + 1) < 1e-5
     convert.from_diffusers("there", "back.pt")
-    back = diffuser.load_checkpoint("back.pt")
-    before = diffuser.load_checkpoint("here.pt")
+    back = load_checkpoint("back.pt")
+    before = load_checkpoint("here.pt")
     assert all(torch.equal(v, back["model"][k]) for k, v in before["model"].items())
     assert all(torch.equal(v, back["moments"][k]) for k, v in before["moments"].items())
     assert back["class_names"] == before["class_names"]
@@ -215,7 +218,7 @@ def test_foreign_schedules_are_recognised_and_written_as_they_were(name, folder)
     theirs = DDPMScheduler(**SCHEDULES[name])
     DDPMPipeline(foreign(PLAIN), theirs).save_pretrained("there")
     convert.from_diffusers("there", "here.pt")
-    cfg = configure(diffuser.load_checkpoint("here.pt")["config"])
+    cfg = configure(load_checkpoint("here.pt")["config"])
     assert (diffuser.alpha_bar_table(cfg) - theirs.alphas_cumprod).abs().max() < 1e-5
     convert.to_diffusers("here.pt", "back")
     back = DDPMPipeline.from_pretrained("back").scheduler
@@ -232,7 +235,7 @@ def test_our_own_schedules_survive_the_way_there_and_back(options):
     cfg = configure(dataset="digits", **{**dict(prediction="eps", schedule_type="linear"), **options})
     scheduler = convert.to_scheduler(cfg)
     assert (diffuser.alpha_bar_table(cfg) - scheduler.alphas_cumprod.double()).abs().max() < 1e-5
-    found = convert.schedule_options(scheduler, cfg)
+    found = convert.schedule_options(scheduler, [], cfg)
     assert {k: v for k, v in found.items() if getattr(cfg, k) != v} == {}
 
 
@@ -288,13 +291,12 @@ def test_trajectories_of_imported_models_agree(folder):
         scheduler = DDIMScheduler.from_pretrained("there", subfolder="scheduler", timestep_spacing=spacing)
         reference = walk(scheduler, theirs, xT, 25)
         assert (reference - ours).abs().max() < 1e-3 * reference.abs().max()
-    assert PNDMScheduler.from_pretrained("there", subfolder="scheduler").config.beta_schedule == "scaled_linear"
 
 
 def test_ema_weights_are_written_unless_raw_ones_are_asked_for(folder):
     """By default what is drawn with here is what diffusers gets; --raw gives the weights being trained."""
     path = diffuser.train(tiny_training())
-    state = diffuser.load_checkpoint(path)
+    state = load_checkpoint(path)
     for raw, part in ((False, "ema"), (True, "model")):
         convert.to_diffusers(str(path), f"there{raw}", raw)
         convert.to_safetensors(str(path), f"{raw}.safetensors", raw)
@@ -329,8 +331,69 @@ def test_class_names_tell_whether_the_last_embedding_is_no_label(folder):
     convert.from_diffusers("there", "four.pt", "a,b,c,d")
     four = load("four.pt", device="cpu").network.class_embedding.weight
     assert torch.allclose(four[4], theirs.class_embedding.weight.mean(0), atol=1e-6)
-    with pytest.raises(UserError, match="2 for 4 class embeddings"):
-        convert.from_diffusers("there", "five.pt", "a,b")
+    for given, words in (("a,b", "2 for 4 class embeddings"), ("a,b,a,c", "a name of its own"), ("a,,b,c", "a name of its own")):
+        with pytest.raises(UserError, match=words):
+            convert.from_diffusers("there", "five.pt", given)
+    foreign(PLAIN).save_pretrained("plain")
+    with pytest.raises(UserError, match="3 for 0 class embeddings"):
+        convert.from_diffusers("plain", "five.pt", "a,b,c")
+
+
+def test_weights_that_do_not_fit_their_config_are_refused(folder):
+    """A file that lacks some, or has others, would leave random ones: nothing is written."""
+    theirs = foreign(PLAIN)
+    theirs.save_pretrained("there")
+    path = folder / "there" / "diffusion_pytorch_model.safetensors"
+    weights = theirs.state_dict()
+    for change in ({"conv_in.weight": None}, {"strange": torch.zeros(1)}):
+        save_file({k: v for k, v in {**weights, **change}.items() if v is not None}, path, {"format": "pt"})
+        with pytest.raises(UserError, match=f"not those of its config.json.*{next(iter(change))}"):
+            convert.from_diffusers("there", "here.pt")
+    path.write_bytes(path.read_bytes()[:100])
+    assert convert.main(["from-diffusers", "there", "here.pt"]) == 1
+    (folder / "there" / "config.json").write_text("[]")
+    with pytest.raises(UserError, match="no configuration"):
+        convert.from_diffusers("there", "here.pt")
+    assert not (folder / "here.pt").exists()
+
+
+def test_half_precision_variants_are_read(folder):
+    """A folder that holds diffusion_pytorch_model.fp16.safetensors alone."""
+    foreign(PLAIN).half().save_pretrained("there", variant="fp16")
+    convert.from_diffusers("there", "here.pt")
+    assert load_checkpoint("here.pt")["model"]["conv_in.weight"].dtype == torch.float32
+
+
+@pytest.mark.parametrize("scheduler, clips", [
+    (DPMSolverMultistepScheduler(), False), (DPMSolverMultistepScheduler.from_config(DDIMScheduler().config), False),
+    (PNDMScheduler(), False), (EulerDiscreteScheduler(), False), (DDIMScheduler(), True)])
+def test_pipelines_with_other_schedulers_are_read(scheduler, clips, folder):
+    """The schedule is theirs, and clipping is on where they clip."""
+    DDPMPipeline(foreign(PLAIN), scheduler).save_pretrained("there")
+    convert.from_diffusers("there", "here.pt")
+    cfg = configure(load_checkpoint("here.pt")["config"])
+    assert cfg.clip_x0 == clips and (diffuser.alpha_bar_table(cfg) - scheduler.alphas_cumprod).abs().max() < 1e-5
+
+
+def test_a_scheduler_changed_since_the_export_counts(folder):
+    """The folder's own schedule beats what diffuser.json beside it remembers; so do names for another number of classes."""
+    checkpoint(folder / "here.pt", dataset="digits", schedule_type="cosine", cosine_s=0.02, **TINY)
+    convert.to_diffusers("here.pt", "there")
+    assert configure(load_checkpoint("here.pt")["config"]).cosine_s == 0.02
+    scheduler = DDPMScheduler(beta_schedule="squaredcos_cap_v2", prediction_type="v_prediction")
+    scheduler.save_pretrained("there/scheduler")
+    convert.from_diffusers("there", "back.pt", "a,b,c,d")
+    state = load_checkpoint("back.pt")
+    cfg = configure(state["config"])
+    assert (diffuser.alpha_bar_table(cfg) - scheduler.alphas_cumprod).abs().max() < 1e-5 and state["class_names"] == list("abcd")
+    assert (cfg.num_heads, cfg.head_dim) == (2, 0)                          # said as it was
+
+
+def test_thresholds_with_an_end_are_told(folder):
+    """What cannot be taken over exactly is one line."""
+    DDPMPipeline(foreign(PLAIN), DDPMScheduler(thresholding=True, sample_max_value=2.0, clip_sample_range=3.0)).save_pretrained("there")
+    said = convert.from_diffusers("there", "here.pt")
+    assert "thresholds end at 2" in said and "+-3" in said
 
 
 @pytest.mark.parametrize("options", [dict(dataset="digits", use_labels=False), dict(dataset="digits"),
@@ -366,16 +429,17 @@ def test_safetensors_there_and_back(folder):
         convert.from_safetensors("other.safetensors", "other.pt")
 
 
-def test_the_command_line(folder):
-    """Each command as a user types it; existing files are kept, mistakes are one line with a status."""
+def test_the_command_line(folder, capsys):
+    """As a user types it; existing files are kept, mistakes are one line with a status."""
     checkpoint(folder / "here.pt", dataset="digits", **TINY)
     done = cli("to-diffusers", "here.pt", "there", cwd=folder, script="convert.py")
     assert done.returncode == 0 and "there/README.md" in done.stdout, done.stderr
-    for arguments, words in ((("to-diffusers", "here.pt", "there"), "exists"), (("from-diffusers", "nowhere", "x.pt"), "neither"),
-                             (("to-safetensors", "nothing.pt", "x"), "no checkpoint"), (("from-safetensors", "here.pt", "x.pt"), "from-safetensors failed")):
-        assert convert.main(list(arguments)) in (1, 2)
-        done = cli(*arguments, cwd=folder, script="convert.py") if words == "exists" else None
-        assert done is None or (done.returncode == 2 and done.stderr.count("\n") == 1 and words in done.stderr)
+    for arguments, words in (("to-diffusers here.pt there", "exists"), ("from-diffusers nowhere x.pt", "neither"),
+                             ("to-safetensors nothing.pt x", "no checkpoint"), ("from-safetensors here.pt x.pt", "from-safetensors failed"),
+                             ("to-diffusers here.pt x --label cat", "unknown class cat")):
+        assert convert.main(arguments.split()) in (1, 2)
+        error = capsys.readouterr().err
+        assert words in error and error.startswith("convert: ") and error.count("\n") == 1
     assert sorted(p.name for p in folder.iterdir()) == ["here.pt", "there"]
 
 

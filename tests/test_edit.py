@@ -123,7 +123,7 @@ def test_varying_keeps_as_much_of_the_picture_as_asked_for():
 
 
 def test_interpolation_begins_and_ends_with_the_images_of_its_seeds(trained, monkeypatch):
-    """The first and last image are, to the bit, what these seeds draw, with one class and with two."""
+    """The first and last image are what these seeds draw, but for the rounding of batches, with one class and with two."""
     folder, path = trained
     monkeypatch.chdir(folder)
     model = diffuser.load(path, device="cpu", precision="fp32")
@@ -148,6 +148,21 @@ def test_the_command_line_varies_and_inpaints(trained):
     assert (images[0][4:] != images[1][4:]).any() and Image.open(folder / "samples/edit_inpaint_1/grid.png").width > 200
 
 
+def test_a_mask_lies_on_the_picture_as_it_is_looked_at(tmp_path):
+    """A photograph that is stored turned, and a mask made on it upright: they fit; one made on the stored pixels does not."""
+    exif = Image.Exif()
+    exif[0x0112] = 6                                                         # turned by a quarter
+    Image.new("L", (60, 40), 99).save(tmp_path / "photo.jpg", exif=exif)
+    for size, name in (((40, 60), "upright.png"), ((60, 40), "stored.png")):
+        mask = Image.new("L", size)
+        mask.paste(255, (0, 0, 40, 20))
+        mask.save(tmp_path / name)
+    mask = edit.read_mask(str(tmp_path / "upright.png"), str(tmp_path / "photo.jpg"), (1, 12, 8))
+    assert mask[0, 0, :4].min() == 1 and mask[0, 0, 4:].max() == 0
+    with pytest.raises(diffuser.UserError, match="60x40, the picture 40x60"):
+        edit.read_mask(str(tmp_path / "stored.png"), str(tmp_path / "photo.jpg"), (1, 12, 8))
+
+
 def test_the_image_does_not_depend_on_how_many_are_made(trained, monkeypatch):
     """Image i of three is image i of two."""
     folder, path = trained
@@ -165,7 +180,7 @@ def test_the_image_does_not_depend_on_how_many_are_made(trained, monkeypatch):
     ("inpaint three.png black.png", "all black"), ("inpaint three.png mask.png --resamples 0", "--resamples"),
     ("interpolate --seeds 1", "--seeds"), ("interpolate --seeds 1,-2", "--seeds"), ("interpolate --sampler ddpm", "no noise"),
     ("interpolate --classes 1,2,3", "at most 2"), ("vary three.png --classes cat", "unknown class"), ("vary three.png --steps 500", "--steps"),
-    ("vary three.png --num_images 0", "--num_images"), ("vary three.png --save_dir full", "not empty")])
+    ("vary three.png --num_images 101", "--num_images"), ("vary three.png --save_dir full", "not empty")])
 def test_mistakes_are_one_line(trained, arguments, words, monkeypatch, capsys):
     """Status 2 and a line that names what is wrong, before anything is written."""
     folder, path = trained

@@ -1,6 +1,7 @@
 """--init_from: new runs from given weights; --config: repeating a run from its config.json."""
 
 import csv
+import dataclasses
 import json
 import time
 
@@ -83,6 +84,18 @@ def test_what_cannot_be_taken_over_is_refused(folder, digits_model):
         start_of(dataset="digits", use_labels=False, init_from=str(concat))
 
 
+def test_a_run_that_was_there_before_is_kept_and_not_gone_on_with(digits_model):
+    """--init_from in the place of a run that began otherwise: that one is kept aside, the new one begins with the weights,
+    also those of that very checkpoint; the same command then resumes."""
+    for length, kept in ((2, 1), (4, 1)):
+        train(configure(**{**NEW, "iterations": length}, dataset="digits", init_from=str(digits_model), timesteps=30, emb_dim=8,
+                        checkpoint_rate=2))
+        assert len(list(digits_model.parent.glob("*_old*.pt"))) == kept
+        assert load_checkpoint(digits_model)["step"] == length
+    old, = digits_model.parent.glob("*_old*.pt")
+    assert load_checkpoint(old)["step"] == 12 and load_checkpoint(old)["config"]["init_from"] == ""
+
+
 def test_the_schedule_can_be_changed_on_the_way(digits_model):
     """What a flag says of schedule or prediction beats the checkpoint."""
     cfg = configure(dataset="digits", init_from=str(digits_model), timesteps=50, prediction="v")
@@ -148,6 +161,15 @@ def test_config_json_repeats_a_run(folder):
     assert metrics(other) != first and len(metrics(other)) == len(first)
 
 
+def test_config_json_repeats_a_run_from_python(folder):
+    """train(configure(config=...)) begins anew where that run is finished."""
+    path = train(tiny_training())
+    config, = folder.glob("samples/*/config.json")
+    assert train(configure(config=str(config))) == path and list(folder.glob("checkpoints/*_old1.pt"))
+    a, b = (load_checkpoint(p)["model"] for p in (path, *folder.glob("checkpoints/*_old1.pt")))
+    assert all(torch.equal(v, b[k]) for k, v in a.items())
+
+
 def test_config_json_of_a_stopped_run_goes_on(folder):
     """A run that has not reached its end is resumed, not begun again."""
     train(tiny_training(iterations=4, experiment_name="stopped"))
@@ -168,6 +190,12 @@ def test_flags_beat_the_file_and_the_file_beats_presets(folder):
     cfg = configure(config="c.json", epochs=5, num_heads=2)
     assert (cfg.epochs, cfg.iterations, cfg.num_heads, cfg.head_dim) == (5, 0, 2, 0)
     assert configure(config="c.json", train_minutes=2.0).iterations == 0
+    cfg = configure(**diffuser.given_values(dict(config="c.json", recipe="best")))
+    assert {name: getattr(cfg, name) for name in diffuser.BEST["mnist"]} == diffuser.BEST["mnist"]
+    (folder / "whole.json").write_text(json.dumps(dataclasses.asdict(configure(dataset="digits", batch_size=9, config="c.json", yes=True,
+                                                                                resume_from_checkpoint="x"))))
+    cfg = configure(config="whole.json")
+    assert (cfg.batch_size, cfg.config, cfg.yes, cfg.resume_from_checkpoint) == (9, "whole.json", False, "")
 
 
 @pytest.mark.parametrize("text, words", [

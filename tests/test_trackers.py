@@ -194,6 +194,22 @@ def test_a_tracker_that_fails_at_any_point_is_dropped(folder, monkeypatch, capsy
         assert capsys.readouterr().err.count("server gone") == 1
 
 
+def test_what_the_machine_does_not_tell_does_not_stop_training(folder, monkeypatch):
+    """psutil that may not look into /proc; numbers in metrics.csv that a power cut has spoilt."""
+    import psutil
+
+    def forbidden(*arguments):
+        raise RuntimeError("no /proc here")
+
+    monkeypatch.setattr(psutil, "cpu_percent", forbidden)
+    train(tiny_training(use_tensorboard=True))
+    path = the_run(folder) / "metrics.csv"
+    path.write_text(path.read_text().replace(metrics(the_run(folder))[0]["loss"], "0.8\0"))
+    train(tiny_training(use_tensorboard=True, iterations=6))
+    assert "machine/cpu_percent" not in events(the_run(folder)).Tags()["scalars"]
+    assert events(the_run(folder)).Scalars("final/loss")
+
+
 def test_memory_and_use_of_a_gpu_are_read_where_they_can_be(monkeypatch):
     """On CUDA memory and utilisation; without nvidia-ml-py, memory alone; without psutil no CPU, and no error."""
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
