@@ -2293,7 +2293,8 @@ def starting_options(given: dict) -> dict:
     path, state = given["init_from"], load_checkpoint(given["init_from"], peek=True)
     saved = {**dataclasses.asdict(configure(state["config"])), "channels": state["shape"][0]}
     network = inspect.signature(UNet).parameters.keys() | {"channels"}
-    check_fits(path, {name: value for name, value in given.items() if name in network}, saved)
+    check_fits(path, {name: value for name, value in given.items() if name in network}, saved,
+               "Leave those flags out, or the recipe that sets them.")
     own = {"dataset", "use_labels", *(("img_size",) if given.get("dataset", "folder") != "folder" else ())}
     return {name: saved[name] for name in FIELDS if FIELDS[name].metadata["fixed"] and name not in own}
 
