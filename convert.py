@@ -251,6 +251,8 @@ def write_checkpoint(path: Path, network: UNet, cfg: Config, shape: tuple[int, i
     state = dict(format=diffuser.FORMAT, config=dataclasses.asdict(cfg), step=0, epoch=0.0, shape=list(shape),
                  class_names=class_names, data="", loss_history=[], meter=torch.zeros(2, 4, 2), moments=vars(moments),
                  model=network.state_dict(), ema=None, optimizer=dict(state={}, param_groups=[]), scaler={})
+    if not all(v.isfinite().all() for v in state["model"].values()):
+        raise UserError("its weights are not all finite")
     diffuser.check_state(state, peek=False)
     diffuser.write_atomically(path, lambda file: torch.save(state, file))
 
@@ -261,10 +263,12 @@ def standard_moments(shape: tuple[int, int, int], num_classes: int) -> Moments:
     return Moments(torch.zeros(size), torch.ones(size))
 
 
-def require_free(path: str) -> Path:
-    """Raise UserError where something is that would be overwritten."""
+def require_free(path: str, ending: str = "") -> Path:
+    """Raise UserError where something is that would be overwritten, and for another ending."""
     if Path(path).exists():
         raise UserError(f"{path} exists: give another name, or remove it")
+    if not path.endswith(ending):
+        raise UserError(f"{path} does not end in {ending}: it would not be found as a checkpoint")
     return Path(path)
 
 
@@ -301,14 +305,15 @@ def describe(folder: Path, model: Model, state: dict, number: int | None) -> Non
     labels = model.labels(classes, 2 * len(names[:10]) if names else 8)
     images = torch.cat(list(diffuser.draw_with_bar(model, labels, model.config)))
     diffuser.save_grid(images, folder / "samples.png", names[:10])
-    (folder / "README.md").write_text(model_card(model, state, folder.name, names), encoding="utf-8")
+    label = "" if number is None else model.class_names[number]
+    (folder / "README.md").write_text(model_card(model, state, folder.name, names, label), encoding="utf-8")
 
 
 def from_diffusers(folder: str, checkpoint: str, class_names: str | None = None, img_size: str | None = None) -> str:
     """Write the UNet2DModel in a folder, of a pipeline or alone, as a checkpoint; returns what to say of it.
     class_names: "cat,dog", one for each class embedding or for all but the last, which then is that of no label;
     img_size: where the folder does not tell. Raises UserError."""
-    target, home, noticed = require_free(checkpoint), Path(folder), []
+    target, home, noticed = require_free(checkpoint, ".pt"), Path(folder), []
     theirs, scheduler, aside = read_unet2d(home), read_scheduler(home, noticed), read_aside(home)
     size = diffuser.parse_value("img_size", img_size) if img_size else theirs.config.sample_size
     if size is None:
@@ -427,7 +432,9 @@ def from_safetensors(path: str, checkpoint: str) -> str:
     """Write a checkpoint from such a file; returns what to say of it. Raises UserError."""
     from safetensors import safe_open
 
-    target = require_free(checkpoint)
+    target = require_free(checkpoint, ".pt")
+    if not Path(path).is_file():
+        raise UserError(f"{path}: there is no such file")
     with safe_open(path, "pt") as file:
         about = json.loads((file.metadata() or {}).get("diffuser", "null"))
         tensors = {name: file.get_tensor(name) for name in file.keys()}      # noqa: SIM118 (not a dictionary)
@@ -461,6 +468,9 @@ A denoising diffusion model of {{ model.shape[1] }}x{{ model.shape[2] }}x{{ mode
 
 {% if names %}
 Labels: {{ listed(names) }}; {{ names | length }} is no label, for guidance.
+
+{% elif label %}
+It draws the class {{ label }} alone.
 
 {% endif %}
 ## Use
@@ -519,16 +529,17 @@ T = {{ cfg.timesteps }}.
 """
 
 
-def model_card(model: Model, state: dict, name: str, names: list[str]) -> str:
-    """README.md of an exported model, with Python that draws with it: diffusers' pipeline where that can do it, else
-    its loop, with labels, and with the start that a schedule which leaves signal at T needs."""
+def model_card(model: Model, state: dict, name: str, names: list[str], label: str = "") -> str:
+    """README.md of an exported model, of one label alone where that is given. Its Python draws by diffusers' pipeline
+    where that can do it, else by its loop, with labels, and with the start that a schedule which leaves signal at T
+    needs."""
     import jinja2  # torch depends on it
 
     cfg, usual = model.config, Config()
     settings = {option: getattr(cfg, option) for option in diffuser.FIELDS
                 if option not in diffuser.LOCAL and getattr(cfg, option) != getattr(usual, option)}
     template = jinja2.Environment(trim_blocks=True, keep_trailing_newline=True).from_string(CARD)
-    return template.render(model=model, cfg=cfg, state=state, name=name, names=names, settings=settings,
+    return template.render(model=model, cfg=cfg, state=state, name=name, names=names, label=label, settings=settings,
                            signal=model.diffusion.alpha_bar[-1].sqrt().item(), listed=diffuser.listed)
 
 

@@ -324,6 +324,11 @@ def parse_value(name: str, text: str):
     return value
 
 
+def written(name: str, value) -> str:
+    """A value as it is written behind its flag."""
+    return ("x" if name == "img_size" else ",").join(map(str, value)) if isinstance(value, tuple) else str(value)
+
+
 def check_value(name: str, value) -> None:
     """Type, choices and range of one option. Raises UserError."""
     meta, entry_kinds = FIELDS[name].metadata, get_args(KINDS[name])         # of a tuple; () for a single value
@@ -421,12 +426,13 @@ def given_values(given: dict) -> dict:
 
 
 def as_options(values: dict) -> dict:
-    """Values as Python or JSON has them, as fields of Config: lists for tuples, a number for a square image. Raises
-    UserError for a name that is no option."""
+    """Values as Python or JSON has them, as fields of Config: lists for tuples, a number for a square image, paths.
+    Raises UserError for a name that is no option."""
     unknown = next((name for name in values if name not in FIELDS), None)
     if unknown:
         raise UserError(f"there is no option {unknown}{did_you_mean(unknown, FIELDS)}")
-    options = {name: tuple(value) if isinstance(value, list) else value for name, value in values.items()}
+    options = {name: tuple(value) if isinstance(value, list) else str(value) if isinstance(value, Path) else value
+               for name, value in values.items()}
     if type(options.get("img_size")) is int:
         options["img_size"] = (options["img_size"],) * 2
     return options
@@ -456,12 +462,19 @@ def configure(checkpoint: dict | None = None, **given) -> Config:
     """Settings from `given`, then (when resuming) `checkpoint`, the configuration stored in one as a dictionary, then
     what a run takes over from `init_from`, then the dataset's preset, then defaults. Raises UserError."""
     given = given_values(given)
-    taken_over = starting_options(given) if given.get("init_from") and not checkpoint else {}
+    # a run that goes on needs neither the file nor what it said
+    taken_over = starting_options(given) if not checkpoint and Path(given.get("init_from", "")).is_file() else {}
     inherited = {k: tuple(v) if isinstance(v, list) else v for k, v in {**taken_over, **(checkpoint or {})}.items()
                  if k in FIELDS and k not in LOCAL}
     preset = dict(PRESETS.get(given.get("dataset") or inherited.get("dataset", ""), {}))
     if "channel_mults" in given and "attention_levels" in preset:            # only levels that are still there
         preset["attention_levels"] = tuple(n for n in preset["attention_levels"] if n < len(given["channel_mults"]))
+    if "head_dim" in preset:                                                 # as far as it divides all levels
+        network = {**preset, **inherited, **given}
+        for name in ("base_channels", "channel_mults"):
+            check_value(name, network[name])
+        widths = (round(network["base_channels"] * m) for m in network["channel_mults"])
+        preset["head_dim"] = math.gcd(preset["head_dim"], *widths)
     cfg = Config(**{**preset, **inherited, **given})
     check(cfg)
     return cfg
@@ -2134,7 +2147,7 @@ def save_checkpoint(state: dict, cfg: Config) -> Path:
     return path
 
 
-def zip_is_sound(path: Path) -> bool:
+def zip_is_sound(path) -> bool:
     """Whether every part of a checkpoint, a ZIP file as torch.save writes it, has the checksum noted beside it."""
     try:
         with zipfile.ZipFile(path) as archive:
@@ -2214,7 +2227,9 @@ def load_checkpoint(path: str | Path, peek: bool = False) -> dict:
     """A checkpoint's content on the CPU, all of it checked; for a peek read only when used, tensors unchecked. Nothing
     in it is run. Raises UserError."""
     try:
-        if not peek and not zip_is_sound(Path(path)):
+        with open(path, "rb") as file:
+            sound = zipfile.is_zipfile(file) if peek else zip_is_sound(file)
+        if not sound:
             raise UserError(f"{path} is damaged, or was never a checkpoint of this program")
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
@@ -2281,7 +2296,8 @@ def check_state(state: dict, peek: bool) -> None:
 
 def check_fits(path: str | Path, given: dict, saved: dict, advice: str = "Leave those flags out.") -> None:
     """Raise UserError if a setting asked for shapes the network or schedule differently from the checkpoint."""
-    differing = [f"{name} is {saved[name]} there, {value} asked for" for name, value in given.items()
+    differing = [f"{name} is {written(name, saved[name])} there, {written(name, value)} asked for"
+                 for name, value in given.items()
                  if FIELDS[name].metadata["fixed"] and value is not None and name in saved and saved[name] != value]
     if differing:
         raise UserError(f"{path} does not fit: {'; '.join(differing)}.\n{advice}")
@@ -2321,7 +2337,7 @@ def resume_point(cfg: Config, asked: dict, runtime: Runtime | None = None) -> tu
             problems.append(error)
             continue
         if not wanted and not same_run(cfg, state):
-            return None, None
+            break
         check_fits(path, asked, state["config"], "Leave those flags out to go on with it, or start another run with "
                    "--experiment_name NAME or --resume never.")
         for problem in problems if runtime else ():
@@ -2329,6 +2345,8 @@ def resume_point(cfg: Config, asked: dict, runtime: Runtime | None = None) -> tu
         return path, state
     if problems:
         raise UserError(f"{problems[0]}.\nThis run has no other one: --resume never starts over and keeps that file.")
+    if cfg.init_from:
+        load_checkpoint(cfg.init_from, peek=True)                            # told before anything is made
     return None, None
 
 
@@ -2503,11 +2521,14 @@ class Training:
         """Go on from a checkpoint's state; what its optimizer learned is kept, the settings are this run's."""
         shape, names = state["shape"], state["class_names"]
         other = "other images than these" if state["data"] != self.data.digest() else ""
-        if tuple(shape) != self.shape or names != self.data.class_names:
-            other = f"images {shape} with {len(names)} classes, the data has {list(self.shape)} and {self.null}"
+        if names != self.data.class_names:
+            other = "{}, the data has {}".format(*((listed(some) or "no classes")[:100]
+                                                   for some in (names, self.data.class_names)))
+        if tuple(shape) != self.shape:
+            other = f"images {shape}, the data has {list(self.shape)}"
         if other:
             raise UserError(f"the checkpoint was trained on {other}: start another run with --experiment_name NAME or "
-                            "--resume never; to begin it with these weights, --init_from CHECKPOINT")
+                            "--resume never, from these weights with --init_from CHECKPOINT")
         self.network.load_state_dict(state["model"])
         self.ema.network.load_state_dict(state["ema"] or state["model"])
         groups = self.optimizer.state_dict()["param_groups"]
@@ -2926,7 +2947,6 @@ def ask_option(name: str, given: dict, default) -> dict:
     """`given` with the answer for one option added."""
     meta = FIELDS[name].metadata
     choices = f"; {', '.join(meta['choices']())}" if meta["choices"] else ""
-    shown = ",".join(map(str, default)) if isinstance(default, tuple) else str(default)
 
     def parse(text: str) -> dict:
         answers = {**given, name: parse_value(name, text)}
@@ -2934,7 +2954,7 @@ def ask_option(name: str, given: dict, default) -> dict:
             configure(**answers)                                             # refuses what contradicts the rest
         return answers
 
-    return ask(f"{name} ({meta['ask']}{choices})", f"--{name}", parse, shown)
+    return ask(f"{name} ({meta['ask']}{choices})", f"--{name}", parse, written(name, default))
 
 
 def ask_training(given: dict) -> dict:
@@ -2944,8 +2964,8 @@ def ask_training(given: dict) -> dict:
         given = {**given, "path_to_data": ask("path_to_data (a folder or ZIP file of images)", "--path_to_data",
                                               lambda text: ImageFiles(text) and text)}
     for name in FIELDS if not given.get("yes") else ():
-        if name == "epochs" and configure(**given).train_minutes:
-            continue                                                         # the length is given in minutes
+        if name == "epochs" and (given.get("iterations") or configure(**given).train_minutes):
+            continue                                                         # the length is given otherwise
         if FIELDS[name].metadata["ask"] and name not in ("mode", "dataset") and name not in given:
             given = ask_option(name, given, getattr(configure(**given), name))
     return given
@@ -3025,6 +3045,8 @@ def run_inference(given: dict) -> None:
             raise UserError(f"--{name} is for --mode train; what to draw with is named by --model_path")
     asked = not any(given.get(name) for name in ("yes", "dry_run", "classes", "num_images", "save_dir"))
     path = Path(given["model_path"]) if given.get("model_path") else choose_checkpoint(given)
+    if path is None:
+        return
     state = load_checkpoint(path)
     wants_labels = given.pop("use_labels", None)
     check_fits(path, given, state["config"])
@@ -3047,8 +3069,12 @@ def run_inference(given: dict) -> None:
         save_images(model, cfg, numbers, cfg.num_images or 10 * len(numbers or [0]), path)
 
 
-def choose_checkpoint(given: dict) -> Path:
-    """The checkpoint that the user picks from those below the working directory; --yes takes the newest."""
+QUITS = ("-1", "q", "quit", "exit")
+
+
+def choose_checkpoint(given: dict) -> Path | None:
+    """The checkpoint that the user picks from those below the working directory, None to quit; --yes takes the
+    newest."""
     home, found = Path(given.get("working_directory") or "checkpoints"), []
     for path in by_age(home.glob("**/*.pt")):
         try:
@@ -3066,17 +3092,18 @@ def choose_checkpoint(given: dict) -> Path:
         loss = f"loss {state['loss_history'][-1][1]:.4f}" if state["loss_history"] else "no loss yet"
         print(f"{i:3}  {state['config']['dataset']}, epoch {state['epoch']:.4g}, {loss}  {path}")
 
-    def parse(text: str) -> Path:
-        if not text.isdigit() or not 1 <= int(text) <= len(found):
+    def parse(text: str) -> Path | None:
+        if text.lower() in QUITS:
+            return None
+        if not text.isdecimal() or not 1 <= int(text) <= len(found):
             raise UserError(f"a number from 1 to {len(found)}, please")
         return found[int(text) - 1][0]
 
-    return ask("which checkpoint (the newest is first)", "--model_path", parse, "1")
+    return ask("which checkpoint (the newest is first; q quits)", "--model_path", parse, "1")
 
 
 def converse(model: Model, cfg: Config, path: Path) -> None:
     """Ask for classes and numbers of images, draw, save and show, until the user quits."""
-    quits = ("-1", "q", "quit", "exit")
     if model.class_names:
         print(f"classes: {listed(model.class_names)}")
     drawn = 0                                                                # so that no image is drawn twice
@@ -3084,11 +3111,11 @@ def converse(model: Model, cfg: Config, path: Path) -> None:
         numbers = None
         if model.class_names:
             numbers = ask("classes (names or numbers, separated by commas; all; -1 or q quits)", "--classes",
-                          lambda text: None if text.lower() in quits else parse_classes(text, model.class_names))
+                          lambda text: None if text.lower() in QUITS else parse_classes(text, model.class_names))
             if numbers is None:
                 return
         count = ask(f"how many images{' of each' if numbers else ''} (-1 or q quits)", "--num_images",
-                    lambda text: None if text.lower() in quits else parse_value("num_images", text), "8")
+                    lambda text: None if text.lower() in QUITS else parse_value("num_images", text), "8")
         if count is None:
             return
         count *= len(numbers or [0])

@@ -105,12 +105,16 @@ def inpaint(sampler: Sampler, denoise: Denoiser, xT: Tensor, picture: Tensor, ma
 # Commands
 
 
-def read_picture(path: str, shape: tuple[int, int, int]) -> Tensor:
-    """A picture, cropped to the middle and resized: uint8 [1, C, H, W]. Raises UserError."""
+def read_picture(path: str, shape: tuple[int, int, int], ground: str = "white") -> Tensor:
+    """A picture, cropped to the middle and resized, what is transparent put on a ground: uint8 [1, C, H, W]. Raises
+    UserError."""
     if not Path(path).is_file():
         raise UserError(f"{path}: there is no such picture")
     try:
-        found = diffuser.Decoder([(Image.open(path), 0)], shape)[0]
+        image = Image.open(path)
+        if image.has_transparency_data:
+            image = Image.alpha_composite(Image.new("RGBA", image.size, ground), image.convert("RGBA"))
+        found = diffuser.Decoder([(image, 0)], shape)[0]
     except Exception as error:                                               # Pillow raises many kinds
         found = diffuser.first_line(error)
     if isinstance(found, str):
@@ -119,8 +123,8 @@ def read_picture(path: str, shape: tuple[int, int, int]) -> Tensor:
 
 
 def read_mask(path: str, picture: str, shape: tuple[int, int, int]) -> Tensor:
-    """A mask for the picture, float [1, 1, H, W], 1 where it is white. Raises UserError."""
-    mask = (read_picture(path, (1, *shape[1:])) > 127).float()
+    """A mask for the picture, float [1, 1, H, W]: 1 where it is white, 0 where transparent. Raises UserError."""
+    mask = (read_picture(path, (1, *shape[1:]), "black") > 127).float()
     sizes = [ImageOps.exif_transpose(Image.open(p)).size for p in (path, picture)]     # as they are looked at
     if sizes[0] != sizes[1]:
         raise UserError("the mask is {}x{}, the picture {}x{}: make them alike".format(*sizes[0], *sizes[1]))
@@ -230,6 +234,7 @@ def edit(args: argparse.Namespace) -> str:
         diffuser.to_pil(image).save(folder / "images" / f"{i:06}.png")
     shown = torch.cat([*sources, images])
     diffuser.save_grid(shown, folder / "grid.png", [], columns=min(10, len(shown)))
+    diffuser.write_json(folder / "edit.json", vars(args))
     return f"{len(images)} images in {folder / 'images'}, grid {folder / 'grid.png'}"
 
 

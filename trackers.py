@@ -99,7 +99,7 @@ def start_trackers(cfg, folder: Path, run_id: str, step: int) -> dict[str, Tenso
             if wanted:
                 trackers[name] = start(cfg, folder, run_id, step)
         except Exception as error:
-            hint = f"pip install {name}" if isinstance(error, ImportError) else str(error)
+            hint = f"pip install {name}" if isinstance(error, ImportError) else str(error).strip().split("\n")[0][:200]
             print(f"no {name}: {hint}; training goes on without it", file=sys.stderr)
     if trackers:
         machine_load()                                                       # percents count from here

@@ -161,4 +161,5 @@ def test_a_number_of_heads_beats_a_preset_of_channels_per_head():
     """--num_heads counts where the preset or recipe says --head_dim."""
     assert configure(dataset="celeba").head_dim == 64
     assert configure(dataset="celeba", num_heads=8).head_dim == 0
+    assert configure(dataset="folder", path_to_data="x", base_channels=24).head_dim == 8    # narrower: as far as it divides
     assert configure(dataset="celeba", recipe="celebahq128", num_heads=4).head_dim == 0

@@ -317,6 +317,7 @@ def test_one_class_can_be_left_in_a_network_without_labels(folder):
     with torch.no_grad():
         ours = load("here.pt", device="cpu", precision="fp32").network(x, t, torch.tensor([1, 1, 1]))
         assert (pipeline.unet(x, t).sample - ours).abs().max() < 1e-5
+    assert "draws the class class 1 alone" in (folder / "there/README.md").read_text()
     assert len(pipeline(batch_size=2, num_inference_steps=3).images) == 2
 
 
@@ -349,6 +350,10 @@ def test_weights_that_do_not_fit_their_config_are_refused(folder):
         save_file({k: v for k, v in {**weights, **change}.items() if v is not None}, path, {"format": "pt"})
         with pytest.raises(UserError, match=f"not those of its config.json.*{next(iter(change))}"):
             convert.from_diffusers("there", "here.pt")
+    weights["conv_out.bias"][0] = torch.nan
+    save_file(weights, path, {"format": "pt"})
+    with pytest.raises(UserError, match="not all finite"):
+        convert.from_diffusers("there", "here.pt")
     path.write_bytes(path.read_bytes()[:100])
     assert convert.main(["from-diffusers", "there", "here.pt"]) == 1
     (folder / "there" / "config.json").write_text("[]")
@@ -436,7 +441,8 @@ def test_the_command_line(folder, capsys):
     assert done.returncode == 0 and "there/README.md" in done.stdout, done.stderr
     for arguments, words in (("to-diffusers here.pt there", "exists"), ("from-diffusers nowhere x.pt", "neither"),
                              ("to-safetensors nothing.pt x", "no checkpoint"), ("from-safetensors here.pt x.pt", "from-safetensors failed"),
-                             ("to-diffusers here.pt x --label cat", "unknown class cat")):
+                             ("to-diffusers here.pt x --label cat", "unknown class cat"), ("from-diffusers there x", "end in .pt"),
+                             ("from-safetensors there x.pt", "no such file")):
         assert convert.main(arguments.split()) in (1, 2)
         error = capsys.readouterr().err
         assert words in error and error.startswith("convert: ") and error.count("\n") == 1

@@ -163,6 +163,16 @@ def test_a_mask_lies_on_the_picture_as_it_is_looked_at(tmp_path):
         edit.read_mask(str(tmp_path / "stored.png"), str(tmp_path / "photo.jpg"), (1, 12, 8))
 
 
+def test_a_transparent_mask_is_white_where_it_is_painted(tmp_path):
+    """White strokes on nothing, as paint programs save them."""
+    Image.new("L", (8, 8), 99).save(tmp_path / "picture.png")
+    mask = Image.new("RGBA", (8, 8), (0, 0, 0, 0))
+    mask.paste((255, 255, 255, 255), (0, 0, 8, 3))
+    mask.save(tmp_path / "mask.png")
+    found = edit.read_mask(str(tmp_path / "mask.png"), str(tmp_path / "picture.png"), (1, 8, 8))
+    assert found[0, 0, :3].min() == 1 and found[0, 0, 3:].max() == 0
+
+
 def test_the_image_does_not_depend_on_how_many_are_made(trained, monkeypatch):
     """Image i of three is image i of two."""
     folder, path = trained

@@ -78,7 +78,7 @@ def test_what_cannot_be_taken_over_is_refused(folder, digits_model):
     for flags, words in ((dict(base_channels=16), "base_channels is 8 there, 16 asked for"), (dict(channels=3), "channels is 1 there"),
                          (dict(init_from="nothing.pt"), "no checkpoint nothing.pt")):
         with pytest.raises(UserError, match=words):
-            configure(dataset="digits", **{"init_from": str(digits_model), **flags})
+            train(configure(dataset="digits", experiment_name="new", **{"init_from": str(digits_model), **flags}))
     concat = train(tiny_training(conditioning="concat", experiment_name="concat"))
     with pytest.raises(UserError, match="labels cannot come or go"):
         start_of(dataset="digits", use_labels=False, init_from=str(concat))
@@ -110,6 +110,18 @@ def test_the_same_command_resumes_instead_of_starting_again(digits_model):
                                    lr_schedule="constant", warmup_steps=0, checkpoint_rate=2, num_keep_checkpoints=5))
     a, b = (load_checkpoint(path.parents[2] / name / "checkpoint_4" / "model.pt")["model"] for name in ("once", "twice"))
     assert all(torch.equal(v, b[k]) for k, v in a.items())
+
+
+def test_a_run_goes_on_without_the_weights_that_it_began_with(digits_model):
+    """The given checkpoint may be gone once the run has one of its own; a new run says that it is missing."""
+    flags = ["--mode", "train", "--dataset", "digits", "--init_from", "base.pt", "--experiment_name", "tuned", "--batch_size", "4",
+             "--preview_steps", "2", "--device", "cpu", "--no-report"]
+    base = digits_model.rename("base.pt")
+    assert diffuser.main([*flags, "--iterations", "2"]) == 0
+    base.unlink()
+    assert diffuser.main([*flags, "--iterations", "4"]) == 0
+    assert load_checkpoint("checkpoints/tuned/checkpoint_4/model.pt")["config"]["timesteps"] == 30
+    assert diffuser.main([*flags, "--experiment_name", "other"]) == 2
 
 
 def test_going_back_to_the_beginning_is_going_back_to_the_given_weights(digits_model):
