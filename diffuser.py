@@ -1146,11 +1146,14 @@ class Model:
         each step; the last x is the result. Image i depends on (seed, i, its label, cfg) alone."""
         y = torch.tensor(labels, device=self.device)
         noise = image_noise(cfg.seed, range(first, first + len(labels)), self.shape, self.device)
-        xT, alpha_bar = noise(), self.diffusion.alpha_bar
+        alpha_bar = self.diffusion.alpha_bar
         ts = sampling_grid(cfg, alpha_bar)
-        if cfg.start == "matched":
-            xT = self.moments.start(xT, y, alpha_bar[ts[0]].item())
+        xT = self.start(noise(), y, cfg, ts[0])
         yield from SAMPLERS[cfg.sampler](cfg)(self.denoiser(y, cfg), xT, ts, alpha_bar, noise)
+
+    def start(self, noise: Tensor, y: Tensor, cfg: Config, t: int) -> Tensor:
+        """What sampling starts from at timestep t for labels y [N], given standard normal noise [N, C, H, W]."""
+        return noise if cfg.start == "gaussian" else self.moments.start(noise, y, self.diffusion.alpha_bar[t].item())
 
     def denoiser(self, y: Tensor, cfg: Config) -> Denoiser:
         """What the samplers see of the network, for labels y [N]."""
@@ -2825,7 +2828,8 @@ def train_undisturbed(cfg: Config, runtime: Runtime) -> Path:
                 old = earlier.rename(free_path(earlier.with_stem(f"{earlier.stem}_old")))
                 runtime.say(f"kept an earlier run's {earlier} as {old.name}")
     runtime.say(run_report(run.cfg, runtime, run.shape, run.null, len(run.batches.indices), str(run.arithmetic)))
-    others = by_age(Path(cfg.working_directory).glob(f"diffusion_checkpoint_{cfg.dataset}_*.pt"))
+    others = by_age(p for p in Path(cfg.working_directory).glob(f"diffusion_checkpoint_{cfg.dataset}_*.pt")
+                    if "_old" not in p.stem)
     if run.step:
         runtime.say(f"resuming from {path} at step {run.step} of {run.total}")
     elif others and cfg.resume == "auto" and not cfg.experiment_name:

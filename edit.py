@@ -133,7 +133,7 @@ def read_mask(path: str, picture: str, shape: tuple[int, int, int]) -> Tensor:
     return mask
 
 
-class Studio:
+class Context:
     """A model with the settings, labels and noise of one edit. numbers: classes, may be empty; count: images."""
 
     def __init__(self, model: Model, numbers: list[int], count: int):
@@ -154,52 +154,49 @@ class Studio:
         return self.model.denoiser(self.labels[0], self.cfg)
 
     def start(self, noise: Tensor, labels: Tensor) -> Tensor:
-        """x_T from noise, as the model draws."""
-        if self.cfg.start == "gaussian":
-            return noise
-        return self.model.moments.start(noise, labels, self.alpha_bar[self.ts[0]].item())
+        return self.model.start(noise, labels, self.cfg, self.ts[0])
 
 
-def run_interpolate(studio: Studio, args: argparse.Namespace) -> tuple[Tensor, list[Tensor]]:
+def run_interpolate(context: Context, args: argparse.Namespace) -> tuple[Tensor, list[Tensor]]:
     """Images on the way from one seed's to another's; returns them and what they were made from: nothing."""
-    if studio.cfg.sampler == "ddpm" or studio.cfg.eta > 0:
+    if context.cfg.sampler == "ddpm" or (context.cfg.sampler == "ddim" and context.cfg.eta > 0):
         raise UserError("interpolate wants a sampler that adds no noise: --sampler dpmpp, heun or ddim, --eta 0")
     try:
         first, second = (int(seed) for seed in args.seeds.split(","))
-        ends = [studio.noise(seed, range(1))()[0] for seed in (first, second)]
+        ends = [context.noise(seed, range(1))()[0] for seed in (first, second)]
     except ValueError:
         raise UserError(f"--seeds wants two whole numbers of 0 or more, such as 1,2, not {args.seeds!r}") from None
-    weights = torch.linspace(0, 1, studio.count, device=studio.model.device)
+    weights = torch.linspace(0, 1, context.count, device=context.model.device)
     noise = torch.stack([slerp(*ends, weight) for weight in weights.tolist()])
-    a, b = studio.labels[0], studio.labels[-1]
-    denoise, xT = studio.denoiser(), studio.start(noise, a)
-    if len(studio.labels) > 1:
-        denoise = mix(denoise, studio.model.denoiser(b, studio.cfg), weights)
-        xT = torch.lerp(xT, studio.start(noise, b), weights.view(-1, 1, 1, 1))
-    *_, (_, x, _) = studio.sampler(denoise, xT, studio.ts, studio.alpha_bar, studio.draw_noise)
+    a, b = context.labels[0], context.labels[-1]
+    denoise, xT = context.denoiser(), context.start(noise, a)
+    if len(context.labels) > 1:
+        denoise = mix(denoise, context.model.denoiser(b, context.cfg), weights)
+        xT = torch.lerp(xT, context.start(noise, b), weights.view(-1, 1, 1, 1))
+    *_, (_, x, _) = context.sampler(denoise, xT, context.ts, context.alpha_bar, context.draw_noise)
     return x, []
 
 
-def run_vary(studio: Studio, args: argparse.Namespace) -> tuple[Tensor, list[Tensor]]:
+def run_vary(context: Context, args: argparse.Namespace) -> tuple[Tensor, list[Tensor]]:
     """Variations of a picture; returns them and the picture."""
     if not 0 < args.strength <= 1:
         raise UserError(f"--strength is above 0 and at most 1, not {args.strength:g}")
-    picture = read_picture(args.picture, studio.model.shape)
-    x0 = diffuser.from_uint8(picture).to(studio.model.device).repeat(studio.count, 1, 1, 1)
-    return vary(studio.sampler, studio.denoiser(), x0, args.strength, studio.ts, studio.alpha_bar,
-                studio.draw_noise), [picture]
+    picture = read_picture(args.picture, context.model.shape)
+    x0 = diffuser.from_uint8(picture).to(context.model.device).repeat(context.count, 1, 1, 1)
+    return vary(context.sampler, context.denoiser(), x0, args.strength, context.ts, context.alpha_bar,
+                context.draw_noise), [picture]
 
 
-def run_inpaint(studio: Studio, args: argparse.Namespace) -> tuple[Tensor, list[Tensor]]:
+def run_inpaint(context: Context, args: argparse.Namespace) -> tuple[Tensor, list[Tensor]]:
     """A picture painted anew where a mask is white; returns the results, the picture, and the picture without that."""
     if args.jump_length < 1 or args.resamples < 1:
         raise UserError("--jump_length and --resamples are 1 or more")
-    picture = read_picture(args.picture, studio.model.shape)
-    mask = read_mask(args.mask, args.picture, studio.model.shape)
-    x0 = diffuser.from_uint8(picture).to(studio.model.device).repeat(studio.count, 1, 1, 1)
-    xT = studio.start(studio.draw_noise(), studio.labels[0])
-    x = inpaint(studio.sampler, studio.denoiser(), xT, x0, mask.to(x0.device), studio.ts, studio.alpha_bar,
-                studio.draw_noise, args.jump_length, args.resamples)
+    picture = read_picture(args.picture, context.model.shape)
+    mask = read_mask(args.mask, args.picture, context.model.shape)
+    x0 = diffuser.from_uint8(picture).to(context.model.device).repeat(context.count, 1, 1, 1)
+    xT = context.start(context.draw_noise(), context.labels[0])
+    x = inpaint(context.sampler, context.denoiser(), xT, x0, mask.to(x0.device), context.ts, context.alpha_bar,
+                context.draw_noise, args.jump_length, args.resamples)
     hole = torch.where(mask > 0, torch.tensor(127, dtype=torch.uint8), picture)
     return x, [picture, hole]
 
@@ -227,7 +224,7 @@ def edit(args: argparse.Namespace) -> str:
         raise UserError(f"--classes: {args.command} takes at most {most}")
     if not 1 <= args.num_images <= 100:                                      # they are drawn in one batch
         raise UserError("--num_images lies between 1 and 100")
-    x, sources = COMMANDS[args.command](Studio(model, numbers, args.num_images), args)
+    x, sources = COMMANDS[args.command](Context(model, numbers, args.num_images), args)
     images = diffuser.to_uint8(x)
     for i, image in enumerate(images):
         (folder / "images").mkdir(parents=True, exist_ok=True)
