@@ -8,6 +8,7 @@ import pty
 import random
 import select
 import shlex
+import shutil
 import signal
 import subprocess
 import sys
@@ -310,6 +311,16 @@ def test_conversation_in_a_terminal(trained, folder):
     output, status = terminal(command, folder, [("classes (names", b"elephant\n"), ("unknown class", b"5\n"),
                                                 ("how many", b"2\n"), ("classes (names", b"q\n")])
     assert status == 0 and len(os.listdir(folder / "samples/inference_digits_1/images")) == 2
+
+
+def test_the_choice_of_a_checkpoint(trained, monkeypatch, capsys):
+    """Of several one is asked for, until a number of the list is given; q quits, as at every question of inference."""
+    shutil.copy(trained, "checkpoints/other.pt")
+    for answers, status in ((["²", "3", "0", "q"], 0), (["2", "q"], 0), (["2", "5", "-1"], 0)):
+        left = iter(answers)
+        monkeypatch.setattr("builtins.input", lambda question, left=left: next(left))
+        assert main(["--mode", "inference", "--device", "cpu"]) == status and list(left) == []
+    assert capsys.readouterr().out.count("a number from 1 to 2, please") == 3
 
 
 @pytest.mark.parametrize("arguments, question", [
