@@ -344,10 +344,10 @@ def from_diffusers(folder: str, checkpoint: str, class_names: str | None = None,
 def read_class_names(given: str | None, embeddings: int, stored: list[str] | None) -> list[str]:
     """Names for that many class embeddings, or for all but the last: as given, else as stored, else their numbers.
     Raises UserError."""
-    if given is None:
-        return [str(i) for i in range(embeddings)] if stored is None else stored
-    names = [name.strip() for name in given.split(",")]
-    if embeddings == 0 or len(names) not in (embeddings, embeddings - 1):
+    names = [str(i) for i in range(embeddings)] if stored is None else stored
+    if given is not None:
+        names = [name.strip() for name in given.split(",")]
+    if len(names) not in ((embeddings, embeddings - 1) if embeddings else (0,)):
         raise UserError(f"--class_names: {len(names)} for {embeddings} class embeddings")
     if not all(names) or len(set(names)) < len(names):
         raise UserError("--class_names: each needs a name of its own")
