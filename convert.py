@@ -80,7 +80,8 @@ def attention_head_dim(cfg: Config) -> int | None:
     """Channels per head; None for one head of all channels. Raises UserError where it differs between levels."""
     if cfg.head_dim:
         return cfg.head_dim
-    widths = {round(cfg.base_channels * cfg.channel_mults[i]) for i in diffuser.attended_levels(cfg)}
+    all_widths = diffuser.level_widths(cfg.base_channels, cfg.channel_mults)
+    widths = {all_widths[level] for level in diffuser.attended_levels(cfg)}
     if cfg.num_heads == 1 or not widths:
         return None
     if len(widths) > 1:
@@ -104,7 +105,7 @@ def unet2d_options(cfg: Config, shape: tuple[int, int, int], num_classes: int) -
     def blocks(levels: tuple[int, ...], plain: str, attending: str) -> tuple[str, ...]:
         return tuple(attending if i in levels and cfg.use_attention else plain for i in range(len(cfg.channel_mults)))
 
-    widths = tuple(round(cfg.base_channels * m) for m in cfg.channel_mults)
+    widths = tuple(diffuser.level_widths(cfg.base_channels, cfg.channel_mults))
     up_levels, groups = cfg.up_attention_levels, math.gcd(cfg.norm_groups, *widths)
     up_levels = cfg.attention_levels if up_levels is None else up_levels
     return dict(

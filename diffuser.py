@@ -368,15 +368,16 @@ def check(cfg: Config) -> None:
         raise UserError(f"--guidance_interval {cfg.guidance_interval} begins above its end")
     if levels == 0:
         raise UserError("--channel_mults needs one entry per level, such as 1,2,2")
-    widths = [cfg.base_channels * m for m in cfg.channel_mults]              # of fractions: rounded
+    widths = level_widths(cfg.base_channels, cfg.channel_mults)
     if max(widths) > MAX_CHANNELS:
         raise UserError(f"--base_channels x --channel_mults makes {max(widths):,} channels: {MAX_CHANNELS:,} at most")
-    if any(abs(width - round(width)) > 1e-6 or round(width) < 1 for width in widths):
+    if any(abs(cfg.base_channels * m - width) > 1e-6 or width < 1
+           for m, width in zip(cfg.channel_mults, widths, strict=True)):
         raise UserError(f"--channel_mults {cfg.channel_mults} make no whole numbers of {cfg.base_channels} channels")
     for level in sorted(attended_levels(cfg), reverse=True):
         if level >= levels:
             raise UserError(f"--attention_levels {level}: the network has levels 0 to {levels - 1}")
-        width, flag = round(widths[level]), "head_dim" if cfg.head_dim else "num_heads"
+        width, flag = widths[level], "head_dim" if cfg.head_dim else "num_heads"
         if width % getattr(cfg, flag):
             raise UserError(f"--{flag} {getattr(cfg, flag)} does not divide the {width} channels of level {level}")
     if cfg.base_channels // 2 == cfg.freq_shift:
@@ -385,6 +386,11 @@ def check(cfg: Config) -> None:
         raise UserError(f"--steps {cfg.steps} is more than the {cfg.timesteps} timesteps of the schedule")
     if cfg.dataset:
         check_image_size(*image_shape(cfg)[1:], levels, cfg.patch_size)
+
+
+def level_widths(base_channels: int, channel_mults: tuple[float, ...]) -> list[int]:
+    """Channels of each level; a fraction may miss the whole number that it stands for by rounding."""
+    return [round(base_channels * m) for m in channel_mults]
 
 
 def attended_levels(cfg: Config) -> set[int]:
@@ -425,14 +431,18 @@ def given_values(given: dict) -> dict:
     return {**{name: value for name, value in stored.items() if not (longer and name in LENGTHS)}, **given}
 
 
+def with_tuples(values: dict) -> dict:
+    """The values, lists as tuples: what JSON and checkpoints have for them."""
+    return {name: tuple(value) if isinstance(value, list) else value for name, value in values.items()}
+
+
 def as_options(values: dict) -> dict:
     """Values as Python or JSON has them, as fields of Config: lists for tuples, a number for a square image, paths.
     Raises UserError for a name that is no option."""
     unknown = next((name for name in values if name not in FIELDS), None)
     if unknown:
         raise UserError(f"there is no option {unknown}{did_you_mean(unknown, FIELDS)}")
-    options = {name: tuple(value) if isinstance(value, list) else str(value) if isinstance(value, Path) else value
-               for name, value in values.items()}
+    options = {name: str(value) if isinstance(value, Path) else value for name, value in with_tuples(values).items()}
     if type(options.get("img_size")) is int:
         options["img_size"] = (options["img_size"],) * 2
     return options
@@ -464,8 +474,8 @@ def configure(checkpoint: dict | None = None, **given) -> Config:
     given = given_values(given)
     # a run that goes on needs neither the file nor what it said
     taken_over = starting_options(given) if not checkpoint and Path(given.get("init_from", "")).is_file() else {}
-    inherited = {k: tuple(v) if isinstance(v, list) else v for k, v in {**taken_over, **(checkpoint or {})}.items()
-                 if k in FIELDS and k not in LOCAL}
+    inherited = with_tuples({k: v for k, v in {**taken_over, **(checkpoint or {})}.items()
+                             if k in FIELDS and k not in LOCAL})
     preset = dict(PRESETS.get(given.get("dataset") or inherited.get("dataset", ""), {}))
     if "channel_mults" in given and "attention_levels" in preset:            # only levels that are still there
         preset["attention_levels"] = tuple(n for n in preset["attention_levels"] if n < len(given["channel_mults"]))
@@ -473,7 +483,7 @@ def configure(checkpoint: dict | None = None, **given) -> Config:
         network = {**preset, **inherited, **given}
         for name in ("base_channels", "channel_mults"):
             check_value(name, network[name])
-        widths = (round(network["base_channels"] * m) for m in network["channel_mults"])
+        widths = level_widths(network["base_channels"], network["channel_mults"])
         preset["head_dim"] = math.gcd(preset["head_dim"], *widths)
     cfg = Config(**{**preset, **inherited, **given})
     check(cfg)
@@ -811,7 +821,7 @@ class Attention(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         n, c, h, w = x.shape
-        normal = normalise(self.norm, x, silu=False) if self.norm else x
+        normal = normalise(self.norm, x, silu=False) if self.norm is not None else x
         tokens = normal.flatten(2).transpose(1, 2)                           # [N, HW, C]
         q, k, v = (f(tokens).view(n, h * w, self.heads, -1).transpose(1, 2)  # [N, heads, HW, C/heads]
                    for f in (self.q, self.k, self.v))
@@ -864,7 +874,7 @@ class UNet(nn.Module):
         image_channels *= patch_size**2
         self.concat = conditioning == "concat"
         emb = emb_dim if self.concat else 4 * emb_dim
-        widths = [round(base_channels * m) for m in channel_mults]
+        widths = level_widths(base_channels, channel_mults)
         groups = math.gcd(norm_groups, base_channels, *widths)
         up_levels = attention_levels if up_attention_levels is None else up_attention_levels
 
@@ -1426,10 +1436,12 @@ class ImageFiles(torch.utils.data.Dataset):
 
 @dataclass
 class Decoder(torch.utils.data.Dataset):
-    """Item i of `source`, (PIL image, label), as (uint8 [C, H, W], label); the reason why where it cannot be read."""
+    """Item i of `source`, (PIL image, label), as (uint8 [C, H, W], label); the reason why where it cannot be read.
+    ground: the colour behind what is transparent."""
 
     source: torch.utils.data.Dataset | list
     shape: tuple[int, int, int]
+    ground: str = "white"
 
     def __len__(self) -> int:
         return len(self.source)
@@ -1444,14 +1456,14 @@ class Decoder(torch.utils.data.Dataset):
             return first_line(error)
 
     def decode(self, image: Image.Image) -> np.ndarray:
-        """Upright, on white where transparent, 16 bits to 8, cropped to the middle and resized: [C, H, W]."""
+        """Upright, on the ground where transparent, 16 bits to 8, cropped to the middle and resized: [C, H, W]."""
         (channels, height, width), image = self.shape, ImageOps.exif_transpose(image)
         if image.mode.startswith("I") or image.mode == "F":         # PIL would clip what lies above 255
             pixels = np.asarray(image, dtype=np.float64)
             image = Image.fromarray((pixels / (257 if pixels.max() > 255 else 1)).round().clip(0, 255).astype(np.uint8))
         if image.has_transparency_data:
             image = image.convert("RGBA")
-            image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+            image = Image.alpha_composite(Image.new("RGBA", image.size, self.ground), image)
         image = ImageOps.fit(image.convert("RGB" if channels == 3 else "L"), (width, height), Image.Resampling.LANCZOS)
         return np.array(image).reshape(height, width, channels).transpose(2, 0, 1).copy()
 
@@ -1939,7 +1951,7 @@ class RunLog:
         """Write the configuration as it ended; let go of trackers, with the last of each number, and of the file."""
         self.write_config(cfg)
         final = {}
-        for row in self.rows:
+        for row in self.rows if self.trackers else ():
             with suppress(ValueError):                                       # a power cut may leave anything in a file
                 final |= {column: float(value) for column, value in zip(self.COLUMNS, row, strict=True) if value}
         self.each_tracker(lambda tracker: tracker.finish(final))

@@ -88,13 +88,13 @@ def inpaint(sampler: Sampler, denoise: Denoiser, xT: Tensor, picture: Tensor, ma
     """The picture with what the mask [1, 1, H, W] has at 1 painted anew (RePaint, 2201.09865, algorithm 1): after each
     step the known part is put in, as noisy as the rest; steps are undone and repeated so that both come to agree."""
     levels = [1.0, *(alpha_bar[t].item() for t in reversed(ts))]             # alpha_bar by the number of steps left
-    times, x, left = [*ts[::-1]], xT, len(ts)
+    x, left = xT, len(ts)
     for after in repaint_walk(len(ts), jump_length, resamples):
         if after > left:
             x = add_noise(x, levels[left], levels[after], draw_noise())
         else:
-            step = [times[left - 1], *times[after - 1 : after]] if after else [times[0]]
-            _, x, _ = next(iter(sampler(denoise, x, step, alpha_bar, draw_noise)))
+            done = len(ts) - left
+            _, x, _ = next(sampler(denoise, x, ts[done : done + 2], alpha_bar, draw_noise))
             known = add_noise(picture, 1.0, levels[after], draw_noise()) if after else picture
             x = mask * x + (1 - mask) * known
         left = after
@@ -111,10 +111,7 @@ def read_picture(path: str, shape: tuple[int, int, int], ground: str = "white") 
     if not Path(path).is_file():
         raise UserError(f"{path}: there is no such picture")
     try:
-        image = Image.open(path)
-        if image.has_transparency_data:
-            image = Image.alpha_composite(Image.new("RGBA", image.size, ground), image.convert("RGBA"))
-        found = diffuser.Decoder([(image, 0)], shape)[0]
+        found = diffuser.Decoder([(Image.open(path), 0)], shape, ground)[0]
     except Exception as error:                                               # Pillow raises many kinds
         found = diffuser.first_line(error)
     if isinstance(found, str):
@@ -143,6 +140,10 @@ class Context:
         self.sampler = diffuser.SAMPLERS[self.cfg.sampler](self.cfg)
         self.labels = [self.label(number) for number in numbers] or [self.label(len(model.class_names))]
         self.draw_noise = self.noise(self.cfg.seed, range(count))
+
+    def repeated(self, picture: Tensor) -> Tensor:
+        """A picture, uint8 [1, C, H, W], once for each image, in [-1, 1]."""
+        return diffuser.from_uint8(picture).to(self.model.device).repeat(self.count, 1, 1, 1)
 
     def label(self, number: int) -> Tensor:
         return torch.full((self.count,), number, device=self.model.device)
@@ -182,7 +183,7 @@ def run_vary(context: Context, args: argparse.Namespace) -> tuple[Tensor, list[T
     if not 0 < args.strength <= 1:
         raise UserError(f"--strength is above 0 and at most 1, not {args.strength:g}")
     picture = read_picture(args.picture, context.model.shape)
-    x0 = diffuser.from_uint8(picture).to(context.model.device).repeat(context.count, 1, 1, 1)
+    x0 = context.repeated(picture)
     return vary(context.sampler, context.denoiser(), x0, args.strength, context.ts, context.alpha_bar,
                 context.draw_noise), [picture]
 
@@ -193,7 +194,7 @@ def run_inpaint(context: Context, args: argparse.Namespace) -> tuple[Tensor, lis
         raise UserError("--jump_length and --resamples are 1 or more")
     picture = read_picture(args.picture, context.model.shape)
     mask = read_mask(args.mask, args.picture, context.model.shape)
-    x0 = diffuser.from_uint8(picture).to(context.model.device).repeat(context.count, 1, 1, 1)
+    x0 = context.repeated(picture)
     xT = context.start(context.draw_noise(), context.labels[0])
     x = inpaint(context.sampler, context.denoiser(), xT, x0, mask.to(x0.device), context.ts, context.alpha_bar,
                 context.draw_noise, args.jump_length, args.resamples)

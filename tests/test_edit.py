@@ -171,6 +171,11 @@ def test_a_transparent_mask_is_white_where_it_is_painted(tmp_path):
     mask.save(tmp_path / "mask.png")
     found = edit.read_mask(str(tmp_path / "mask.png"), str(tmp_path / "picture.png"), (1, 8, 8))
     assert found[0, 0, :3].min() == 1 and found[0, 0, 3:].max() == 0
+    exif = Image.Exif()
+    exif[0x0112] = 3                                                         # stored upside down
+    mask.save(tmp_path / "mask.png", exif=exif)
+    found = edit.read_mask(str(tmp_path / "mask.png"), str(tmp_path / "picture.png"), (1, 8, 8))
+    assert found[0, 0, 5:].min() == 1 and found[0, 0, :5].max() == 0
 
 
 def test_the_image_does_not_depend_on_how_many_are_made(trained, monkeypatch):

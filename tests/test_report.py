@@ -239,14 +239,19 @@ def test_names_that_are_no_unicode(tmp_path):
     assert ["a?", "b?"] in Page(tmp_path).tables[-1]
 
 
+def replace(path, content):
+    """Put other content, text or bytes, into a file; None removes it."""
+    path.unlink()
+    if content is not None:
+        path.write_bytes(content if isinstance(content, bytes) else content.encode())
+
+
 @pytest.mark.parametrize("content", [
     None, "", "\n", "step,epo", ",".join(COLUMNS) + "\n", "a,b\n1\n", "\0\n\0\n", b"\xff\xfe\x00\n", "x" * 200_000 + "\n"])
 def test_without_metrics_the_grids_tell(tmp_path, content):
     """Where metrics.csv is missing or holds nothing, curve, table and summary come from the names of the grids."""
     make_run(tmp_path)
-    (tmp_path / "metrics.csv").unlink()
-    if content is not None:
-        (tmp_path / "metrics.csv").write_bytes(content if isinstance(content, bytes) else content.encode())
+    replace(tmp_path / "metrics.csv", content)
     page = Page(tmp_path)
     assert page.tables[0] == [["epoch", "loss"], ["1", "1.0000"], ["2.5", "0.4000"], ["4", "0.2500"]]
     assert page.labels() == ["training 0.25 (lowest 0.25 at epoch 4)"]
@@ -292,9 +297,7 @@ def test_losses_that_are_no_numbers_are_counted(tmp_path):
 def test_without_config_the_rest_is_there(tmp_path, content):
     """A config.json that is missing, broken or of another shape costs its tables only."""
     make_run(tmp_path)
-    (tmp_path / "config.json").unlink()
-    if content is not None:
-        (tmp_path / "config.json").write_bytes(content if isinstance(content, bytes) else content.encode())
+    replace(tmp_path / "config.json", content)
     page = Page(tmp_path)
     assert len(page.all("img")) == 4 and len(page.all("svg")) == 2 and len(page.tables) == 2
     assert page.tables[1] == [["time in training steps", "4 min 4 s"], ["median images/s", "904.5"]]
