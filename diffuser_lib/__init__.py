@@ -1,0 +1,1 @@
+"""The ground floor of diffuser: files, images, processor kernels, processes, metrics. None of it knows of diffusion."""

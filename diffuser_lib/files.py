@@ -1,0 +1,289 @@
+"""Files that survive, and scripts that end with a clear line.
+
+Errors      UserError, first_line, did_you_mean, warn, warn_on_oserror
+Scripts     Parser, run_script, end_process: every script parses, fails and ends in the same way
+Writing     write_atomically, write_json: a file is whole and on the disk, or the old one is untouched
+Checking    zip_is_sound: every part of a ZIP file against its checksum
+Names       newest_first, unused_path
+Locks       hold_lock: one process at a time
+
+Needs the standard library, and filelock for locks.
+"""
+
+from __future__ import annotations
+
+import argparse
+import difflib
+import errno
+import json
+import os
+import platform
+import shlex
+import signal
+import sys
+import tempfile
+import time
+import traceback
+import zipfile
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager, suppress
+from functools import partial
+from pathlib import Path
+from typing import BinaryIO
+
+# ---- Errors ------------------------------------------------------------------------------------
+
+
+class UserError(Exception):
+    """An expected failure, whose message says in a line or two what is wrong and what to do.
+
+    code: the exit status; 1 failed at run time, 2 bad usage or input, 128 + n ended by signal n.
+    """
+
+    def __init__(self, message: str, code: int = 2):
+        super().__init__(message)
+        self.code = code
+
+
+def first_line(error: Exception) -> str:
+    """What a library's error says, on one short line."""
+    return str(error).strip().split("\n")[0][:120] or type(error).__name__
+
+
+def did_you_mean(wrong: str, known: Iterable[str]) -> str:
+    """The nearest of the known names, as the end of a message; empty where none is near."""
+    near = difflib.get_close_matches(wrong, known, 1)
+    return f": did you mean {near[0]}?" if near else ""
+
+
+def warn(text: str) -> None:
+    """Print a line on stderr. stderr may itself be a file on a full disk, so a failure is let pass."""
+    with suppress(OSError):
+        print(text, file=sys.stderr)
+
+
+def warn_on_oserror(what: str, write: Callable[[], object]) -> bool:
+    """Call write(); where the disk is full or read-only, warn that `what` was not written. Returns whether it was."""
+    try:
+        write()
+        return True
+    except OSError as error:
+        warn(f"\nwarning: {what} could not be written ({error.strerror or error}): going on")
+        return False
+
+
+# ---- Scripts -----------------------------------------------------------------------------------
+
+# Errors of the operating system that mean a bad path was given, not that the machine failed.
+BAD_PATH = (errno.ENAMETOOLONG, errno.ENOTDIR, errno.EISDIR, errno.EEXIST, errno.ELOOP)
+
+
+class Parser(argparse.ArgumentParser):
+    """argparse whose mistakes are a UserError of one line, with the nearest flag where one is unknown."""
+
+    def __init__(self, *args, **options):
+        formatter = partial(argparse.RawDescriptionHelpFormatter, max_help_position=28)
+        super().__init__(*args, allow_abbrev=False, formatter_class=formatter, **options)
+
+    def error(self, message: str):
+        raise UserError(f"{message} (see --help)")
+
+    def parse_args(self, args=None, namespace=None) -> argparse.Namespace:
+        """The options given. Raises UserError."""
+        options, unknown = self.parse_known_args(args, namespace)
+        if unknown:
+            flag = unknown[0].split("=")[0]
+            hint = did_you_mean(flag, self._option_string_actions) or " (see --help)"
+            raise UserError(f"unknown option {unknown[0]}{hint}")
+        return options
+
+
+def add_debug(parser: argparse.ArgumentParser) -> None:
+    """The flag that every script has."""
+    parser.add_argument("--debug", action="store_true", help="show the traceback of a failure")
+
+
+def run_script(script: str, parse: Callable[[], argparse.Namespace], work: Callable[[argparse.Namespace], object],
+               explain: Callable[[Exception], Exception] = lambda error: error) -> int:
+    """Run a script and return its exit status; a failure is told in a line or two on stderr.
+
+    parse: gives the options; work: does what they ask for; explain: turns an error into a clearer one. With --debug
+    errors pass through, traceback and all.
+    """
+    debug = False
+    try:
+        options = parse()
+        debug = getattr(options, "debug", False)
+        work(options)
+        return 0
+    except KeyboardInterrupt:
+        warn(f"\n{script}: interrupted")
+        return 130
+    except Exception as error:
+        if debug:
+            raise
+        return report_failure(script, explain(error))
+
+
+def report_failure(script: str, error: Exception) -> int:
+    """Say in a line or two why a script ends; returns the exit status. What nobody expected is kept in a file."""
+    if isinstance(error, UserError):
+        warn(f"{script}: {error}")
+        return error.code
+    if isinstance(error, ModuleNotFoundError):
+        package = (error.name or "").partition(".")[0]
+        warn(f"{script}: {package} is not installed: pip install {package}")
+        return 1
+    if isinstance(error, OSError):
+        warn(f"{script}: {error}")
+        return 2 if error.errno in BAD_PATH else 1
+
+    message = f"{script}: unexpected {type(error).__name__}: {first_line(error)}"
+    with suppress(OSError):
+        handle, path = tempfile.mkstemp(".log", f"{script}_traceback_")
+        with open(handle, "w", errors="replace") as file:
+            traceback.print_exception(error, file=file)
+        message += f"\nThe traceback is in {path}; --debug shows it."
+    warn(message)
+    return 1
+
+
+def end_process(main: Callable[[], int]) -> None:
+    """Run main() and end the process with its status, whatever has become of stdin and stdout."""
+    if signal.getsignal(signal.SIGINT) == signal.SIG_DFL:        # set while the imports ran
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+    if sys.stdout is None:                                       # closed before the start
+        sys.stdout = open(os.devnull, "w")                       # noqa: SIM115 (open until the end)
+    for stream in (sys.stdin, sys.stdout):
+        if stream is not None:
+            stream.reconfigure(errors="replace")                 # answers and names may hold any bytes
+
+    try:
+        status = main()
+    except SystemExit as end:                                    # argparse ends so after --help
+        status = end.code
+
+    signal.signal(signal.SIGINT, signal.SIG_IGN)                 # it is ending already
+    for stream in (sys.stdout, sys.stderr):
+        try:
+            if stream is not None:
+                stream.flush()
+        except OSError:                                          # its reader has gone, or its disk is full
+            os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
+    sys.exit(status)
+
+
+# ---- Writing -----------------------------------------------------------------------------------
+
+
+def write_atomically(path: Path, write: Callable[[BinaryIO], object],
+                     before_replace: Callable[[Path], None] | None = None) -> None:
+    """Make a file by write(binary file): afterwards it is whole and on the disk, or the old one is untouched.
+
+    before_replace: called with the path of the new file before it takes the old one's place; by raising an error it
+    refuses the file. Raises OSError.
+    """
+    temporary = path.with_name(f".{path.name}.tmp")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        with open(temporary, "wb") as file:
+            write(file)
+            file.flush()
+            os.fsync(file.fileno())
+        if before_replace is not None:
+            before_replace(temporary)
+        os.replace(temporary, path)
+        sync_folder(path.parent)
+    finally:
+        with suppress(OSError):
+            temporary.unlink(missing_ok=True)
+
+
+def sync_folder(folder: Path) -> None:
+    """Make a rename in the folder last through a power cut, where the system has that."""
+    if os.name != "posix":
+        return
+    handle = os.open(folder, os.O_RDONLY)
+    with suppress(OSError):                                      # not every file system can
+        os.fsync(handle)
+    os.close(handle)
+
+
+def write_json(path: Path, content: object) -> None:
+    """Write JSON atomically. Raises OSError."""
+    text = json.dumps(content, indent=1)
+    write_atomically(path, lambda file: file.write(text.encode()))
+
+
+# ---- Checking ----------------------------------------------------------------------------------
+
+
+def zip_is_sound(file: str | Path | BinaryIO) -> bool:
+    """Whether each part of an uncompressed ZIP file, such as torch.save writes, has the checksum noted beside it.
+
+    Raises OSError where the file cannot be read.
+    """
+    try:
+        with zipfile.ZipFile(file) as archive:
+            for entry in archive.infolist():
+                if entry.compress_type != zipfile.ZIP_STORED:    # it might blow up
+                    return False
+                if entry.external_attr != 0:                     # torch takes it for a folder and leaves it unread
+                    return False
+            return archive.testzip() is None
+    except OSError:
+        raise
+    except Exception:                                            # zipfile raises many kinds for a damaged index
+        return False
+
+
+# ---- Names -------------------------------------------------------------------------------------
+
+
+def newest_first(paths: Iterable[Path]) -> list[Path]:
+    """The paths that exist, by time of change."""
+    times = {}
+    for path in paths:
+        with suppress(OSError):                                  # another process may just rename it
+            times[path] = path.stat().st_mtime_ns
+    return sorted(times, key=times.get, reverse=True)
+
+
+def unused_path(path: Path) -> Path:
+    """The path with the first number behind its name that is not taken: out1, out2, ..."""
+    number = 1
+    while path.with_stem(f"{path.stem}{number}").exists():
+        number += 1
+    return path.with_stem(f"{path.stem}{number}")
+
+
+# ---- Locks -------------------------------------------------------------------------------------
+
+
+@contextmanager
+def hold_lock(place: Path, flag: str, advice: str, patience: float = 6.0) -> Iterator[None]:
+    """Hold a file or folder that this process writes to; beside it stand a lock and the name of its owner.
+
+    place: what is written to; flag: the option that chooses it; advice: what to do where another process holds it;
+    patience: seconds to wait for that one. The operating system lets go for a process that dies. Raises UserError.
+    """
+    from filelock import FileLock, Timeout
+
+    lock = FileLock(place.with_name(f".{place.name}.lock"))
+    owner = place.with_name(f".{place.name}.owner")
+    try:
+        place.parent.mkdir(parents=True, exist_ok=True)
+        lock.acquire(timeout=patience)
+    except Timeout:
+        name = owner.read_text(errors="replace") if owner.exists() else "another process"
+        raise UserError(f"{place} is in use by {name}\n{advice}") from None
+    except OSError as error:
+        raise UserError(f"cannot write to {place.parent} ({error.strerror}): choose another {flag}") from error
+
+    try:
+        with suppress(OSError):                                  # a full disk is no reason not to start
+            command = shlex.join(sys.argv)
+            owner.write_text(f"process {os.getpid()} on {platform.node()} since {time.ctime()}: {command}")
+        yield
+    finally:
+        lock.release()

@@ -1,0 +1,344 @@
+"""Image files in and out: folders, ZIP files, decoding, a cache of bytes; pictures and grids.
+
+Numbers     ImageData, to_uint8, from_uint8: uint8 [N, C, H, W] outside, float in [-1, 1] inside a network
+In          ImageFiles: the images of a folder or ZIP file; DecodedImages: as arrays of one shape
+Cache       cached_images: decoded once, then memory-mapped
+Out         to_pil, save_grid, file_name
+
+Needs torch, numpy, Pillow and tqdm.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import itertools
+import json
+import math
+import os
+import re
+import shutil
+import warnings
+import zipfile
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image, ImageDraw, ImageFont, ImageOps
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+from tqdm import tqdm
+
+from diffuser_lib.files import UserError, first_line, write_atomically, write_json
+
+Shape = tuple[int, int, int]                                     # (C, H, W)
+
+# ---- Numbers -----------------------------------------------------------------------------------
+
+
+@dataclass
+class ImageData:
+    """Images with labels. images: uint8 [N, C, H, W], perhaps memory-mapped; labels: int64 [N], all 0 without classes.
+
+    class_names: may be empty.
+    """
+
+    images: Tensor
+    labels: Tensor
+    class_names: list[str]
+
+    def digest(self) -> str:
+        """A fingerprint of the labels and of a hundred images, to tell one set from another."""
+        some = self.images[:: math.ceil(len(self.images) / 100)].contiguous()
+        return hashlib.sha256(self.labels.numpy().tobytes() + some.numpy().tobytes()).hexdigest()
+
+
+def from_uint8(images: Tensor) -> Tensor:
+    """0..255 to float in [-1, 1]."""
+    return images.float() / 127.5 - 1
+
+
+def to_uint8(x: Tensor) -> Tensor:
+    """[-1, 1] to 0..255, on the CPU."""
+    return ((x + 1) * 127.5).round().clamp(0, 255).to(torch.uint8).cpu()
+
+
+# ---- In ----------------------------------------------------------------------------------------
+
+ENDINGS = (".png", ".jpg", ".jpeg", ".bmp", ".gif", ".webp")
+GREY_MODES = ("1", "L", "LA", "I", "I;16", "I;16B", "F")         # of Pillow
+MAX_UNPACKED = 2**28                                             # bytes of one entry of a ZIP file
+
+
+@lru_cache(maxsize=1)
+def open_zip(path: Path, process: int) -> zipfile.ZipFile:
+    """The ZIP file, opened once in each process: a handle cannot be shared."""
+    return zipfile.ZipFile(path)
+
+
+def require_images(path: str, flag: str) -> None:
+    """Raise UserError unless there is something at the path; `flag` is the option that gave it."""
+    if not path:
+        raise UserError(f"{flag} is needed: a folder or ZIP file of images")
+    if not os.path.exists(path):
+        raise UserError(f"{flag} {path}: there is no such folder or ZIP file")
+
+
+class ImageFiles(Dataset):
+    """The images below a folder or in a ZIP file, in order of name: item i is (PIL image, label).
+
+    The folder that directly holds an image names its class; one folder alone makes no classes. flag: the option that
+    gave the path, for messages. Raises UserError where there is no image.
+    """
+
+    def __init__(self, path: str, flag: str):
+        require_images(path, flag)
+        self.path = Path(path)
+        self.names = sorted(name for name in self.list_names(flag) if self.is_image(name))
+        if not self.names:
+            kinds = ", ".join(ending[1:].upper() for ending in ENDINGS)
+            raise UserError(f"{flag} {path} holds no {kinds} image")
+
+        folders = [name.rpartition("/")[0] for name in self.names]
+        classes = sorted(set(folders))
+        number = {folder: i for i, folder in enumerate(classes)}
+        self.labels = [number[folder] for folder in folders]
+        self.class_names = self.name_classes(classes)
+
+    def list_names(self, flag: str) -> list[str]:
+        """All files, as paths relative to the folder or inside the ZIP file."""
+        if self.path.is_dir():
+            return [p.relative_to(self.path).as_posix() for p in self.path.rglob("*") if p.is_file()]
+        try:
+            with zipfile.ZipFile(self.path) as archive:
+                return archive.namelist()
+        except Exception as error:                               # zipfile raises many kinds here
+            raise UserError(f"{flag} {self.path} is no whole ZIP file ({first_line(error)})") from error
+
+    @staticmethod
+    def is_image(name: str) -> bool:
+        """By its ending; hidden files and what macOS adds to a ZIP file are none."""
+        hidden = any(part.startswith((".", "__MACOSX")) for part in name.split("/"))
+        return name.lower().endswith(ENDINGS) and not hidden
+
+    @staticmethod
+    def name_classes(folders: list[str]) -> list[str]:
+        """A name for each folder: its last part, or all of it where two would be called the same."""
+        if len(folders) == 1:
+            return []
+        short = [os.path.basename(folder) or "unsorted" for folder in folders]
+        return short if len(set(short)) == len(short) else folders
+
+    def __len__(self) -> int:
+        return len(self.names)
+
+    def __getitem__(self, i: int) -> tuple[Image.Image, int]:
+        if self.path.is_dir():
+            return Image.open(self.path / self.names[i]), self.labels[i]
+
+        archive = open_zip(self.path, os.getpid())
+        if archive.getinfo(self.names[i]).file_size > MAX_UNPACKED:
+            raise ValueError("it unpacks to more than 256 MiB")
+        return Image.open(io.BytesIO(archive.read(self.names[i]))), self.labels[i]
+
+    def guess_channels(self, looks: int = 32) -> int:
+        """1 if all of a few images spread over the set are grey, else 3."""
+        for i in range(0, len(self), max(1, len(self) // looks)):
+            try:
+                image, _ = self[i]
+            except Exception:                                    # unreadable: skipped later, and listed
+                continue
+            if image.mode not in GREY_MODES:
+                return 3
+        return 1
+
+    def fingerprint(self) -> tuple[str, str]:
+        """Changes when a file is added, removed, renamed or rewritten."""
+        files = [self.path] if self.path.is_file() else [self.path / name for name in self.names]
+        stats = [(f.stat().st_size, f.stat().st_mtime_ns) for f in files]
+        return str(self.path.resolve()), hashlib.sha256(repr((self.names, stats)).encode()).hexdigest()
+
+
+@dataclass
+class DecodedImages(Dataset):
+    """Item i of `source`, (PIL image, label), as (uint8 [C, H, W], label); the reason why where it cannot be read.
+
+    shape: (C, H, W); background: the colour behind what is transparent.
+    """
+
+    source: Dataset | list
+    shape: Shape
+    background: str = "white"
+
+    def __len__(self) -> int:
+        return len(self.source)
+
+    def __getitem__(self, i: int) -> tuple[np.ndarray, int] | str:
+        try:
+            with warnings.catch_warnings():                      # more pixels than Pillow takes for an honest image
+                warnings.simplefilter("error", Image.DecompressionBombWarning)
+                image, label = self.source[i]
+            return self.decode(image), label if isinstance(label, int) else 0
+        except Exception as error:                               # broken files raise errors of every kind
+            return first_line(error)
+
+    def decode(self, image: Image.Image) -> np.ndarray:
+        """Upright, on the background, 16 bits to 8, cropped to the middle and resized: uint8 [C, H, W]."""
+        channels, height, width = self.shape
+        image = ImageOps.exif_transpose(image)
+
+        if image.mode.startswith("I") or image.mode == "F":      # Pillow would clip what lies above 255
+            pixels = np.asarray(image, dtype=np.float64)
+            if pixels.max() > 255:
+                pixels = pixels / 257
+            image = Image.fromarray(pixels.round().clip(0, 255).astype(np.uint8))
+
+        if image.has_transparency_data:
+            image = image.convert("RGBA")
+            background = Image.new("RGBA", image.size, self.background)
+            image = Image.alpha_composite(background, image)
+
+        image = image.convert("RGB" if channels == 3 else "L")
+        image = ImageOps.fit(image, (width, height), Image.Resampling.LANCZOS)
+        return np.array(image).reshape(height, width, channels).transpose(2, 0, 1).copy()
+
+
+# ---- Cache -------------------------------------------------------------------------------------
+
+
+def cached_images(source: Dataset | list, shape: Shape, class_names: list[str], *, folder: Path, name: str, key: tuple,
+                  workers: int = 0) -> ImageData:
+    """The images of `source`, (PIL image, label) each, in one shape; memory-mapped from a cache that is made once.
+
+    folder: where caches are; name: how this one's name begins; key: what makes the set this one and no other;
+    workers: processes that decode. Raises UserError if over a tenth cannot be read.
+    """
+    from filelock import FileLock  # torch depends on it
+
+    digest = hashlib.sha256(repr((key, shape, "v1")).encode()).hexdigest()[:16]
+    index = folder / f"{name}_{digest}.json"
+    if not cache_is_whole(index, shape):
+        folder.mkdir(parents=True, exist_ok=True)
+        with FileLock(index.with_suffix(".lock")):               # a second run waits for the first
+            if not cache_is_whole(index, shape):
+                build_cache(index, DecodedImages(source, shape), workers)
+
+    labels = json.loads(index.read_text())["labels"]
+    size = (len(labels), *shape)
+    images = torch.from_file(str(index.with_suffix(".bin")), size=math.prod(size), dtype=torch.uint8)
+    return ImageData(images.view(size), torch.tensor(labels), class_names)
+
+
+def cache_is_whole(index: Path, shape: Shape) -> bool:
+    """Whether a cache is there, and as large as its index says."""
+    try:
+        count = len(json.loads(index.read_text())["labels"])
+        return count * math.prod(shape) == os.path.getsize(index.with_suffix(".bin"))
+    except (OSError, ValueError, KeyError, TypeError):
+        return False
+
+
+def build_cache(index: Path, decoded: DecodedImages, workers: int) -> None:
+    """Decode all images in worker processes into one file of bytes, and write its index last. Raises UserError."""
+    temporary = index.with_suffix(".tmp")
+    temporary.unlink(missing_ok=True)                            # of a run that was killed
+    need = len(decoded) * math.prod(decoded.shape)
+    free = shutil.disk_usage(index.parent).free
+    if need > free:
+        raise UserError(f"the decoded images take {need / 2**30:.2g} GiB, {free / 2**30:.2g} GiB are free in "
+                        f"{index.parent}: choose another --data_dir or a smaller --img_size", code=1)
+
+    try:
+        labels, unreadable = decode_into(temporary, decoded, workers)
+        report_unreadable(index.with_suffix(".unreadable.txt"), unreadable, len(decoded))
+        os.replace(temporary, index.with_suffix(".bin"))
+        write_json(index, dict(labels=labels, unreadable=len(unreadable)))
+    except RuntimeError as error:                                # of the workers
+        raise UserError(f"reading images failed ({first_line(error)}): try --num_workers 0", code=1) from error
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def decode_into(path: Path, decoded: DecodedImages, workers: int) -> tuple[list[int], list[str]]:
+    """Write the bytes of all images into a file; returns their labels, and a line for each that cannot be read."""
+    names = getattr(decoded.source, "names", range(len(decoded)))
+    if len(decoded) < 1000:                                      # starting workers takes longer
+        workers = 0
+    loader = DataLoader(decoded, batch_size=64, num_workers=workers, collate_fn=list)
+
+    labels = []
+    unreadable = []
+    with open(path, "wb") as file:
+        items = tqdm(itertools.chain.from_iterable(loader), "caching images", len(decoded), disable=None)
+        for name, item in zip(names, items):
+            if isinstance(item, str):
+                unreadable.append(f"{name}: {item}")
+                continue
+            pixels, label = item
+            file.write(pixels.tobytes())
+            labels.append(int(label))
+    return labels, unreadable
+
+
+def report_unreadable(listing: Path, unreadable: list[str], total: int) -> None:
+    """List the images that cannot be read in a file, and say so. Raises UserError for more than a tenth of all."""
+    if not unreadable:
+        return
+    text = "\n".join([*unreadable, ""])
+    write_atomically(listing, lambda file: file.write(text.encode(errors="replace")))
+    example = f"such as {unreadable[0]}; all are listed in {listing}"
+    if len(unreadable) > total / 10:
+        raise UserError(f"{len(unreadable)} of {total} images cannot be read, {example}: remove or mend them")
+    print(f"skipped {len(unreadable)} of {total} images that cannot be read, {example}")
+
+
+# ---- Out ---------------------------------------------------------------------------------------
+
+
+def to_pil(image: Tensor) -> Image.Image:
+    """uint8 [C, H, W] as a grey or colour picture."""
+    return Image.fromarray(image[0].numpy() if len(image) == 1 else image.permute(1, 2, 0).numpy())
+
+
+def save_grid(images: Tensor, path: Path, column_names: Sequence[str], columns: int = 0) -> None:
+    """uint8 [N, C, H, W] as one picture, row by row, a named column per class; small images are enlarged.
+
+    columns: by default one per name, or as many as rows. Raises OSError.
+    """
+    columns = columns or len(column_names) or math.ceil(math.sqrt(len(images)))
+    rows = math.ceil(len(images) / columns)
+    zoom = max(1, round(64 / max(images.shape[2:])))
+    height = images.shape[2] * zoom
+    width = images.shape[3] * zoom
+    gap = 4
+    head = 18 if column_names else 0
+
+    def corner(i: int) -> tuple[int, int]:
+        row, column = divmod(i, columns)
+        return gap + column * (width + gap), gap + head + row * (height + gap)
+
+    mode = "RGB" if images.shape[1] == 3 else "L"
+    size = (columns * (width + gap) + gap, rows * (height + gap) + gap + head)
+    grid = Image.new(mode, size, "white")
+    for i, image in enumerate(images):
+        tile = to_pil(image).resize((width, height), Image.Resampling.BICUBIC)
+        grid.paste(tile, corner(i))
+
+    pen = ImageDraw.Draw(grid)
+    font = ImageFont.load_default(12)
+    for i, name in enumerate(column_names):
+        while len(name) > 1 and font.getlength(name) > width:
+            name = name[:-1]
+        left, _ = corner(i)
+        pen.text((left + width / 2, head - 6), name, "black", font, anchor="ms")
+
+    write_atomically(path, lambda file: grid.save(file, "PNG"))
+
+
+def file_name(class_name: str) -> str:
+    """A class's name in the names of files."""
+    return re.sub(r"[^\w.-]+", "_", class_name).strip(".")[:50] or "class"
+

@@ -1,0 +1,203 @@
+"""The processes of one run, as torchrun starts them, and the signals that reach them.
+
+Processes       rank and number; join, main_first, broadcast, largest, sum_, print0
+Signals         what asks a run to stop or to save, heard at once and acted upon between steps
+Failing         speaks_first, is_lost: one message for a failure that all processes share
+
+Needs torch and tqdm. A process alone is rank 0 of 1, and everything here is then free of cost.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from datetime import timedelta
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from tqdm import tqdm
+
+# ---- Processes ---------------------------------------------------------------------------------
+
+PATIENCE = timedelta(hours=6)                                    # rank 0 reads and draws, the others wait
+
+
+def world_size() -> int:
+    """How many processes torchrun has started, 1 without it."""
+    return int(os.environ.get("WORLD_SIZE", 1))
+
+
+class Processes:
+    """This process among those of the run: `rank` of `world`. Rank 0 alone writes and speaks."""
+
+    def __init__(self, device: torch.device, backend: str):
+        """Join the others. device: where numbers are exchanged; backend: of torch.distributed, nccl or gloo."""
+        self.rank = int(os.environ.get("RANK", 0))
+        self.world = world_size()
+        self.device = device
+        self.is_main = self.rank == 0
+        if self.world > 1 and not dist.is_initialized():
+            join(backend)
+
+    @contextmanager
+    def main_first(self) -> Iterator[None]:
+        """Rank 0 goes through the block before the others do, so that downloads and caches are made once."""
+        if not self.is_main:
+            dist.barrier()
+        try:
+            yield
+        finally:                                                 # if it failed, the others fail likewise
+            if self.is_main and self.world > 1:
+                dist.barrier()
+
+    def broadcast(self, number: int) -> int:
+        """Rank 0's number, on every rank."""
+        shared = torch.tensor(number, device=self.device)
+        if self.world > 1:
+            dist.broadcast(shared, 0)
+        return int(shared)
+
+    def largest(self, number: int) -> int:
+        """The largest of all ranks' numbers, on every rank."""
+        shared = torch.tensor(number, device=self.device)
+        if self.world > 1:
+            dist.all_reduce(shared, dist.ReduceOp.MAX)
+        return int(shared)
+
+    def sum_(self, values: Tensor) -> Tensor:
+        """Replace values by their sums over all ranks; returns them."""
+        if self.world > 1:
+            dist.all_reduce(values)
+        return values
+
+    def print0(self, text: str) -> None:
+        """Print a line, once, without breaking a progress bar. A run goes on where nobody reads it any more."""
+        if self.is_main:
+            with suppress(OSError):
+                tqdm.write(text)
+
+
+def join(backend: str) -> None:
+    """Meet the other processes of the run."""
+    store, rank, world = next(dist.rendezvous("env://"))
+    store.set_timeout(PATIENCE)
+    if os.environ.get("LOCAL_WORLD_SIZE") == str(world):         # else machines may count attempts differently
+        # torchrun 2.15 keeps what dead processes wrote to the store (pytorch issue 135712).
+        attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+        store = dist.PrefixStore(f"attempt_{attempt}", store)
+    dist.init_process_group(backend, store=store, rank=rank, world_size=world, timeout=PATIENCE)
+
+
+def leave() -> None:
+    """Part from the other processes at the end of a run."""
+    if dist.is_available() and dist.is_initialized():
+        dist.destroy_process_group()
+
+
+# ---- Signals -----------------------------------------------------------------------------------
+
+
+def save_signals() -> list[int]:
+    """What asks a run for a checkpoint; Windows has none."""
+    return [signal.SIGUSR1] if hasattr(signal, "SIGUSR1") else []
+
+
+def stop_signals() -> list[int]:
+    """What asks a run to stop: Ctrl-C, the system, and a terminal that closes, but for one under nohup."""
+    signals = [signal.SIGINT, signal.SIGTERM]
+    hangup = getattr(signal, "SIGHUP", None)
+    if hangup is not None and signal.getsignal(hangup) != signal.SIG_IGN:
+        signals.append(hangup)
+    return signals
+
+
+class Signals:
+    """Signals to a run, to be looked at between its steps.
+
+    Several processes agree on them, since all have to stop at the same step: about every two seconds, at most ten
+    steps apart.
+    """
+
+    def __init__(self, processes: Processes):
+        self.processes = processes
+        self.stop = 0                                            # the signal to stop at, 0: go on
+        self.save = False                                        # whether a checkpoint is asked for
+        self.last_poll = (0, time.perf_counter())                # step, clock
+        self.next_poll = 0                                       # step
+
+    def handle(self, number: int, frame) -> None:
+        """Signal handler. The second signal to stop ends the process at once, unless torchrun may be repeating it."""
+        if number in save_signals():
+            self.save = True
+            return
+        self.stop = number
+        if self.processes.world == 1:
+            for each in stop_signals():
+                signal.signal(each, signal.SIG_DFL)
+
+    @contextmanager
+    def catch(self, *numbers: int) -> Iterator[None]:
+        """Within the block these signals are handled here."""
+        before = {}
+        if threading.current_thread() is threading.main_thread():                # elsewhere handlers are not allowed
+            before = {number: signal.signal(number, self.handle) for number in numbers}
+        try:
+            yield
+        finally:
+            if self.processes.world == 1:                        # one of several still has to say why it ends
+                for number, handler in before.items():
+                    signal.signal(number, handler)
+
+    def poll(self, step: int) -> tuple[int, bool]:
+        """The signal to stop at (0: go on) and whether to save, the same on all ranks."""
+        if step < self.next_poll:
+            return 0, False
+        save = self.save
+        self.save = False
+        if self.processes.world > 1:
+            save = self.agree(step, save)
+        return self.stop, save
+
+    def agree(self, step: int, save: bool) -> bool:
+        """Take over what any rank was asked for, and settle on the step of the next poll; returns whether to save."""
+        since, then = self.last_poll
+        now = time.perf_counter()
+        steps = 2 * (step - since) / max(1e-9, now - then)       # in two seconds
+        steps = min(10.0, max(1.0, steps))
+
+        shared = torch.tensor([self.stop, float(save), steps], device=self.processes.device)
+        dist.all_reduce(shared, dist.ReduceOp.MAX)
+        stop, save, steps = shared.tolist()
+        self.stop = int(stop)
+        self.last_poll = (step, now)
+        self.next_poll = step + int(steps)
+        return bool(save)
+
+    def poll_at_once(self) -> None:
+        """Look at the next step, whatever was settled: the run has gone back to an earlier one."""
+        self.next_poll = 0
+
+
+# ---- Failing -----------------------------------------------------------------------------------
+
+
+def speaks_first() -> bool:
+    """Whether this process is to say why it fails: of several the first, because of which the others fail."""
+    if world_size() == 1:
+        return True
+    if not dist.is_initialized():
+        return os.environ.get("LOCAL_RANK", "0") == "0"          # all have the same flags, and data
+    with suppress(Exception):                                    # unless the store has gone as well
+        store = dist.distributed_c10d._get_default_store()
+        return store.add("failed", 1) == 1
+    return True
+
+
+def is_lost(error: Exception) -> bool:
+    """Whether an error says that another process has gone."""
+    return isinstance(error, getattr(dist, "DistError", ())) or "gloo/" in str(error)
