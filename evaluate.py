@@ -14,10 +14,14 @@ floor is the distance that real images outside the training set have.
 
 from __future__ import annotations
 
+import signal
+
+if __name__ == "__main__" and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+    signal.signal(signal.SIGINT, signal.SIG_DFL)            # Ctrl-C while torch is imported: no traceback
+
 import argparse
 import importlib.util
 import math
-import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -29,15 +33,27 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 import diffuser
-from diffuser import ImageData, UserError
+from diffuser_lib.files import (
+    Parser,
+    UserError,
+    add_debug,
+    end_process,
+    first_line,
+    run_script,
+    write_atomically,
+    write_json,
+)
+from diffuser_lib.images import DecodedImages, ImageData, ImageFiles, Shape, file_name, from_uint8
 
-# ------------------------------------------------------------------------------------------------
-# Images
+# ---- Images ------------------------------------------------------------------------------------
 
 
 @dataclass
 class Reference:
-    """The real images: what a judge is trained on, and others to test it with."""
+    """The real images: what a classifier is trained on, and others to test it with.
+
+    own_test: whether the test images are the dataset's own, and not divided off here.
+    """
 
     name: str
     train: ImageData
@@ -48,134 +64,211 @@ class Reference:
         """The training images; all images where the set was divided here."""
         if self.own_test:
             return self.train
-        images, labels = (torch.cat([getattr(part, name) for part in (self.train, self.test)])
-                          for name in ("images", "labels"))
+        images = torch.cat([self.train.images, self.test.images])
+        labels = torch.cat([self.train.labels, self.test.labels])
         return ImageData(images, labels, self.train.class_names)
 
 
-def read_images(path: str, shape: tuple[int, int, int] | None = None) -> ImageData:
-    """All images of a folder or ZIP (of DIR/images, where there is one), uint8 [N, C, H, W]; the label is the class
-    in a name such as 000012_cat.png, else the folder's. shape: (C, H, W), by default the first image's own."""
+def find_images(path: str) -> ImageFiles:
+    """The image files of a folder or ZIP; of DIR/images, where there is one. Raises UserError."""
+    inner = Path(path, "images")
+    if inner.is_dir():
+        path = str(inner)
+    return ImageFiles(path, "DIR")
+
+
+def shape_of_first(files: ImageFiles) -> Shape:
+    """(C, H, W): the size of the first image, in colour if any of a few is. Raises whatever a broken file leads to."""
+    image, _ = files[0]
+    with image:
+        return files.guess_channels(), image.height, image.width
+
+
+def class_in_name(name: str) -> str:
+    """The class in a file name such as images/000012_cat.png; empty where there is none."""
+    stem = name.rpartition("/")[2].rpartition(".")[0]
+    return stem.partition("_")[2]
+
+
+def read_images(path: str, shape: Shape | None = None) -> ImageData:
+    """All images of a folder or ZIP (of DIR/images, where there is one), uint8 [N, C, H, W].
+
+    The label is the class in a name such as 000012_cat.png, else the folder's. shape: (C, H, W), by default the first
+    image's own. Raises UserError, also for a single image that cannot be read: figures without it would be wrong.
+    """
     try:
-        files = diffuser.ImageFiles(str(Path(path, "images")) if Path(path, "images").is_dir() else path)
+        files = find_images(path)
     except UserError:
         raise UserError(f"{path} is no folder or ZIP file with images in it") from None
+
     if shape is None:
         try:
-            with files[0][0] as first:
-                shape = files.guess_channels(), first.height, first.width
-        except Exception as error:                                           # broken files raise errors of every kind
-            raise UserError(f"{files.names[0]} in {path} cannot be read ({diffuser.first_line(error)})") from error
-    decoder = diffuser.Decoder(files, shape)
-    items = [decoder[i] for i in tqdm(range(len(files)), "reading", leave=False, disable=None)]
+            shape = shape_of_first(files)
+        except Exception as error:                               # broken files raise errors of every kind
+            raise UserError(f"{files.names[0]} in {path} cannot be read ({first_line(error)})") from error
+
+    # Decode all of them, then say which cannot be read.
+    decoded = DecodedImages(files, shape)
+    items = [decoded[i] for i in tqdm(range(len(files)), "reading", leave=False, disable=None)]
+    pixels = []
     for name, item in zip(files.names, items, strict=True):
         if isinstance(item, str):
             raise UserError(f"{name} in {path} cannot be read ({item}): remove it")
-    images = torch.stack([torch.from_numpy(image) for image, _ in items])
+        pixels.append(torch.from_numpy(item[0]))
+    images = torch.stack(pixels)
+
+    # Classes: of the folders, or of the file names if all of them have one.
     if files.class_names:
         return ImageData(images, torch.tensor(files.labels), files.class_names)
-    named = [name.rpartition("/")[2].rpartition(".")[0].partition("_")[2] for name in files.names]
-    names = sorted(set(named)) if all(named) else []
-    return ImageData(images, torch.tensor([names.index(n) if names else 0 for n in named]), names)
+    classes = [class_in_name(name) for name in files.names]
+    if not all(classes):
+        return ImageData(images, torch.zeros(len(images), dtype=torch.int64), [])
+    class_names = sorted(set(classes))
+    labels = [class_names.index(name) for name in classes]
+    return ImageData(images, torch.tensor(labels), class_names)
 
 
-def load_reference(against: str, data_dir: str, shape: tuple[int, int, int]) -> Reference:
-    """The dataset of that name, or the folder or ZIP there, its images in the given shape; one image in six is for
-    testing where the dataset has no test part of its own."""
+def load_reference(against: str, data_dir: str, shape: Shape) -> Reference:
+    """The dataset of that name, or the folder or ZIP there, its images in the given shape (C, H, W).
+
+    One image in six is for testing where the dataset has no test part of its own. Raises UserError.
+    """
     if against not in diffuser.DATASETS or against == "folder":
-        data = read_images(against, shape)
-        return Reference(Path(against).stem, *divide(data))
-    data = diffuser.load_data(diffuser.configure(dataset=against, data_dir=data_dir, channels=shape[0],
-                                                 img_size=tuple(shape[1:]), channel_mults=(1,)))
-    test = {"mnist": "MNIST", "cifar10": "CIFAR10"}.get(against)
-    if test is None or tuple(shape) != diffuser.DATASETS[against].shape:
-        return Reference(against, *divide(data))
-    cfg = diffuser.configure(data_dir=data_dir)
-    raw = diffuser.torchvision_dataset(test, cfg, f"the files of {test}", "", train=False)
-    images = torch.as_tensor(raw.data)
-    images = images[:, None] if images.ndim == 3 else images.permute(0, 3, 1, 2)
-    return Reference(against, data, ImageData(images, torch.as_tensor(raw.targets), data.class_names), own_test=True)
+        train, test = divide(read_images(against, shape))
+        return Reference(Path(against).stem, train, test)
+
+    channels, height, width = shape
+    cfg = diffuser.configure(dataset=against, data_dir=data_dir, channels=channels, img_size=(height, width),
+                             channel_mults=(1,))
+    data = diffuser.load_data(cfg)
+    spec = diffuser.DATASETS[against]
+    if not spec.has_test or tuple(shape) != spec.shape:
+        train, test = divide(data)
+        return Reference(against, train, test)
+    return Reference(against, data, diffuser.load_data(cfg, train=False), own_test=True)
 
 
 def divide(data: ImageData) -> tuple[ImageData, ImageData]:
     """Five sixths and one sixth of the images, the same ones every time."""
     order = torch.randperm(len(data.images), generator=torch.Generator().manual_seed(0))
-    parts = order[len(order) // 6 :], order[: len(order) // 6]
-    return tuple(ImageData(data.images[i], data.labels[i], data.class_names) for i in parts)
+    test_size = len(order) // 6
+    train = order[test_size:]
+    test = order[:test_size]
+    return (ImageData(data.images[train], data.labels[train], data.class_names),
+            ImageData(data.images[test], data.labels[test], data.class_names))
 
 
-# ------------------------------------------------------------------------------------------------
-# The judge
+# ---- Classifier --------------------------------------------------------------------------------
 
 
 def read_tensors(path: str) -> dict:
     """The tensors in a file; nothing in it is executed. Raises UserError."""
     try:
         return torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:                                               # torch raises many kinds here
+    except Exception as error:                                   # torch raises many kinds here
         raise UserError(f"{path} is not a readable file of tensors ({type(error).__name__})") from error
 
 
-class Judge(nn.Module):
+class Classifier(nn.Module):
     """A small convolutional classifier: uint8 [N, C, H, W] -> (features [N, 128], logits [N, classes])."""
 
     FEATURES = 128
 
-    def __init__(self, shape: tuple[int, int, int], classes: int):
+    def __init__(self, shape: Shape, classes: int):
         super().__init__()
-        width, cin, layers = (64 if shape[0] == 3 else 32), shape[0], []
-        stages = max(1, min(3, int(math.log2(min(shape[1:]) / 4))))          # down to about 4x4 pixels
+        channels, height, width = shape
+        base = 64 if channels == 3 else 32
+        halvings = int(math.log2(min(height, width) / 4))        # down to about 4x4 pixels
+        stages = max(1, min(3, halvings))
+
+        layers = []
+        cin = channels
         for stage in range(stages):
+            cout = base << stage
             for stride in (1, 2):
-                cout = width << stage
-                layers += [nn.Conv2d(cin, cout, 3, stride, 1, bias=False), nn.BatchNorm2d(cout), nn.ReLU()]
+                layers.append(nn.Conv2d(cin, cout, 3, stride, 1, bias=False))
+                layers.append(nn.BatchNorm2d(cout))
+                layers.append(nn.ReLU())
                 cin = cout
-        self.body = nn.Sequential(*layers, nn.AdaptiveAvgPool2d(4), nn.Flatten(), nn.Dropout(0.3),
-                                  nn.Linear(16 * cin, self.FEATURES), nn.ReLU())
+
+        self.body = nn.Sequential(
+            *layers,
+            nn.AdaptiveAvgPool2d(4),                             # [N, cin, 4, 4]
+            nn.Flatten(),
+            nn.Dropout(0.3),
+            nn.Linear(16 * cin, self.FEATURES),
+            nn.ReLU(),
+        )
         self.head = nn.Linear(self.FEATURES, classes)
 
     def forward(self, images: Tensor) -> tuple[Tensor, Tensor]:
-        features = self.body(diffuser.from_uint8(images))
+        features = self.body(from_uint8(images))
         return features, self.head(features)
 
 
-def train_judge(reference: Reference, device: torch.device) -> Judge:
-    """A judge trained on shifted (and, in colour, mirrored) images: a minute or two for grey ones on two cores, ten
-    for colour."""
+def augment(x: Tensor, reach: int, mirror: bool) -> Tensor:
+    """A batch [N, C, H, W] shifted by up to `reach` pixels each way, all images alike, and mirrored if wanted."""
+    height, width = x.shape[2:]
+    top, left = torch.randint(2 * reach + 1, (2,)).tolist()
+    padded = F.pad(x, (reach, reach, reach, reach))
+    x = padded[:, :, top : top + height, left : left + width]
+    return x.flip(-1) if mirror else x
+
+
+def train_classifier(reference: Reference, device: torch.device) -> Classifier:
+    """A classifier trained on shifted (and, in colour, mirrored) images.
+
+    It takes a minute or two for grey images on two cores, ten for colour.
+    """
     torch.manual_seed(0)
-    fast = diffuser.precisions(diffuser.Config(), device) == ["bf16"]
-    bf16 = torch.autocast(device.type, torch.bfloat16, enabled=fast)
-    data, batch = reference.train, 128
-    judge = Judge(tuple(data.images.shape[1:]), len(data.class_names)).to(device)
-    per_epoch = math.ceil(len(data.images) / batch)
-    steps = per_epoch * (12 if data.images.shape[1] == 3 else max(4, 100_000 // len(data.images)))
-    optimizer = torch.optim.AdamW(judge.parameters(), weight_decay=0.01)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 3e-3, total_steps=steps)
+    fast = diffuser.pick_precision(diffuser.Config(), device) == "bf16"
+    autocast = torch.autocast(device.type, torch.bfloat16, enabled=fast)
+    data = reference.train
+    colour = data.images.shape[1] == 3
+    classifier = Classifier(tuple(data.images.shape[1:]), len(data.class_names)).to(device)
+
+    batch = 128
+    steps_per_epoch = math.ceil(len(data.images) / batch)
+    epochs = 12 if colour else max(4, 100_000 // len(data.images))
+    steps = steps_per_epoch * epochs
+    optimizer = torch.optim.AdamW(classifier.parameters(), weight_decay=0.01)
+    lr_schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 3e-3, total_steps=steps)
+
     reach = max(1, data.images.shape[-1] // 14)
     for step in tqdm(range(steps), f"training the judge on {reference.name}", disable=None):
-        if step % per_epoch == 0:
+        # Take the next batch of a new order in each epoch.
+        position = step % steps_per_epoch
+        if position == 0:
             order = torch.randperm(len(data.images))
-        chosen = order[step % per_epoch * batch :][:batch]
-        x, y = data.images[chosen].to(device), data.labels[chosen].to(device)
-        height, width = x.shape[2:]
-        top, left = torch.randint(2 * reach + 1, (2,)).tolist()
-        x = F.pad(x, (reach,) * 4)[:, :, top : top + height, left : left + width]
-        x = x.flip(-1) if x.shape[1] == 3 and step % 2 else x
-        with bf16:
-            logits = judge(x)[1]
+        chosen = order[position * batch : (position + 1) * batch]
+        x = data.images[chosen].to(device)
+        y = data.labels[chosen].to(device)
+        x = augment(x, reach, mirror=colour and step % 2 == 1)
+
+        # Update the weights.
+        with autocast:
+            _, logits = classifier(x)
         F.cross_entropy(logits.float(), y, label_smoothing=0.05).backward()
         optimizer.step()
         optimizer.zero_grad()
-        schedule.step()
-    return judge.eval()
+        lr_schedule.step()
+    return classifier.eval()
 
 
 @torch.no_grad()
-def look(judge: Judge, images: Tensor) -> tuple[Tensor, Tensor]:
-    """The judge's features, float64 [N, 128], and its choice of class, int64 [N]."""
-    device = next(judge.parameters()).device
-    seen = [judge(batch.to(device)) for batch in images.split(500)]
-    return torch.cat([f.cpu().double() for f, _ in seen]), torch.cat([logits.argmax(1).cpu() for _, logits in seen])
+def extract_features(classifier: Classifier, images: Tensor) -> tuple[Tensor, Tensor]:
+    """The classifier's features of images uint8 [N, C, H, W], float64 [N, 128], and its choice of class, int64 [N]."""
+    device = next(classifier.parameters()).device
+    features = []
+    choices = []
+    for batch in images.split(500):
+        batch_features, logits = classifier(batch.to(device))
+        features.append(batch_features.cpu().double())
+        choices.append(logits.argmax(1).cpu())
+    return torch.cat(features), torch.cat(choices)
+
+
+# ---- Distance ----------------------------------------------------------------------------------
 
 
 def moments(features: Tensor) -> tuple[Tensor, Tensor]:
@@ -184,70 +277,117 @@ def moments(features: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def frechet_distance(a: tuple[Tensor, Tensor], b: tuple[Tensor, Tensor]) -> float:
-    """|m1 - m2|^2 + tr(S1 + S2 - 2 (S1 S2)^(1/2)) between two Gaussians, (mean [D], covariance [D, D]) each
-    (Heusel et al. 2017, eq. 6)."""
-    (m1, s1), (m2, s2) = a, b
+    """|m1 - m2|^2 + tr(S1 + S2 - 2 (S1 S2)^(1/2)) between two Gaussians, (mean [D], covariance [D, D]) each.
+
+    Heusel et al. 2017, eq. 6.
+    """
+    m1, s1 = a
+    m2, s2 = b
+
+    # S1 S2 has the eigenvalues of S1^(1/2) S2 S1^(1/2), which is symmetric.
     values, vectors = torch.linalg.eigh(s1)
     root = vectors * values.clamp(min=0).sqrt() @ vectors.T
     middle = torch.linalg.eigvalsh(root @ s2 @ root).clamp(min=0).sqrt().sum()
     return ((m1 - m2).square().sum() + s1.trace() + s2.trace() - 2 * middle).item()
 
 
-class Court:
-    """The judge of a reference, trained or found in data_dir, with the reference's own figures."""
+class ReferenceStats:
+    """The classifier of a reference, trained or found in data_dir, and what it makes of the reference's own images.
+
+    accuracy: on the test images; floor: the distance of all test images. Raises UserError for images without classes.
+    """
 
     def __init__(self, reference: Reference, data_dir: str):
-        shape, self.class_names = tuple(reference.train.images.shape[1:]), reference.train.class_names
-        device, key = diffuser.pick_device("auto"), f"{reference.train.digest()[:12]}_{'x'.join(map(str, shape))}"
-        path = Path(data_dir, f"judge_{reference.name}_{key}.pt")
+        self.class_names = reference.train.class_names
         if len(self.class_names) < 2:
             raise UserError(f"{reference.name} has no classes to train a judge on: use --metrics fid")
-        if path.exists():
-            self.judge = Judge(shape, len(self.class_names)).to(device).eval()
-            self.judge.load_state_dict(read_tensors(str(path)))
-        else:
-            self.judge = train_judge(reference, device)
-            diffuser.write_atomically(path, lambda file: torch.save(self.judge.state_dict(), file))
-        self.real = moments(look(self.judge, reference.train.images)[0])
-        self.test_features, choice = look(self.judge, reference.test.images)
+        self.classifier = load_or_train_classifier(reference, data_dir)
+
+        train_features, _ = extract_features(self.classifier, reference.train.images)
+        self.real = moments(train_features)
+        self.test_features, choice = extract_features(self.classifier, reference.test.images)
         self.accuracy = (choice == reference.test.labels).double().mean().item()
         self.floor = frechet_distance(self.real, moments(self.test_features))
 
     def floor_of(self, n: int) -> float:
-        """The distance of n test images, the mean of up to five draws: what n perfect images would score. n is at
-        most the number of test images."""
+        """The distance of n test images, the mean of up to five draws: what n perfect images would score.
+
+        n is at most the number of test images.
+        """
         order = torch.randperm(len(self.test_features), generator=torch.Generator().manual_seed(0))
-        draws = [part for part in order.split(n) if len(part) == n][:5]
-        return sum(frechet_distance(self.real, moments(self.test_features[d])) for d in draws) / len(draws)
+        whole_draws = [draw for draw in order.split(n) if len(draw) == n]
+        draws = whole_draws[:5]
+        distances = [frechet_distance(self.real, moments(self.test_features[draw])) for draw in draws]
+        return sum(distances) / len(draws)
 
     def scores(self, images: Tensor, labels: Tensor | None = None) -> dict[str, float]:
-        """accuracy (only with labels int64 [N]) and distance of images uint8 [N, C, H, W]. Raises UserError for
-        fewer images than the covariance of the features needs."""
-        if len(images) <= Judge.FEATURES:
-            raise UserError(f"{len(images)} images are too few for a Frechet distance over {Judge.FEATURES} features: "
-                            f"their covariance would be singular; give at least {Judge.FEATURES + 1}, better 1,000")
-        features, choice = look(self.judge, images)
-        named = {} if labels is None else {"accuracy": (choice == labels).double().mean().item()}
-        return {**named, "distance": frechet_distance(self.real, moments(features))}
+        """accuracy (only with labels int64 [N]) and distance of images uint8 [N, C, H, W].
+
+        Raises UserError for fewer images than the covariance of the features needs.
+        """
+        width = Classifier.FEATURES
+        if len(images) <= width:
+            raise UserError(f"{len(images)} images are too few for a Frechet distance over {width} features: "
+                            f"their covariance would be singular; give at least {width + 1}, better 1,000")
+
+        features, choice = extract_features(self.classifier, images)
+        scores = {}
+        if labels is not None:
+            scores["accuracy"] = (choice == labels).double().mean().item()
+        scores["distance"] = frechet_distance(self.real, moments(features))
+        return scores
 
 
-def judge_folder(generated: ImageData, court: Court) -> dict[str, float]:
-    """What the judge says of a folder of images, beside what it says of real ones."""
-    names = {diffuser.file_name(name): i for i, name in enumerate(court.class_names)}
-    known = generated.class_names and set(generated.class_names) <= set(names)
-    labels = torch.tensor([names[n] for n in generated.class_names])[generated.labels] if known else None
-    count = min(len(generated.images), len(court.test_features))
-    return {**court.scores(generated.images, labels), "floor": court.floor,
-            f"floor of {count} images": court.floor_of(count), "judge's own accuracy": court.accuracy}
+def load_or_train_classifier(reference: Reference, data_dir: str) -> Classifier:
+    """The classifier kept in data_dir for these very images, else a new one, which is kept there. Raises UserError."""
+    shape = tuple(reference.train.images.shape[1:])
+    size = "x".join(map(str, shape))
+    digest = reference.train.digest()[:12]
+    path = Path(data_dir, f"judge_{reference.name}_{digest}_{size}.pt")
+    device = diffuser.pick_device("auto")
+
+    if path.exists():
+        classifier = Classifier(shape, len(reference.train.class_names)).to(device).eval()
+        classifier.load_state_dict(read_tensors(str(path)))
+        return classifier
+
+    classifier = train_classifier(reference, device)
+    write_atomically(path, lambda file: torch.save(classifier.state_dict(), file))
+    return classifier
 
 
-# ------------------------------------------------------------------------------------------------
-# Inception metrics, by torch-fidelity
+def labels_in_reference(generated: ImageData, class_names: list[str]) -> Tensor | None:
+    """The labels of a folder of images by the reference's numbers, int64 [N]; None where it has other classes."""
+    numbers = {file_name(name): i for i, name in enumerate(class_names)}
+    if not generated.class_names:
+        return None
+    if not set(generated.class_names) <= set(numbers):
+        return None
+    number_of_label = torch.tensor([numbers[name] for name in generated.class_names])
+    return number_of_label[generated.labels]
 
-METRICS = {"fid": "fid", "kid": "kid", "is": "isc", "pr": "prc"}             # ours, torch-fidelity's
+
+def classifier_scores(generated: ImageData, stats: ReferenceStats) -> dict[str, float]:
+    """What the classifier says of a folder of images, beside what it says of real ones. Raises UserError."""
+    labels = labels_in_reference(generated, stats.class_names)
+    scores = stats.scores(generated.images, labels)
+
+    count = min(len(generated.images), len(stats.test_features))
+    scores["floor"] = stats.floor
+    scores[f"floor of {count} images"] = stats.floor_of(count)
+    scores["judge's own accuracy"] = stats.accuracy
+    return scores
 
 
-class Colour(torch.utils.data.Dataset):
+# ---- Inception metrics -------------------------------------------------------------------------
+# By torch-fidelity: Heusel et al. 2017 (fid), Binkowski et al. 2018 (kid), Salimans et al. 2016 (is),
+# Kynkaanniemi et al. 2019 (pr).
+
+# Our names, and torch-fidelity's.
+METRICS = {"fid": "fid", "kid": "kid", "is": "isc", "pr": "prc"}
+
+
+class ColourImages(torch.utils.data.Dataset):
     """uint8 [N, C, H, W] as uint8 [3, H, W] items."""
 
     def __init__(self, images: Tensor):
@@ -260,47 +400,60 @@ class Colour(torch.utils.data.Dataset):
         return self.images[i].expand(3, -1, -1)
 
 
+def require_enough_images(metric: str, generated: int, real: int, features: int, subset: int) -> None:
+    """Raise UserError for fewer images than a metric needs."""
+    needs = {
+        "fid": (features + 1, f"its covariance has {features} dimensions"),
+        "kid": (subset, "its subsets are that large (--kid_subset_size)"),
+        "is": (100, "it averages over ten parts"),
+        "pr": (100, "it looks for nearest neighbours"),
+    }
+    least, why = needs[metric]
+    count = generated if metric == "is" else min(generated, real)
+    if count < least:
+        raise UserError(f"{count} images are too few for {metric}: it needs {least}, since {why}")
+
+
 def inception_scores(generated: Tensor, real: Tensor, metrics: list[str], weights: str, features: int,
                      subset: int) -> dict[str, float]:
     """FID, KID (subsets of `subset` images), Inception Score, precision and recall of images uint8 [N, C, H, W].
-    features: width of the layer, 64, 192, 768 or 2048 (the usual one). Raises UserError for too few images."""
+
+    weights: a file of the network's weights, else torch-fidelity downloads them; features: width of the layer, 64, 192,
+    768 or 2048 (the usual one). Raises UserError for too few images.
+    """
     if importlib.util.find_spec("torch_fidelity") is None:
         raise UserError(f"{', '.join(metrics)} need torch-fidelity: pip install torch-fidelity")
-    need = {"fid": (features + 1, f"its covariance has {features} dimensions"),
-            "kid": (subset, "its subsets are that large (--kid_subset_size)"),
-            "is": (100, "it averages over ten parts"), "pr": (100, "it looks for nearest neighbours")}
     for metric in metrics:
-        least, why = need[metric]
-        counted = [len(generated)] if metric == "is" else [len(generated), len(real)]
-        if min(counted) < least:
-            raise UserError(f"{min(counted)} images are too few for {metric}: it needs {least}, since {why}")
+        require_enough_images(metric, len(generated), len(real), features, subset)
     if weights:
-        read_tensors(weights)                                                # torch-fidelity would run its code
+        read_tensors(weights)                                    # torch-fidelity would run its code
     from torch_fidelity import calculate_metrics
 
-    layers = {f"feature_layer_{m}": str(features) for m in ("fid", "kid", "prc")}
-    asked = {METRICS[m]: True for m in metrics}
+    layers = {f"feature_layer_{name}": str(features) for name in ("fid", "kid", "prc")}
+    wanted = {METRICS[metric]: True for metric in metrics}
     try:
         return calculate_metrics(
-            input1=Colour(generated), input2=Colour(real), **asked, **layers, kid_subset_size=subset, verbose=False,
+            input1=ColourImages(generated), input2=ColourImages(real), **wanted, **layers, kid_subset_size=subset,
             feature_extractor="inception-v3-compat", feature_extractor_weights_path=weights or None,
-            cuda=torch.cuda.is_available(), batch_size=50, save_cpu_ram=True)
+            cuda=torch.cuda.is_available(), batch_size=50, save_cpu_ram=True, verbose=False)
     except (OSError, RuntimeError) as error:
         reason = str(error).strip().split("\n")[0]
         raise UserError(f"the Inception network could not be loaded ({reason}): give its weights as torch-fidelity has "
                         "them with --weights", code=1) from error
 
 
-# ------------------------------------------------------------------------------------------------
-# The variational bound
+# ---- Variational bound -------------------------------------------------------------------------
 
 
 def discretised_nll(x0: Tensor, mean: Tensor, sigma: float) -> Tensor:
-    """-log P(x0) under a Gaussian cut into the 256 levels of [-1, 1], the outer ones open (DDPM, eq. 13), in nats."""
-    upper, lower = ((x0.double() + half - mean) / sigma for half in (1 / 255, -1 / 255))
+    """-log P(x0) under a Gaussian cut into the 256 levels of [-1, 1], the outer ones open, in nats (DDPM, eq. 13)."""
+    upper = (x0.double() + 1 / 255 - mean) / sigma
+    lower = (x0.double() - 1 / 255 - mean) / sigma
     inside = (torch.special.ndtr(upper) - torch.special.ndtr(lower)).clamp(min=1e-12).log()
-    return -torch.where(x0 < -0.999, torch.special.log_ndtr(upper),
-                        torch.where(x0 > 0.999, torch.special.log_ndtr(-lower), inside))
+    darkest = torch.special.log_ndtr(upper)
+    lightest = torch.special.log_ndtr(-lower)
+    log_p = torch.where(x0 > 0.999, lightest, inside)
+    return -torch.where(x0 < -0.999, darkest, log_p)
 
 
 def gaussian_kl(mean1: Tensor, var1: float, mean2: Tensor | float, var2: float) -> Tensor:
@@ -309,64 +462,101 @@ def gaussian_kl(mean1: Tensor, var1: float, mean2: Tensor | float, var2: float) 
 
 
 @torch.no_grad()
-def bits_per_dimension(denoise: Callable, x0: Tensor, alpha_bar: Tensor, variance: str = "small",
-                       noise: Callable = torch.randn_like, tick: Callable = lambda: None) -> dict:
+def bits_per_dimension(denoise: diffuser.Denoiser, x0: Tensor, alpha_bar: Tensor, variance: str = "small",
+                       noise: Callable[[Tensor], Tensor] = torch.randn_like,
+                       tick: Callable[[], object] = lambda: None) -> dict:
     """The variational bound on -log2 p(x0) per dimension (DDPM, eq. 5), as improved-diffusion's calc_bpd_loop has it.
 
     denoise: (xt, t) -> (x0_hat, eps_hat), on whatever device; x0: [N, C, H, W] in [-1, 1] on the CPU, as is noise(x0);
-    alpha_bar: float64 [T], T > 1; variance: of p(x_{t-1} | x_t), small or large as for --variance. Returns total,
-    prior and terms (list, t = 0 first).
+    alpha_bar: float64 [T], T > 1; variance: of p(x_{t-1} | x_t), small or large as for --variance; tick(): called after
+    each timestep. Returns total, prior and terms (list, t = 0 first).
     """
-    bar = [1.0, *alpha_bar.tolist()]                                         # bar[t + 1] is alpha_bar_t
-    beta = [1 - b / a for a, b in zip(bar, bar[1:])]
-    posterior = [beta[t] * (1 - bar[t]) / (1 - bar[t + 1]) for t in range(len(beta))]  # DDPM, eq. 7
-    var = [posterior[1], *(beta if variance == "large" else posterior)[1:]]  # at t = 0 the posterior has none
+    T = len(alpha_bar)
+    bar = alpha_bar.tolist()
+    bar_prev = [1.0, *bar[:-1]]
+    beta = [1 - bar[t] / bar_prev[t] for t in range(T)]
+
+    # Variances of q(x_{t-1} | x_t, x0) (DDPM, eq. 7) and of p(x_{t-1} | x_t); at t = 0 the former is 0.
+    posterior = [beta[t] * (1 - bar_prev[t]) / (1 - bar[t]) for t in range(T)]
+    chosen = beta if variance == "large" else posterior
+    var = [posterior[1], *chosen[1:]]
+
     terms = []
-    for t in reversed(range(len(beta))):
-        xt = math.sqrt(bar[t + 1]) * x0 + math.sqrt(1 - bar[t + 1]) * noise(x0)
+    for t in reversed(range(T)):
+        xt = math.sqrt(bar[t]) * x0 + math.sqrt(1 - bar[t]) * noise(x0)                    # DDPM, eq. 4
         x0_hat = denoise(xt, t)[0].cpu().double()
-        to_x0 = math.sqrt(bar[t]) * beta[t] / (1 - bar[t + 1])
-        mean = to_x0 * x0_hat + math.sqrt(1 - beta[t]) * (1 - bar[t]) / (1 - bar[t + 1]) * xt
-        nats = (gaussian_kl(mean + to_x0 * (x0 - x0_hat), posterior[t], mean, var[t]) if t else
-                discretised_nll(x0, mean, math.sqrt(var[0])))
+
+        # The means of p and q (DDPM, eq. 7); they differ by what is wrong in x0_hat.
+        x0_factor = math.sqrt(bar_prev[t]) * beta[t] / (1 - bar[t])
+        xt_factor = math.sqrt(1 - beta[t]) * (1 - bar_prev[t]) / (1 - bar[t])
+        mean = x0_factor * x0_hat + xt_factor * xt
+        if t > 0:
+            nats = gaussian_kl(mean + x0_factor * (x0 - x0_hat), posterior[t], mean, var[t])
+        else:
+            nats = discretised_nll(x0, mean, math.sqrt(var[0]))
         terms.append(nats.mean().item() / math.log(2))
         tick()
-    prior = gaussian_kl(math.sqrt(bar[-1]) * x0.double(), 1 - bar[-1], 0.0, 1.0).mean().item() / math.log(2)
+
+    prior_nats = gaussian_kl(math.sqrt(bar[-1]) * x0.double(), 1 - bar[-1], 0.0, 1.0)
+    prior = prior_nats.mean().item() / math.log(2)
     return dict(total=sum(terms) + prior, prior=prior, terms=terms[::-1])
 
 
+def fed_from_cpu(denoise: diffuser.Denoiser, device: torch.device) -> diffuser.Denoiser:
+    """A denoiser on the device, for xt on the CPU."""
+    return lambda xt, t: denoise(xt.to(device), t)
+
+
 def checkpoint_bpd(path: str, data_dir: str, count: int, batch: int = 250) -> dict[str, float]:
-    """The bound for the model in a checkpoint given the class of each image, in float32, over `count` of the images
-    that it was not trained on."""
+    """The bound for the model in a checkpoint, given the class of each image, in float32.
+
+    It is the mean over `count` of the images that it was not trained on. Raises UserError.
+    """
     model = diffuser.load(path, data_dir=data_dir, guidance_scale=0.0, precision="fp32")
     cfg = model.config
     if cfg.dataset == "folder":
         raise UserError(f"{path} was trained on a folder of images: --bpd is for named datasets")
+
     data = diffuser.load_data(cfg)
-    held_out = diffuser.split(data, cfg.val_fraction)[1][:count]
-    if not len(held_out):
+    _, val_indices = diffuser.split(data, cfg.val_fraction)
+    val_indices = val_indices[:count]
+    if len(val_indices) == 0:
         raise UserError(f"{path} was trained with --val_fraction 0: no image is left to test it with")
-    random, total, prior, last = diffuser.generator(cfg.seed, diffuser.STREAM_VALIDATION), 0.0, 0.0, 0.0
-    with tqdm(total=cfg.timesteps * math.ceil(len(held_out) / batch), desc="bound", leave=False, disable=None) as bar:
-        for part in held_out.split(batch):
-            denoise = model.denoiser(data.labels[part].to(model.device), cfg)
-            bound = bits_per_dimension(
-                lambda xt, t, denoise=denoise: denoise(xt.to(model.device), t), diffuser.from_uint8(data.images[part]),
-                model.diffusion.alpha_bar, cfg.variance, lambda x: torch.randn(x.shape, generator=random), bar.update)
-            share = len(part) / len(held_out)
-            total, prior = total + share * bound["total"], prior + share * bound["prior"]
-            last += share * bound["terms"][0]
-    return {"bits per dimension": total, "of these the prior": prior, "of these t = 0": last, "images": len(held_out)}
+
+    random = diffuser.generator(cfg.seed, diffuser.STREAM_VALIDATION)
+
+    def draw_noise(x: Tensor) -> Tensor:
+        return torch.randn(x.shape, generator=random)
+
+    total = 0.0
+    prior = 0.0
+    first_term = 0.0
+    steps = cfg.timesteps * math.ceil(len(val_indices) / batch)
+    with tqdm(total=steps, desc="bound", leave=False, disable=None) as bar:
+        for part in val_indices.split(batch):
+            labels = data.labels[part].to(model.device)
+            denoise = fed_from_cpu(model.denoiser(labels, cfg), model.device)
+            x0 = from_uint8(data.images[part])
+            bound = bits_per_dimension(denoise, x0, model.diffusion.alpha_bar, cfg.variance, draw_noise, bar.update)
+            share = len(part) / len(val_indices)
+            total += share * bound["total"]
+            prior += share * bound["prior"]
+            first_term += share * bound["terms"][0]
+
+    return {
+        "bits per dimension": total,
+        "of these the prior": prior,
+        "of these t = 0": first_term,
+        "images": len(val_indices),
+    }
 
 
-# ------------------------------------------------------------------------------------------------
-# Command line
+# ---- Command line ------------------------------------------------------------------------------
 
 
-def build_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser("evaluate.py", description=__doc__.partition("\n")[0], allow_abbrev=False,
-                                     epilog=__doc__.partition("\n")[2],
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+def build_parser() -> Parser:
+    summary, _, details = __doc__.partition("\n")
+    parser = Parser("evaluate.py", description=summary, epilog=details)
     parser.add_argument("folder", nargs="?", help="folder or ZIP of images to score")
     parser.add_argument("--against", default="", help="dataset, folder or ZIP of real images")
     parser.add_argument("--metrics", default="", help="judge, fid, kid, is, pr [judge for named datasets, else fid]")
@@ -378,50 +568,61 @@ def build_parser() -> argparse.ArgumentParser:
                         help="width of the Inception layer for fid, kid, pr [2048]")
     parser.add_argument("--kid_subset_size", type=int, default=1000, help="images in a subset for kid [1000]")
     parser.add_argument("--json", default="", help="also write the figures to this file")
+    add_debug(parser)
     return parser
 
 
+def choose_metrics(args: argparse.Namespace) -> list[str]:
+    """The metrics asked for, or those that are usual for what is compared with. Raises UserError."""
+    usual = "judge" if args.against in diffuser.DATASETS else "fid"
+    names = args.metrics or usual
+    metrics = [name.strip() for name in names.split(",")]
+    for name in metrics:
+        if name != "judge" and name not in METRICS:
+            raise UserError(f"--metrics {name}: choose from judge, {', '.join(METRICS)}")
+    return metrics
+
+
 def evaluate(args: argparse.Namespace) -> dict[str, float]:
-    """What the command line asks for. Raises UserError."""
+    """The figures that the command line asks for, by name. Raises UserError."""
     if args.num_images < 1 or args.kid_subset_size < 2:
         raise UserError("--num_images and --kid_subset_size must be positive")
     if args.bpd:
         return checkpoint_bpd(args.bpd, args.data_dir, args.num_images)
     if not args.folder or not args.against:
         raise UserError("name a folder of images and what to hold them --against: evaluate.py DIR --against mnist")
-    usual = "judge" if args.against in diffuser.DATASETS else "fid"
-    metrics = [m.strip() for m in (args.metrics or usual).split(",")]
-    unknown = [m for m in metrics if m not in ("judge", *METRICS)]
-    if unknown:
-        raise UserError(f"--metrics {unknown[0]}: choose from judge, {', '.join(METRICS)}")
+
+    metrics = choose_metrics(args)
     generated = read_images(args.folder)
     reference = load_reference(args.against, args.data_dir, tuple(generated.images.shape[1:]))
-    found: dict[str, float] = {"images": len(generated.images)}
+
+    figures: dict[str, float] = {"images": len(generated.images)}
     if "judge" in metrics:
-        found |= judge_folder(generated, Court(reference, args.data_dir))
-    inception = [m for m in metrics if m != "judge"]
+        stats = ReferenceStats(reference, args.data_dir)
+        figures |= classifier_scores(generated, stats)
+    inception = [name for name in metrics if name != "judge"]
     if inception:
         real = reference.everything().images
-        found |= inception_scores(generated.images, real, inception, args.weights, args.features, args.kid_subset_size)
-    return found
+        figures |= inception_scores(generated.images, real, inception, args.weights, args.features,
+                                    args.kid_subset_size)
+    return figures
+
+
+def run(args: argparse.Namespace) -> None:
+    """Print what the command line asks for, and write it to a file where one is given. Raises UserError, OSError."""
+    start_time = time.perf_counter()
+    figures = evaluate(args)
+    for name, value in figures.items():
+        print(f"{name:40} {value:.5g}")
+    print(f"{'seconds':40} {time.perf_counter() - start_time:.0f}")
+    if args.json:
+        write_json(Path(args.json), figures)
 
 
 def main(argv: list[str] | None = None) -> int:
     """Run the command line; returns the exit status."""
-    try:
-        args = build_parser().parse_args(argv)
-        started = time.perf_counter()
-        found = evaluate(args)
-        for name, value in found.items():
-            print(f"{name:40} {value:.5g}")
-        print(f"{'seconds':40} {time.perf_counter() - started:.0f}")
-        if args.json:
-            diffuser.write_json(Path(args.json), found)
-        return 0
-    except (UserError, OSError) as error:
-        print("evaluate:", error, file=sys.stderr)
-        return getattr(error, "code", 1)
+    return run_script("evaluate", lambda: build_parser().parse_args(argv), run)
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    end_process(main)

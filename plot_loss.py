@@ -3,145 +3,188 @@
 
     python plot_loss.py DIR [DIR ...]     draw these runs, overlaid
     python plot_loss.py                   list the runs found here and ask which to draw
-    python plot_loss.py --html DIR ...    write DIR/report.html for each: a page with all a run left
 
-A run writes epoch and mean loss into the names of its sample grids (epoch_50_loss_0.1234.png), so
-the folder of samples is all this needs: no checkpoint, no log file, no torch. The figure has two
-panels, the raw loss and its sliding average, and is saved as loss.png. The page (see report.py)
-also shows the grids, the strips, metrics.csv and config.json, where the folder holds them.
+A run writes epoch and mean loss into the names of its sample grids (epoch_50_loss_0.1234.png), so the folder of
+samples is all this needs: no checkpoint, no log file, no torch. The figure has two panels, the raw loss and its
+sliding average, and is saved as loss.png. `python report.py DIR` makes a page with everything a run left.
 """
 
+from __future__ import annotations
+
 import argparse
+import io
 import math
 import os
 import re
 import sys
 from bisect import bisect_right
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from statistics import fmean
+
+from diffuser_lib.files import (
+    Parser,
+    UserError,
+    add_debug,
+    end_process,
+    first_line,
+    newest_first,
+    run_script,
+    write_atomically,
+)
 
 NUMBER = r"[-+]?(?:nan|inf|(?:\d+\.?\d*|\.\d+)(?:[eE][-+]?\d+)?)"
 SAMPLE_NAME = re.compile(rf"epoch_(?P<epoch>\d+(?:\.\d+)?)_loss_(?P<loss>{NUMBER})\.png")
 COLOURS = ["#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000"]
 
+Point = tuple[float, float]                                      # (epoch, loss)
 
-class BadInput(Exception):
-    """Something the user can put right; the message says what and how."""
-
-
-# ---- numbers: what the names say ----------------------------------------------------------------
-
-def find_grids(directory) -> list[re.Match]:
-    """Return the names of the sample grids in `directory`, by epoch, as matches of SAMPLE_NAME."""
-    matches = (SAMPLE_NAME.fullmatch(name) for name in sorted(os.listdir(directory)))
-    return sorted(filter(None, matches), key=lambda match: float(match["epoch"]))
+# ---- Numbers: what the names say ---------------------------------------------------------------
 
 
-def parse_losses(directory) -> list[tuple[float, float]]:
-    """Return the (epoch, loss) pairs that the file names in `directory` carry, by epoch."""
-    return [(float(match["epoch"]), float(match["loss"])) for match in find_grids(directory)]
+def find_grids(directory: str | Path) -> list[re.Match]:
+    """The names of the sample grids in a folder, by epoch, as matches of SAMPLE_NAME. Raises OSError."""
+    grids = []
+    for name in sorted(os.listdir(directory)):
+        match = SAMPLE_NAME.fullmatch(name)
+        if match:
+            grids.append(match)
+    return sorted(grids, key=lambda grid: float(grid["epoch"]))
 
 
-def finite(points) -> list[tuple[float, float]]:
-    """Return the points whose loss is neither nan nor infinite."""
+def parse_losses(directory: str | Path) -> list[Point]:
+    """The (epoch, loss) pairs that the file names in a folder carry, by epoch. Raises OSError."""
+    return [(float(grid["epoch"]), float(grid["loss"])) for grid in find_grids(directory)]
+
+
+def finite(points: Iterable[Point]) -> list[Point]:
+    """The points whose loss is neither nan nor infinite."""
     return [(epoch, loss) for epoch, loss in points if math.isfinite(loss)]
 
 
-def sliding_average(points, window) -> list[tuple[float, float]]:
-    """Return, at each epoch e, the mean loss of the points with epoch in (e - window, e]."""
+def sliding_average(points: Sequence[Point], window: float) -> list[Point]:
+    """At each epoch e, the mean loss of the points with epoch in (e - window, e]."""
     epochs = [epoch for epoch, _ in points]
     losses = [loss for _, loss in points]
+
     averages = []
     for epoch in epochs:
-        before = round(epoch - window, 9)  # 10.1 - 10 would fall just below 0.1 and let it in
+        # Rounded, because 10.1 - 10 falls just below 0.1 and would let the point at 0.1 in.
+        before = round(epoch - window, 9)
         recent = losses[bisect_right(epochs, before):bisect_right(epochs, epoch)]
         averages.append((epoch, fmean(recent)))
     return averages
 
 
-def wants_log_axis(points) -> bool:
-    """Say whether the losses span so much that a linear axis would hide the small ones."""
-    losses = [loss for _, loss in points] or [1]
-    return all(0 < loss < math.inf for loss in losses) and max(losses) > 20 * min(losses)
+def wants_log_axis(points: Iterable[Point]) -> bool:
+    """Whether the losses span so much that a linear axis would hide the small ones."""
+    losses = [loss for _, loss in points]
+    if not losses:
+        return False
+    if not all(0 < loss < math.inf for loss in losses):          # no logarithm; nan fails here too
+        return False
+    return max(losses) > 20 * min(losses)
 
 
-def summary(name, points) -> str:
-    """Describe one run in a few lines of text."""
-    def at(point):
-        return f"{point[1]:.4g} at epoch {point[0]:.10g}"
+def point_text(point: Point) -> str:
+    """A point in words."""
+    epoch, loss = point
+    return f"{loss:.4g} at epoch {epoch:.10g}"
 
-    lines = [f"{name}",
-             f"  points  {len(points)}, epoch {points[0][0]:.10g} to {points[-1][0]:.10g}"]
+
+def summary(name: object, points: Sequence[Point]) -> str:
+    """One run in a few lines of text: points, range, best and final loss."""
+    first_epoch = points[0][0]
+    last_epoch = points[-1][0]
+    lines = [f"{name}", f"  points  {len(points)}, epoch {first_epoch:.10g} to {last_epoch:.10g}"]
+
     numbers = finite(points)
     if numbers:
-        losses = [loss for _, loss in numbers]
-        lines.append(f"  loss    {min(losses):.4g} to {max(losses):.4g}")
-        lines.append(f"  best    {at(min(numbers, key=lambda point: point[1]))}")
-    lines.append(f"  final   {at(points[-1])}")
-    if len(numbers) < len(points):
-        lines.append(f"  not in the curve: {len(points) - len(numbers)} non-finite (nan or inf)")
+        best = min(numbers, key=lambda point: point[1])
+        highest = max(loss for _, loss in numbers)
+        lines.append(f"  loss    {best[1]:.4g} to {highest:.4g}")
+        lines.append(f"  best    {point_text(best)}")
+    lines.append(f"  final   {point_text(points[-1])}")
+
+    left_out = len(points) - len(numbers)
+    if left_out:
+        lines.append(f"  not in the curve: {left_out} non-finite (nan or inf)")
     return "\n".join(lines)
 
 
-# ---- folders: which runs there are, and which are meant -----------------------------------------
-
-def newest_sample(folder) -> float:
-    """Return the time of the newest sample in `folder`, 0 where it holds none."""
-    samples = (path for path in folder.glob("epoch_*") if SAMPLE_NAME.fullmatch(path.name))
-    return max((path.stat().st_mtime for path in samples), default=0)
+# ---- Folders: which runs there are, and which are meant ----------------------------------------
 
 
-def find_runs(samples_dir) -> list[Path]:
-    """Return the sample folders in `samples_dir` and those at ./samples_*, newest first."""
-    folders = [*Path(samples_dir).glob("*"), *Path().glob("samples_*")]
-    times = {folder: newest_sample(folder) for folder in folders}
-    return sorted((folder for folder in times if times[folder]), key=times.get, reverse=True)
+def find_runs(samples_dir: str | Path) -> list[Path]:
+    """The sample folders in `samples_dir` and those at ./samples_*, by the time of their newest sample."""
+    newest = {}                                                  # newest sample: its folder
+    for folder in [*Path(samples_dir).glob("*"), *Path().glob("samples_*")]:
+        samples = [path for path in folder.glob("epoch_*") if SAMPLE_NAME.fullmatch(path.name)]
+        for sample in newest_first(samples)[:1]:
+            newest[sample] = folder
+    return [newest[sample] for sample in newest_first(newest)]
 
 
-def load_run(directory) -> list[tuple[float, float]]:
-    """Return the points of one run, or say why there are none."""
+def load_run(directory: Path) -> list[Point]:
+    """The points of one run. Raises UserError where there are none."""
     try:
         points = parse_losses(directory)
     except OSError as error:
-        raise BadInput(f"cannot read {directory}: {error.strerror}; "
-                       "give the folder that a run put its samples in") from error
-    if not points:
-        inside = "".join(f", such as {run}" for run in find_runs(directory)[:1])
-        raise BadInput(f"nothing to plot in {directory}: it holds no file named like "
-                       f"epoch_50_loss_0.1234.png; give a run's sample folder{inside}")
-    return points
+        raise UserError(f"cannot read {directory}: {error.strerror}; "
+                        "give the folder that a run put its samples in") from error
+    if points:
+        return points
+
+    runs = find_runs(directory)
+    example = f", such as {runs[0]}" if runs else ""
+    raise UserError(f"there is no run in {directory}: it holds no file named like epoch_50_loss_0.1234.png; "
+                    f"give a run's sample folder{example}")
 
 
-def parse_answer(answer, count) -> list[int] | None:
-    """Turn '', 'q' or '2, 1' into places in a list of `count`; None for anything else."""
+def parse_answer(answer: str, count: int) -> list[int] | None:
+    """'', 'q' or '2, 1' as places in a list of `count`, none for q; None for anything else."""
     if answer.lower() in ("q", "quit"):
         return []
-    parts = (answer or "1").split(",")
-    chosen = [int(part) - 1 for part in parts if part.strip().isdecimal()]
-    valid = len(chosen) == len(parts) and all(0 <= place < count for place in chosen)
-    return list(dict.fromkeys(chosen)) if valid else None
+    if not answer:
+        return [0]
+
+    places = []
+    for part in answer.split(","):
+        if not part.strip().isdecimal():
+            return None
+        place = int(part) - 1
+        if not 0 <= place < count:
+            return None
+        if place not in places:
+            places.append(place)
+    return places
 
 
-def choose_runs(runs) -> list[Path]:
-    """List `runs`, ask which to draw until the answer makes sense, and return those."""
+def choose_runs(runs: list[Path], script: str) -> list[Path]:
+    """List runs and ask which are meant until the answer makes sense. Raises UserError where the input ends.
+
+    script: the name of the program that asks.
+    """
     print("Sample folders, newest first:")
     for number, folder in enumerate(runs, start=1):
-        print(f"  {number}  {folder}  (to epoch {parse_losses(folder)[-1][0]:.10g})")
+        last_epoch = parse_losses(folder)[-1][0]
+        print(f"  {number}  {folder}  (to epoch {last_epoch:.10g})")
+
     while True:
         try:
             answer = input("Which? Numbers separated by commas [1], q quits: ").strip()
-        except EOFError:
-            print()  # ends the line of the question
-            raise BadInput("the input ended before an answer; give a directory on the command "
-                           f"line: python plot_loss.py {runs[0]}") from None
-        chosen = parse_answer(answer, len(runs))
-        if chosen is not None:
-            return [runs[place] for place in chosen]
+        except (EOFError, RuntimeError):                         # RuntimeError: there is no stdin at all
+            print()                                              # ends the line of the question
+            raise UserError("the input ended before an answer; give a directory on the command line: "
+                            f"python {script}.py {runs[0]}") from None
+        places = parse_answer(answer, len(runs))
+        if places is not None:
+            return [runs[place] for place in places]
         print(f"Not understood: {answer!r}. Give numbers from 1 to {len(runs)}, for example 1,2.")
 
 
 def choose_in_dialog() -> list[Path] | None:
-    """Let a file dialog pick the run; None where there is no tkinter or its display is gone."""
+    """The run picked in a file dialog, empty where it is closed; None without tkinter or a display."""
     try:
         from tkinter import TclError, Tk, filedialog
     except ImportError:
@@ -150,150 +193,203 @@ def choose_in_dialog() -> list[Path] | None:
         root = Tk()
     except TclError:
         return None
-    root.withdraw()  # the dialog alone, without an empty main window
+
+    root.withdraw()                                              # the dialog alone, without an empty main window
     picked = filedialog.askdirectory(title="Folder with a run's samples")
     root.destroy()
     return [Path(picked)] if picked else []
 
 
-def ask_for_runs(samples_dir, windows) -> list[Path]:
-    """Return the runs that the user picks from a list or a dialog; empty means quit."""
+def ask_for_runs(samples_dir: str, windows: bool, script: str) -> list[Path]:
+    """The runs that the user picks from a list or, where none is found, in a dialog; empty means quit.
+
+    windows: whether a dialog may open; script: the name of the program that asks. Raises UserError.
+    """
     runs = find_runs(samples_dir)
     if runs:
-        return choose_runs(runs)
+        return choose_runs(runs, script)
+
     picked = choose_in_dialog() if windows else None
     if picked is None:
-        raise BadInput(f"no sample folders in {samples_dir} or at ./samples_*; give a directory "
-                       "on the command line: python plot_loss.py DIR")
+        raise UserError(f"no sample folders in {samples_dir} or at ./samples_*; give a directory on the command line: "
+                        f"python {script}.py DIR")
     return picked
 
 
-# ---- pictures -----------------------------------------------------------------------------------
-
 def can_open_windows() -> bool:
-    """Say whether there is a display, and a person at a terminal to look at it."""
-    display = os.environ.get("DISPLAY") or os.environ.get("WAYLAND_DISPLAY")
-    return bool(display or sys.platform in ("darwin", "win32")) and sys.stdout.isatty()
+    """Whether there is a display, and a person at a terminal to look at it."""
+    if not sys.stdout.isatty():
+        return False
+    if sys.platform in ("darwin", "win32"):
+        return True
+    return bool(os.environ.get("DISPLAY") or os.environ.get("WAYLAND_DISPLAY"))
 
 
-def label_runs(directories) -> list[str]:
-    """Return a label for each directory: its name, or its path where two share a name."""
+# ---- Figure ------------------------------------------------------------------------------------
+
+
+def label_runs(directories: Iterable[Path]) -> list[str]:
+    """A label for each folder: its name, or its path where two share a name."""
+    directories = list(directories)
     names = [directory.resolve().name for directory in directories]
-    return [name if names.count(name) == 1 else str(directory)
-            for directory, name in zip(directories, names)]
+
+    labels = []
+    for directory, name in zip(directories, names):
+        unique = names.count(name) == 1
+        labels.append(name if unique else str(directory))
+    return labels
 
 
-def draw_panel(axes, curves, title, log):
-    """Draw a list of (label, points) into one panel."""
+def draw_panel(axes, curves: Iterable[tuple[str, Sequence[Point]]], title: str, log: bool) -> None:
+    """Draw (label, points) of each curve into one panel. log: whether the axis of losses is logarithmic."""
     from matplotlib.ticker import LogLocator
 
     for label, points in curves:
-        epochs, losses = zip(*points) if points else ((), ())
-        axes.plot(epochs, losses, marker="o" if len(points) < 15 else "", markersize=4, label=label)
+        epochs = [epoch for epoch, _ in points]
+        losses = [loss for _, loss in points]
+        marker = "o" if len(points) < 15 else ""
+        axes.plot(epochs, losses, marker=marker, markersize=4, label=label)
     axes.set(title=title, xlabel="epoch", ylabel="loss")
+
     if log:
         axes.set_yscale("log")
-        low, high = axes.get_ylim()  # label 0.1, 0.2, 0.5, 1 where there is room, else powers of 10
-        axes.yaxis.set_major_locator(LogLocator(subs=[1, 2, 5] if high < 1000 * low else [1]))
+        # Label 0.1, 0.2, 0.5, 1 where there is room, else powers of 10.
+        low, high = axes.get_ylim()
+        steps = [1, 2, 5] if high < 1000 * low else [1]
+        axes.yaxis.set_major_locator(LogLocator(subs=steps))
         axes.yaxis.set_major_formatter("{x:g}")
         axes.tick_params(which="minor", labelleft=False)
+
     axes.grid(alpha=0.3)
     axes.spines[["top", "right"]].set_visible(False)
 
 
-def plot(runs, save, window=10, show=False):
-    """Draw `runs`, a list of (label, points), to the file `save`; then show it where asked."""
+def draw_figure(runs: Sequence[tuple[str, Sequence[Point]]], window: float):
+    """A matplotlib figure of (label, points) of each run: left the losses, right their sliding averages."""
+    import matplotlib.pyplot as plt
+
+    raw = []
+    smooth = []
+    everything = []
+    for label, points in runs:
+        numbers = finite(points)
+        raw.append((label, numbers))
+        smooth.append((label, sliding_average(numbers, window)))
+        everything += points
+    log = wants_log_axis(everything)
+
+    figure, panels = plt.subplots(1, 2, figsize=(12, 5 + 0.1 * len(runs)), layout="constrained")
+    draw_panel(panels[0], raw, "raw loss", log)
+    draw_panel(panels[1], smooth, f"sliding average over {window:g} epochs", log)
+    figure.legend(handles=panels[0].lines, loc="outside lower center", ncols=2, frameon=False)
+    return figure
+
+
+def encode(figure, save: Path) -> bytes:
+    """A matplotlib figure as the content of a file, in the format that the file's ending names. Raises UserError."""
+    kind = save.suffix[1:].lower()
+    known = figure.canvas.get_supported_filetypes()
+    if kind not in known:
+        raise UserError(f"cannot write {save}: {kind} is none of the formats {', '.join(sorted(known))}; "
+                        "name another file with --save")
+
+    file = io.BytesIO()
+    figure.savefig(file, format=kind, dpi=150)
+    return file.getvalue()
+
+
+def plot(runs: Sequence[tuple[str, Sequence[Point]]], save: Path, window: float = 10, show: bool = False) -> None:
+    """Draw (label, points) of each run to a file, in the format that its ending names; then show it where asked.
+
+    window: epochs in the sliding average. An old file is replaced when the new one is whole or, on failure, left as it
+    is. Raises OSError where the file cannot be written, UserError for an ending that is no format, ValueError or
+    OverflowError where a loss is too large for an axis or an average, RuntimeError for .pgf without LaTeX.
+    """
     import matplotlib
 
     if not show:
-        matplotlib.use("Agg")  # draws without a display
+        matplotlib.use("Agg")                                    # draws without a display
     import matplotlib.pyplot as plt
 
-    log = wants_log_axis([point for _, points in runs for point in points])
-    raw = [(label, finite(points)) for label, points in runs]
-    smooth = [(label, sliding_average(points, window)) for label, points in raw]
+    # All colours with solid lines come first, then dashed, then dotted ones: 21 runs look different.
     style = {"axes.prop_cycle": plt.cycler(ls=["-", "--", ":"]) * plt.cycler(color=COLOURS),
-             "text.parse_math": False}  # a $ in a folder's name is just a $
+             "text.parse_math": False}                           # a $ in a folder's name is just a $
     with plt.rc_context(style):
-        figure, panels = plt.subplots(1, 2, figsize=(12, 5 + 0.1 * len(runs)), layout="constrained")
-        draw_panel(panels[0], raw, "raw loss", log)
-        draw_panel(panels[1], smooth, f"sliding average over {window:g} epochs", log)
-        figure.legend(handles=panels[0].lines, loc="outside lower center", ncols=2, frameon=False)
-        figure.savefig(save, dpi=150)
-        if show and matplotlib.get_backend().lower() != "agg":  # agg: no toolkit to show it with
+        figure = draw_figure(runs, window)
+
+        # Save. In memory first, so that whatever a format's writer does, only whole files reach the disk.
+        picture = encode(figure, save)
+        write_atomically(save, lambda file: file.write(picture))
+
+        # Show, unless there is no toolkit to show it with: the backend is agg then.
+        if show and matplotlib.get_backend().lower() != "agg":
             plt.show()
         plt.close(figure)
 
 
-# ---- command line -------------------------------------------------------------------------------
+# ---- Command line ------------------------------------------------------------------------------
 
-def build_parser():
-    """Return the parser of the command line."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+
+def build_parser() -> Parser:
+    """The flags."""
+    parser = Parser(description=__doc__)
     add = parser.add_argument
     add("directories", nargs="*", type=Path, metavar="DIR", help="sample folders; none: asks")
-    output = parser.add_mutually_exclusive_group().add_argument
-    output("--save", type=Path, metavar="FILE",
-           help="the figure (default: loss.png, in DIR if one)")
-    output("--html", action="store_true", help="write DIR/report.html, not a figure")
+    add("--save", type=Path, metavar="FILE", help="figure, .png, .pdf, .svg, ... (default: loss.png, in DIR if one)")
     add("--window", type=float, default=10, help="epochs in the sliding average (default: 10)")
     add("--no-show", action="store_true", help="open no window")
     add("--samples_dir", default="samples", help="where to look for runs (default: samples)")
+    add("--html", action="store_true", help=argparse.SUPPRESS)   # report.py has taken its place
+    add_debug(parser)
     return parser
 
 
-def write_reports(directories):
-    """Write and announce the report of each run."""
-    from report import write_report  # not above: report.py imports this module
-
-    for directory in directories:
-        if not os.path.isfile(directory / "metrics.csv"):
-            load_run(directory)  # says what is wrong where there are no grids either
-        try:
-            print(f"saved {write_report(directory)}")
-        except (OSError, ValueError) as error:  # ValueError: no axis holds a loss of 1e308
-            raise BadInput(f"cannot write the report of {directory}: {error}") from error
+def figure_path(save: Path | None, directories: list[Path]) -> Path:
+    """Where the figure goes: the file asked for, else loss.png in the run's folder or, for several runs, here."""
+    if save is None:
+        folder = directories[0] if len(directories) == 1 else Path()
+        return folder / "loss.png"
+    if not save.name:
+        raise UserError(f"--save {save} names no file")
+    return save if save.suffix else save.with_suffix(".png")
 
 
-def run(args):
-    """Choose, summarise and draw; or choose and write reports."""
-    if not args.window > 0:  # written so that nan fails too
-        raise BadInput(f"--window is a number of epochs above 0, not {args.window:g}")
-    windows = can_open_windows() and not args.no_show
-    directories = args.directories or ask_for_runs(args.samples_dir, windows)
-    if args.html:
-        return write_reports(directories)
+def work(options: argparse.Namespace) -> None:
+    """Choose, summarize and draw."""
+    if options.html:
+        raise UserError("the page is made by report.py: python report.py DIR")
+    if not options.window > 0:                                   # nan fails too
+        raise UserError(f"--window is a number of epochs above 0, not {options.window:g}")
+
+    # Choose; quitting at the question is no error.
+    windows = can_open_windows() and not options.no_show
+    directories = options.directories or ask_for_runs(options.samples_dir, windows, "plot_loss")
     runs = {directory: load_run(directory) for directory in directories}
     if not runs:
         return
+
+    # Summarize.
     for directory, points in runs.items():
         print(summary(directory, points))
-    save = args.save or (next(iter(runs)) if len(runs) == 1 else Path()) / "loss.png"
+
+    # Draw.
+    save = figure_path(options.save, list(runs))
+    curves = list(zip(label_runs(runs), runs.values()))
     try:
-        save = save if save.suffix else save.with_suffix(".png")
-        save.parent.mkdir(parents=True, exist_ok=True)
-        plot(list(zip(label_runs(runs), runs.values())), save, args.window, show=windows)
-    except (OSError, ValueError) as error:  # no permission, no space; a name that ends in .xyz
-        raise BadInput(f"cannot write {save}: {error}; name another file with --save") from error
+        plot(curves, save, options.window, show=windows)
+    except OSError as error:
+        raise UserError(f"cannot write {save}: {error.strerror or error}; name another file with --save") from error
+    except (ValueError, OverflowError) as error:                 # a loss of 1e308
+        raise UserError(f"cannot draw {save}: no axis holds these losses ({first_line(error)})") from error
+    except RuntimeError as error:                                # .pgf without LaTeX
+        raise UserError(f"cannot draw {save}: {first_line(error)}; name another file with --save") from error
     print(f"saved {save}")
 
 
-def main(argv=None) -> int:
-    """Run the command line and return its exit code."""
-    args = build_parser().parse_args(argv)
-    try:
-        run(args)
-    except BadInput as error:
-        print(f"plot_loss: {error}", file=sys.stderr)
-        return 2
-    except ImportError as error:
-        print(f"plot_loss: {error}; run: pip install -r requirements.txt", file=sys.stderr)
-        return 1
-    except KeyboardInterrupt:
-        print(file=sys.stderr)
-        return 130
-    return 0
+def main(argv: list[str] | None = None) -> int:
+    """Run the command line; returns the exit status."""
+    return run_script("plot_loss", lambda: build_parser().parse_args(argv), work)
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    end_process(main)

@@ -1,9 +1,16 @@
-"""The report of a training run: one HTML page that needs no other file and no network.
+#!/usr/bin/env python3
+"""Make report.html: one page with everything a training run left.
 
-It is made from what the run's folder holds: the grids of samples, the denoising strips, metrics.csv and config.json.
-Any of them may be missing or broken; the page then shows the rest.
+    python report.py DIR [DIR ...]     write DIR/report.html for each of these runs
+    python report.py                   list the runs found here and ask for which
+
+The page needs no other file and no network. It is made from what the run's folder holds: the grids of samples, the
+denoising strips, metrics.csv and config.json. Any of them may be missing or broken; the page then shows the rest.
 """
 
+from __future__ import annotations
+
+import argparse
 import base64
 import csv
 import io
@@ -11,24 +18,41 @@ import json
 import math
 import os
 import re
+from collections.abc import Sequence
 from html import escape
 from pathlib import Path
 from statistics import median
 
-from plot_loss import COLOURS, draw_panel, find_grids, finite, wants_log_axis
+from diffuser_lib.files import Parser, UserError, add_debug, end_process, run_script, write_atomically
+from plot_loss import (
+    COLOURS,
+    Point,
+    ask_for_runs,
+    can_open_windows,
+    draw_panel,
+    find_grids,
+    finite,
+    load_run,
+    wants_log_axis,
+)
 
 MOST_GRIDS = 60
 MOST_ROWS = 100
-FIGURES = {  # title: {label: column of metrics.csv}
+
+# Title of a figure: {label of a curve: column of metrics.csv}.
+FIGURES = {
     "Training and validation": {"training": "loss", "validation": "val_loss"},
     "By quartile of the timestep": {"q1 (least noise)": "loss_q1", "q2": "loss_q2", "q3": "loss_q3",
                                     "q4 (most noise)": "loss_q4"},
 }
-INK = "#010203"  # what matplotlib draws in this colour takes the colour of the page's text
+
+INK = "#010203"                                                  # drawn in this colour: takes that of the page's text
 STYLE = {"svg.fonttype": "none", "svg.hashsalt": "report", "font.size": 12, "legend.fontsize": 12,
          "lines.linewidth": 2, "text.usetex": False, "text.color": INK, "axes.edgecolor": INK,
          "axes.labelcolor": INK, "xtick.color": INK, "ytick.color": INK, "grid.color": INK}
 NO_METADATA = dict.fromkeys(("Creator", "Date", "Format", "Type"))
+
+Row = dict[str, str]                                             # of metrics.csv: {column: text}
 
 TEMPLATE = """<!DOCTYPE html>
 <html lang="en">
@@ -192,22 +216,24 @@ document.querySelectorAll(".slider [hidden]").forEach(part => { part.hidden = fa
 </html>
 """
 
+# ---- What the folder holds ---------------------------------------------------------------------
 
-# ---- what the folder holds ----------------------------------------------------------------------
 
-def read_metrics(folder) -> list[dict[str, str]]:
-    """Return the whole rows of metrics.csv as {column: text}; none where it cannot be read."""
+def read_metrics(folder: Path) -> list[Row]:
+    """The whole rows of metrics.csv; none where it cannot be read."""
     try:
         text = (folder / "metrics.csv").read_text(encoding="utf-8", errors="replace")
-        whole = text[:text.rfind("\n") + 1]  # a row without its end may lack digits
+        whole = text[: text.rfind("\n") + 1]                     # a row without its end may lack digits
         rows = list(csv.DictReader(io.StringIO(whole)))
     except (OSError, csv.Error):
         return []
+
+    # The key None holds what is beyond the columns, the value None stands where cells lack.
     return [row for row in rows if "loss" in row and None not in row and None not in row.values()]
 
 
-def read_config(folder) -> dict:
-    """Return what config.json holds; nothing where it cannot be read."""
+def read_config(folder: Path) -> dict:
+    """What config.json holds; nothing where it cannot be read."""
     try:
         content = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError):
@@ -215,76 +241,103 @@ def read_config(folder) -> dict:
     return content if isinstance(content, dict) else {}
 
 
-def read_part(config, name) -> dict[str, str]:
-    """Return one table of config.json as texts: JSON, but strings as they are."""
+def read_part(config: dict, name: str) -> dict[str, str]:
+    """One table of config.json as texts: JSON, but strings as they are unless empty."""
     part = config.get(name)
     if not isinstance(part, dict):
         return {}
-    return {key: value if value and isinstance(value, str) else json.dumps(value) for key, value in part.items()}
+
+    texts = {}
+    for key, value in part.items():
+        plain = isinstance(value, str) and value != ""
+        texts[key] = value if plain else json.dumps(value)
+    return texts
 
 
-def embed(path) -> str:
-    """Return a PNG file as a data URI."""
+def embed(path: Path) -> str:
+    """A PNG file as a data URI. Raises OSError."""
     return "data:image/png;base64," + base64.b64encode(path.read_bytes()).decode()
 
 
-def read_strip(folder) -> dict | None:
-    """Return the step and the picture of the last denoising strip, None where there is none."""
-    names = (re.fullmatch(r"step_(\d+)\.png", name) for name in os.listdir(folder))
-    last = max(filter(None, names), key=lambda match: int(match[1]), default=None)
-    return dict(step=last[1], data=embed(folder / last[0])) if last else None
+def read_strip(folder: Path) -> dict | None:
+    """The step and the picture of the last denoising strip, None where there is none. Raises OSError."""
+    strips = {}                                                  # step: name of the file
+    for name in os.listdir(folder):
+        match = re.fullmatch(r"step_(\d+)\.png", name)
+        if match:
+            strips[match[1]] = name
+    if not strips:
+        return None
+
+    last = max(strips, key=int)
+    return dict(step=last, data=embed(folder / strips[last]))
 
 
-# ---- numbers ------------------------------------------------------------------------------------
+# ---- Numbers -----------------------------------------------------------------------------------
 
-def evenly(items, most) -> list:
-    """Return at most `most` (2 or more) of the items, evenly spaced, the first and the last among them."""
+
+def evenly(items: Sequence, most: int) -> Sequence:
+    """At most `most` (2 or more) of the items, evenly spaced, the first and the last among them."""
+    if len(items) <= most:
+        return items
     last = len(items) - 1
-    return items if last < most else [items[round(i * last / (most - 1))] for i in range(most)]
+    return [items[round(i * last / (most - 1))] for i in range(most)]
 
 
-def number(value) -> float:
-    """Return the value as a number, nan where it is none."""
+def number(value: object) -> float:
+    """The value as a number, nan where it is none."""
     try:
         return float(value)
     except (TypeError, ValueError, OverflowError):
         return math.nan
 
 
-def series(rows, column) -> list[tuple[float, float]]:
-    """Return (epoch or step, value) of the rows that have a value in the column, non-finite ones too."""
-    points = [(number(row.get(axis_name(rows))), number(row[column])) for row in rows if row.get(column)]
-    return [(x, y) for x, y in points if math.isfinite(x)]
+def axis_name(rows: list[Row]) -> str:
+    """The column that values are drawn over; older runs have no epochs."""
+    if rows and "epoch" not in rows[0]:
+        return "step"
+    return "epoch"
 
 
-def axis_name(rows) -> str:
-    """Return the column that values are drawn over; older runs have no epochs."""
-    return "epoch" if "epoch" in rows[0] else "step"
+def series(rows: list[Row], column: str) -> list[Point]:
+    """(epoch or step, value) of the rows that have a value in the column, non-finite ones too."""
+    axis = axis_name(rows)
+    points = []
+    for row in rows:
+        x = number(row.get(axis))
+        if row.get(column) and math.isfinite(x):
+            points.append((x, number(row[column])))
+    return points
 
 
-def describe(rows, column) -> str:
-    """Return the last value of a column and the lowest one, in words."""
+def describe(rows: list[Row], column: str) -> str:
+    """The last value of a column that has values, and the lowest one, in words."""
     points = series(rows, column)
     last = f"{points[-1][1]:.4g}"
-    if not finite(points):
+    numbers = finite(points)
+    if not numbers:
         return last
-    x, lowest = min(finite(points), key=lambda point: point[1])
+
+    x, lowest = min(numbers, key=lambda point: point[1])
     return f"{last} (lowest {lowest:.4g} at {axis_name(rows)} {x:.4g})"
 
 
-def duration(seconds) -> str:
-    """Return a time in its two largest units: '44 s', '1 h 7 min'."""
+def duration(seconds: float) -> str:
+    """A time in its two largest units: '44 s', '1 h 7 min'."""
     minutes, seconds = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)
     days, hours = divmod(hours, 24)
-    parts = [f"{n} {unit}" for n, unit in zip((days, hours, minutes, seconds), ("d", "h", "min", "s")) if n]
+    amounts = {"d": days, "h": hours, "min": minutes, "s": seconds}
+    parts = [f"{amount} {unit}" for unit, amount in amounts.items() if amount]
     return " ".join(parts[:2]) or "0 s"
 
 
-def measure_time(rows, config) -> dict[str, str]:
-    """Return the time and the speed of a run by name, as far as they are known."""
+def measure_time(rows: list[Row], config: dict) -> dict[str, str]:
+    """The time and the speed of a run by name, as far as they are known."""
     whole = number(config.get("seconds"))
-    parts, speeds = ([value for _, value in finite(series(rows, name))] for name in ("seconds", "images_per_second"))
+    parts = [seconds for _, seconds in finite(series(rows, "seconds"))]
+    speeds = [speed for _, speed in finite(series(rows, "images_per_second"))]
+
     times = {}
     if math.isfinite(whole):
         times["training time"] = duration(whole)
@@ -295,82 +348,172 @@ def measure_time(rows, config) -> dict[str, str]:
     return times
 
 
-def summarise(rows, dataset, times) -> list[str]:
-    """Return the facts of a run, a few words each."""
+def summarize(rows: list[Row], dataset: str | None, times: dict[str, str]) -> list[str]:
+    """The facts of a run, a few words each."""
+    facts = []
+    if dataset:
+        facts.append(dataset)
+
     last = rows[-1] if rows else {}
-    facts = [dataset] if dataset else []
-    facts += [f"{name} {number(last[name]):.10g}" for name in ("epoch", "step") if last.get(name)]
-    facts += [f"{name} {describe(rows, column)}" for column, name in (("loss", "loss"), ("val_loss", "validation loss"))
-              if series(rows, column)]
-    return facts + [f"{name} {value}" for name, value in times.items()]
+    for name in ("epoch", "step"):
+        if last.get(name):
+            facts.append(f"{name} {number(last[name]):.10g}")
+
+    for column, name in (("loss", "loss"), ("val_loss", "validation loss")):
+        if series(rows, column):
+            facts.append(f"{name} {describe(rows, column)}")
+
+    for name, value in times.items():
+        facts.append(f"{name} {value}")
+    return facts
 
 
-# ---- the page -----------------------------------------------------------------------------------
+# ---- The page ----------------------------------------------------------------------------------
 
-def draw(curves, xlabel, text, prefix) -> str:
-    """Return {label: points} as an SVG element, with a text in its place for those who cannot see it. It takes the
-    colour of the page's text. Its ids begin with the prefix, so that several fit on one page."""
+
+def draw(curves: dict[str, list[Point]], xlabel: str, text: str, prefix: str) -> str:
+    """{label: points} as an SVG element that takes the colour of the page's text.
+
+    text: stands in its place for those who cannot see it; prefix: its ids begin with it, so that several fit on one
+    page. Raises ValueError where no axis holds a value.
+    """
     import matplotlib
     from matplotlib.figure import Figure
 
+    everything = []
+    for points in curves.values():
+        everything += points
+    log = wants_log_axis(everything)
+
+    # Draw, in colours and lines that differ.
     cycle = matplotlib.cycler(color=COLOURS[:4], ls=["-", "--", "-.", ":"])
     with matplotlib.rc_context({**STYLE, "axes.prop_cycle": cycle}):
         figure = Figure(figsize=(5, 3.4), layout="constrained")
         axes = figure.add_subplot()
-        draw_panel(axes, curves.items(), "", wants_log_axis([point for curve in curves.values() for point in curve]))
+        draw_panel(axes, curves.items(), "", log)
         axes.set_xlabel(xlabel)
         figure.legend(loc="outside upper center", ncols=2, frameon=False)
         file = io.StringIO()
         figure.savefig(file, format="svg", transparent=True, metadata=NO_METADATA)
-    svg = re.sub(r'(\bid="|href="#|url\(#)', rf"\1{prefix}-", file.getvalue().replace(INK, "currentColor"))
-    return f'<svg role="img" aria-label="{escape(text)}"' + svg.partition("<svg")[2]
+
+    # Fit it into the page: its colour, its ids and what refers to them, its text; nothing before the element.
+    svg = file.getvalue().replace(INK, "currentColor")
+    svg = re.sub(r'(\bid="|href="#|url\(#)', rf"\1{prefix}-", svg)
+    rest = svg.partition("<svg")[2]
+    return f'<svg role="img" aria-label="{escape(text)}"{rest}'
 
 
-def make_figures(rows) -> list[dict]:
-    """Return the figures that the rows have values for: title, SVG, and how many values are not in it because they
-    are not finite."""
+def make_figures(rows: list[Row]) -> list[dict]:
+    """The figures that the rows have values for, each as title, svg and left_out.
+
+    svg: empty without a finite value; left_out: how many values are not in it because they are not finite.
+    """
     figures = []
     for place, (title, columns) in enumerate(FIGURES.items()):
-        points = {label: series(rows, column) for label, column in columns.items() if series(rows, column)}
-        curves = {label: finite(curve) for label, curve in points.items() if finite(curve)}
-        text = "; ".join(f"{label} {describe(rows, columns[label])}" for label in curves)
-        left_out = sum(map(len, points.values())) - sum(map(len, curves.values()))
-        if points:
-            svg = draw(curves, axis_name(rows), text, f"figure{place}") if curves else ""
+        # Collect the curves, and what they show in words.
+        curves = {}
+        texts = []
+        left_out = 0
+        for label, column in columns.items():
+            points = series(rows, column)
+            numbers = finite(points)
+            left_out += len(points) - len(numbers)
+            if numbers:
+                curves[label] = numbers
+                texts.append(f"{label} {describe(rows, column)}")
+
+        # Draw them.
+        svg = ""
+        if curves:
+            svg = draw(curves, axis_name(rows), "; ".join(texts), f"figure{place}")
+        if svg or left_out:
             figures.append(dict(title=title, svg=svg, left_out=left_out))
     return figures
 
 
-def render(folder) -> str:
-    """Return the report of a run's folder as HTML."""
+def render(folder: Path) -> str:
+    """The report of a run's folder as HTML. Raises OSError and ValueError as write_report does."""
     from jinja2 import Environment
 
-    found, config, metrics = find_grids(folder), read_config(folder), read_metrics(folder)
+    # Numbers: those of metrics.csv or, without it, those in the names of the grids.
+    found = find_grids(folder)
+    metrics = read_metrics(folder)
     rows = metrics or [grid.groupdict() for grid in found]
-    times, settings = measure_time(rows, config), read_part(config, "config")
+    source = "metrics.csv" if metrics else "the names of the grids"
+
+    # Tables: settings, machine, timings.
+    config = read_config(folder)
+    settings = read_part(config, "config")
     machine = read_part(config, "machine")
     if "torch" in config:
         machine["torch"] = str(config["torch"])
-    grids = [dict(title=f"epoch {grid['epoch']}, loss {grid['loss']}", data=embed(folder / grid[0]))
-             for grid in evenly(found, MOST_GRIDS)]
+    times = measure_time(rows, config)
+
+    # Pictures.
+    grids = []
+    for grid in evenly(found, MOST_GRIDS):
+        title = f"epoch {grid['epoch']}, loss {grid['loss']}"
+        grids.append(dict(title=title, data=embed(folder / grid[0])))
+
     page = Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True).from_string(TEMPLATE)
     return page.render(
-        name=folder.resolve().name, summary=summarise(rows, settings.get("dataset"), times), grids=grids,
-        grid_count=len(found), figures=make_figures(rows), rows=evenly(rows, MOST_ROWS), row_count=len(rows),
-        source="metrics.csv" if metrics else "the names of the grids", strip=read_strip(folder), settings=settings,
-        machine={**machine, **times})
+        name=folder.resolve().name,
+        summary=summarize(rows, settings.get("dataset"), times),
+        grids=grids,
+        grid_count=len(found),
+        figures=make_figures(rows),
+        rows=evenly(rows, MOST_ROWS),
+        row_count=len(rows),
+        source=source,
+        strip=read_strip(folder),
+        machine={**machine, **times},
+        settings=settings,
+    )
 
 
-def write_report(folder) -> Path:
-    """Write report.html into a run's folder and return its path. An old report is replaced at once or, where that
-    fails, left as it is. Raises OSError where the folder cannot be read or written, ValueError where a loss is too
-    large for an axis."""
+def write_report(folder: str | Path) -> Path:
+    """Write report.html into a run's folder; returns its path.
+
+    An old report is replaced when the new one is whole or, on failure, left as it is. Raises OSError where the folder
+    cannot be read or written, ValueError where a loss is too large for an axis.
+    """
     path = Path(folder) / "report.html"
-    page = render(path.parent).encode(errors="replace")  # names of files need not be Unicode
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        temporary.write_bytes(page)
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
+    page = render(path.parent).encode(errors="replace")          # names of files need not be Unicode
+    write_atomically(path, lambda file: file.write(page))
     return path
+
+
+# ---- Command line ------------------------------------------------------------------------------
+
+
+def build_parser() -> Parser:
+    """The flags."""
+    parser = Parser(description=__doc__)
+    add = parser.add_argument
+    add("directories", nargs="*", type=Path, metavar="DIR", help="sample folders; none: asks")
+    add("--samples_dir", default="samples", help="where to look for runs (default: samples)")
+    add_debug(parser)
+    return parser
+
+
+def work(options: argparse.Namespace) -> None:
+    """Write and announce the report of each run."""
+    directories = options.directories or ask_for_runs(options.samples_dir, can_open_windows(), "report")
+    for directory in directories:
+        # A run has metrics or grids; load_run says what is wrong where there are none of either.
+        if not os.path.isfile(directory / "metrics.csv"):
+            load_run(directory)
+        try:
+            path = write_report(directory)
+        except (OSError, ValueError) as error:                   # ValueError: no axis holds a loss of 1e308
+            raise UserError(f"cannot write the report of {directory}: {error}") from error
+        print(f"saved {path}")
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run the command line; returns the exit status."""
+    return run_script("report", lambda: build_parser().parse_args(argv), work)
+
+
+if __name__ == "__main__":
+    end_process(main)

@@ -14,6 +14,11 @@ out.
 
 from __future__ import annotations
 
+import signal
+
+if __name__ == "__main__" and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+    signal.signal(signal.SIGINT, signal.SIG_DFL)            # Ctrl-C while torch is imported: no traceback
+
 import argparse
 import dataclasses
 import importlib.util
@@ -32,15 +37,19 @@ from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import diffuser
-from diffuser import ImageData, UserError
-from evaluate import Court, Judge, load_reference
+from diffuser import ImageData
+from diffuser_lib.files import Parser, UserError, add_debug, end_process, run_script, write_json
+from evaluate import Classifier, ReferenceStats, load_reference
 
-Draw = Callable[[list[int]], Tensor]                                         # labels -> uint8 [N, C, H, W]
+Draw = Callable[[list[int]], Tensor]                             # labels -> uint8 [N, C, H, W]
 
 
 @dataclass
 class Trained:
-    """A contestant after training: how it draws, the images it saw, and the network calls for an image."""
+    """A contestant after training: how it draws, the images it saw, and the network calls for an image.
+
+    labels: whether it takes them.
+    """
 
     draw: Draw
     images_seen: int
@@ -56,42 +65,67 @@ def batches(data: ImageData, size: int) -> Iterator[tuple[Tensor, Tensor]]:
                 yield diffuser.from_uint8(data.images[chosen]), data.labels[chosen]
 
 
-# ------------------------------------------------------------------------------------------------
-# Contestants: (settings of the benchmark, training images) -> Trained
+# ---- Contestants: (settings of the benchmark, training images) -> Trained ----------------------
+
+
+def our_settings(args: argparse.Namespace, recipe: str) -> dict:
+    """The settings of diffuser.py that name the dataset and the recipe; the same ones for images in --path_to_data."""
+    if not args.path_to_data:
+        return dict(dataset=args.dataset, recipe=recipe)
+
+    settings = dict(diffuser.PRESETS[args.dataset])
+    if recipe:
+        settings.update(diffuser.BEST[args.dataset])
+    del settings["epochs"]
+    channels, *size = diffuser.DATASETS[args.dataset].shape
+    settings.update(dataset="folder", path_to_data=args.path_to_data, img_size=tuple(size), channels=channels)
+    return settings
 
 
 def train_ours(args: argparse.Namespace, data: ImageData, recipe: str) -> Trained:
     """diffuser.py, with the dataset's preset or its best recipe."""
+    # Train.
     with tempfile.TemporaryDirectory() as folder:
-        settings = dict(dataset=args.dataset, recipe=recipe)
-        if args.path_to_data:                                                # the same settings for images found there
-            channels, *size = diffuser.DATASETS[args.dataset].shape
-            settings = {**diffuser.PRESETS[args.dataset], **(diffuser.BEST[args.dataset] if recipe else {}),
-                        "dataset": "folder", "path_to_data": args.path_to_data, "img_size": tuple(size),
-                        "channels": channels}
-            settings.pop("epochs")
+        settings = our_settings(args, recipe)
+        settings["train_minutes"] = args.minutes
         cfg = diffuser.configure(
-            **{**settings, "train_minutes": args.minutes}, data_dir=args.data_dir, seed=args.seed,
-            working_directory=f"{folder}/checkpoints", generated_directory=f"{folder}/samples", sample_every=10**6,
-            checkpoint_every=10**6)
+            **settings,
+            data_dir=args.data_dir,
+            seed=args.seed,
+            working_directory=f"{folder}/checkpoints",
+            generated_directory=f"{folder}/samples",
+            sample_every=10**6,
+            checkpoint_every=10**6,
+        )
         path = diffuser.train(cfg)
         model = diffuser.load(path)
         if args.keep:
             Path(args.keep).mkdir(parents=True, exist_ok=True)
             shutil.copy(path, Path(args.keep, f"{args.dataset}_{recipe or 'preset'}.pt"))
+
+    # Count its work.
     cfg = dataclasses.replace(model.config, seed=args.seed + 1)
-    passes = diffuser.sampling_steps(cfg) * (2 if cfg.guidance_scale and model.class_names else 1)
-    seen = model.config.iterations * cfg.batch_size * cfg.gradient_accumulation_steps
-    return Trained(lambda labels: torch.cat(list(model.draw(labels, cfg))), seen, passes, bool(model.class_names))
+    evaluations = diffuser.sampling_steps(cfg)
+    if cfg.guidance_scale and model.class_names:
+        evaluations *= 2                                         # with the label and without
+    images_seen = model.config.iterations * cfg.batch_size * cfg.gradient_accumulation_steps
+
+    def draw(labels: list[int]) -> Tensor:
+        return torch.cat(list(model.draw(labels, cfg)))
+
+    return Trained(draw, images_seen, evaluations, labels=bool(model.class_names))
 
 
 def train_loop(args: argparse.Namespace, step: Callable[[float, int], None]) -> int:
     """Call step(part of the time that is over, steps done) again and again for the time given; returns how often."""
-    begun, steps = time.perf_counter(), 0
-    while (part := (time.perf_counter() - begun) / (60 * args.minutes)) < 1:
+    start = time.perf_counter()
+    steps = 0
+    while True:
+        part = (time.perf_counter() - start) / (60 * args.minutes)
+        if part >= 1:
+            return steps
         step(part, steps)
         steps += 1
-    return steps
 
 
 def train_diffusers(args: argparse.Namespace, data: ImageData) -> Trained:
@@ -99,27 +133,43 @@ def train_diffusers(args: argparse.Namespace, data: ImageData) -> Trained:
     from diffusers import DDIMScheduler, DDPMScheduler, UNet2DModel
     from diffusers.training_utils import EMAModel
 
-    side, channels = data.images.shape[-1], data.images.shape[1]
+    side = data.images.shape[-1]
+    channels = data.images.shape[1]
     levels = 3 if side >= 28 else 2
     network = UNet2DModel(
-        sample_size=side, in_channels=channels, out_channels=channels, layers_per_block=2,
-        block_out_channels=(32, 64, 128)[:levels], num_class_embeds=len(data.class_names), norm_num_groups=8,
+        sample_size=side,
+        in_channels=channels,
+        out_channels=channels,
+        layers_per_block=2,
+        block_out_channels=(32, 64, 128)[:levels],
+        num_class_embeds=len(data.class_names),
+        norm_num_groups=8,
         down_block_types=("DownBlock2D",) * (levels - 1) + ("AttnDownBlock2D",),
-        up_block_types=("AttnUpBlock2D",) + ("UpBlock2D",) * (levels - 1)).to(args.device)
+        up_block_types=("AttnUpBlock2D",) + ("UpBlock2D",) * (levels - 1),
+    ).to(args.device)
     noising = DDPMScheduler(num_train_timesteps=1000)
-    optimizer = torch.optim.AdamW(network.parameters(), 1e-4, (0.95, 0.999), 1e-8, 1e-6)
+    optimizer = torch.optim.AdamW(network.parameters(), lr=1e-4, betas=(0.95, 0.999), eps=1e-8, weight_decay=1e-6)
     average = EMAModel(network.parameters(), decay=0.9999, use_ema_warmup=True, inv_gamma=1.0, power=0.75)
     source = batches(data, args.batch_size)
 
     def step(part: float, done: int) -> None:
-        images, labels = (v.to(args.device) for v in next(source))
-        noise, t = torch.randn_like(images), torch.randint(1000, (len(images),), device=args.device)
+        # Gradients.
+        images, labels = next(source)
+        images = images.to(args.device)
+        labels = labels.to(args.device)
+        noise = torch.randn_like(images)
+        t = torch.randint(1000, (len(images),), device=args.device)
         out = network(noising.add_noise(images, noise, t), t, labels).sample
         torch.nn.functional.mse_loss(out, noise).backward()
         torch.nn.utils.clip_grad_norm_(network.parameters(), 1.0)
-        rate = min(1.0, (done + 1) / 500) * 0.5 * (1 + math.cos(part * math.pi))  # 500 steps of warm-up, a cosine
+
+        # Learning rate: 500 steps of warm-up, a cosine.
+        warmup = min(1.0, (done + 1) / 500)
+        cosine = 0.5 * (1 + math.cos(part * math.pi))
         for group in optimizer.param_groups:
-            group["lr"] = 1e-4 * rate
+            group["lr"] = 1e-4 * (warmup * cosine)
+
+        # Weights and their average.
         optimizer.step()
         optimizer.zero_grad()
         average.step(network.parameters())
@@ -143,20 +193,26 @@ def train_diffusers(args: argparse.Namespace, data: ImageData) -> Trained:
 
 
 def train_lucidrains(args: argparse.Namespace, data: ImageData) -> Trained:
-    """denoising-diffusion-pytorch's Unet and GaussianDiffusion with its Trainer's optimizer and average; without
-    labels, which it does not take."""
+    """denoising-diffusion-pytorch's Unet and GaussianDiffusion with its Trainer's optimizer and average.
+
+    Without labels, which it does not take.
+    """
     from denoising_diffusion_pytorch import GaussianDiffusion, Unet
     from ema_pytorch import EMA
 
-    side, channels = data.images.shape[-1], data.images.shape[1]
-    network = Unet(dim=32, dim_mults=(1, 2, 4) if side >= 28 else (1, 2), channels=channels)
+    side = data.images.shape[-1]
+    channels = data.images.shape[1]
+    mults = (1, 2, 4) if side >= 28 else (1, 2)
+    network = Unet(dim=32, dim_mults=mults, channels=channels)
     diffusion = GaussianDiffusion(network, image_size=side, timesteps=1000, sampling_timesteps=50).to(args.device)
     optimizer = torch.optim.Adam(diffusion.parameters(), 1e-4, (0.9, 0.99))
     average = EMA(diffusion, beta=0.995, update_every=10)
     source = batches(data, args.batch_size)
 
     def step(part: float, done: int) -> None:
-        diffusion((next(source)[0].to(args.device) + 1) / 2).backward()      # it takes images in [0, 1]
+        images, _ = next(source)
+        loss = diffusion((images.to(args.device) + 1) / 2)       # it takes images in [0, 1]
+        loss.backward()
         torch.nn.utils.clip_grad_norm_(diffusion.parameters(), 1.0)
         optimizer.step()
         optimizer.zero_grad()
@@ -167,8 +223,10 @@ def train_lucidrains(args: argparse.Namespace, data: ImageData) -> Trained:
 
     @torch.no_grad()
     def draw(labels: list[int]) -> Tensor:
-        drawn = [average.ema_model.sample(batch_size=min(250, len(labels) - i)) for i in range(0, len(labels), 250)]
-        return diffuser.to_uint8(torch.cat(drawn) * 2 - 1)                   # it gives images in [0, 1]
+        drawn = []
+        for i in range(0, len(labels), 250):
+            drawn.append(average.ema_model.sample(batch_size=min(250, len(labels) - i)))
+        return diffuser.to_uint8(torch.cat(drawn) * 2 - 1)       # it gives images in [0, 1]
 
     return Trained(draw, steps * args.batch_size, 50, labels=False)
 
@@ -182,7 +240,10 @@ CONTESTANTS = {
 }
 
 
-def race(args: argparse.Namespace, court: Court, data: ImageData) -> list[dict]:
+# ---- The race ----------------------------------------------------------------------------------
+
+
+def race(args: argparse.Namespace, stats: ReferenceStats, data: ImageData) -> list[dict]:
     """Train and score each contestant: a row per contestant."""
     rows = []
     for name in args.contestants.split(","):
@@ -190,28 +251,39 @@ def race(args: argparse.Namespace, court: Court, data: ImageData) -> list[dict]:
         if package and importlib.util.find_spec(package) is None:
             print(f"{name}: left out, {package} is not installed")
             continue
+
+        # Train.
         torch.manual_seed(args.seed)
-        begun = time.perf_counter()
+        start = time.perf_counter()
         trained = train(args, data)
-        minutes = (time.perf_counter() - begun) / 60
-        labels = [i % len(court.class_names) for i in range(args.images)]
-        begun = time.perf_counter()
+        minutes = (time.perf_counter() - start) / 60
+
+        # Draw.
+        labels = [i % len(stats.class_names) for i in range(args.images)]
+        start = time.perf_counter()
         images = trained.draw(labels)
-        rows.append({"": name, "minutes": round(minutes, 1), "images seen": trained.images_seen,
-                     "evaluations": trained.evaluations, "seconds to draw": round(time.perf_counter() - begun),
-                     **verdict(court, images, labels if trained.labels else None)})
-        print(rows[-1], flush=True)
+        seconds = time.perf_counter() - start
+
+        # Score.
+        row = {"": name, "minutes": round(minutes, 1), "images seen": trained.images_seen,
+               "evaluations": trained.evaluations, "seconds to draw": round(seconds)}
+        row.update(verdict(stats, images, labels if trained.labels else None))
+        rows.append(row)
+        print(row, flush=True)
         picture(images, name, args)
     return rows
 
 
-def verdict(court: Court, images: Tensor, labels: list[int] | None) -> dict:
+def verdict(stats: ReferenceStats, images: Tensor, labels: list[int] | None) -> dict:
     """Accuracy, distance and brightness of images, for a table."""
-    scores = court.scores(images, None if labels is None else torch.tensor(labels))
+    scores = stats.scores(images, None if labels is None else torch.tensor(labels))
     accuracy = f"{scores['accuracy']:.1%}" if labels else "no labels"
-    return {"accuracy": accuracy, "distance": round(scores["distance"], 2),
-            "x floor": round(scores["distance"] / court.floor_of(len(images)), 2),
-            "brightness": round(images.double().mean().item(), 1)}
+    return {
+        "accuracy": accuracy,
+        "distance": round(scores["distance"], 2),
+        "x floor": round(scores["distance"] / stats.floor_of(len(images)), 2),
+        "brightness": round(images.double().mean().item(), 1),
+    }
 
 
 def picture(images: Tensor, name: str, args: argparse.Namespace) -> None:
@@ -220,44 +292,75 @@ def picture(images: Tensor, name: str, args: argparse.Namespace) -> None:
         diffuser.save_grid(images[:100], Path(args.pictures, f"{args.dataset}_{name}.png"), [], columns=10)
 
 
-# ------------------------------------------------------------------------------------------------
-# Studies: one trained model, settings varied while sampling
+# ---- Studies: one trained model, settings varied while sampling --------------------------------
+
+
+def study_starts() -> list[dict]:
+    """Each start of the sampling with three samplers."""
+    changes = []
+    for sampler, steps in (("ddim", 50), ("dpmpp", 25), ("ddpm", 100)):
+        for start in ("gaussian", "matched"):
+            changes.append(dict(start=start, sampler=sampler, steps=steps))
+    return changes
+
 
 STUDIES = {
-    "guidance": [dict(guidance_scale=w) for w in (0.0, 0.1, 0.2, 0.3, 0.5, 0.7, 1.0, 2.0)]
-    + [dict(guidance_scale=w, guidance_interval=(0.2, 5.0)) for w in (0.5, 1.0)],
-    "steps": [dict(sampler=s, steps=n) for s in ("ddim", "dpmpp") for n in (10, 20, 50)]
-    + [dict(sampler="heun", steps=n) for n in (5, 10, 25)],
-    "ancestral": [dict(sampler="dpmpp", steps=25), dict(sampler="ddpm", steps=None)],            # None: all T
-    "spacing": [dict(spacing=s, steps=n) for n in (10, 25) for s in diffuser.SPACINGS],
-    "start": [dict(start=start, sampler=sampler, steps=steps) for sampler, steps in (
-        ("ddim", 50), ("dpmpp", 25), ("ddpm", 100)) for start in ("gaussian", "matched")],
+    "guidance": [
+        *[dict(guidance_scale=w) for w in (0.0, 0.1, 0.2, 0.3, 0.5, 0.7, 1.0, 2.0)],
+        *[dict(guidance_scale=w, guidance_interval=(0.2, 5.0)) for w in (0.5, 1.0)],
+    ],
+    "steps": [
+        *[dict(sampler="ddim", steps=n) for n in (10, 20, 50)],
+        *[dict(sampler="dpmpp", steps=n) for n in (10, 20, 50)],
+        *[dict(sampler="heun", steps=n) for n in (5, 10, 25)],
+    ],
+    "ancestral": [
+        dict(sampler="dpmpp", steps=25),
+        dict(sampler="ddpm", steps=None),                        # None: all T
+    ],
+    "spacing": [
+        *[dict(spacing=s, steps=10) for s in diffuser.SPACINGS],
+        *[dict(spacing=s, steps=25) for s in diffuser.SPACINGS],
+    ],
+    "start": study_starts(),
     "eps_scale": [dict(eps_scale=k) for k in (0.995, 1.0, 1.005, 1.01, 1.02)],
 }
 
 
-def study(args: argparse.Namespace, model: diffuser.Model, court: Court) -> list[dict]:
+def study(args: argparse.Namespace, model: diffuser.Model, stats: ReferenceStats) -> list[dict]:
     """A row per variation of the model's own sampling settings."""
     rows = []
-    for names in args.study.split(","):
-        for change in STUDIES[names]:
+    for name in args.study.split(","):
+        for change in STUDIES[name]:
             cfg = dataclasses.replace(model.config, seed=args.seed + 1, **change)
             diffuser.check(cfg)
+
+            # Draw.
             labels = model.labels(list(range(len(model.class_names))), args.images)
-            begun = time.perf_counter()
+            start = time.perf_counter()
             images = torch.cat(list(model.draw(labels, cfg)))
-            rows.append({"": ", ".join(f"{k} {v}" for k, v in change.items() if v is not None),
-                         **verdict(court, images, labels if model.class_names else None),
-                         "seconds to draw": round(time.perf_counter() - begun)})
-            print(rows[-1], flush=True)
+
+            # Score.
+            changed = [f"{setting} {value}" for setting, value in change.items() if value is not None]
+            row = {"": ", ".join(changed)}
+            row.update(verdict(stats, images, labels if model.class_names else None))
+            row["seconds to draw"] = round(time.perf_counter() - start)
+            rows.append(row)
+            print(row, flush=True)
     return rows
+
+
+# ---- Tables ------------------------------------------------------------------------------------
 
 
 def table(rows: list[dict]) -> str:
     """Rows with the same keys as a Markdown table."""
     if not rows:
         return "nobody took part"
-    lines = [list(rows[0]), ["---"] * len(rows[0]), *(map(str, row.values()) for row in rows)]
+
+    lines = [list(rows[0]), ["---"] * len(rows[0])]
+    for row in rows:
+        lines.append([str(value) for value in row.values()])
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)
 
 
@@ -267,13 +370,41 @@ def machine() -> str:
     return f"{platform.machine()}, {device}, torch {torch.__version__}, Python {platform.python_version()}"
 
 
+# ---- Command line ------------------------------------------------------------------------------
+
+
+def build_parser() -> Parser:
+    """The flags."""
+    parser = Parser(description=__doc__)
+    add = parser.add_argument
+    add("--dataset", default="mnist", help="digits, mnist or cifar10 [mnist]")
+    add("--data_dir", default="data", help="where datasets are and the judge is kept [data]")
+    add("--path_to_data", default="", help="folder or ZIP that holds its images, in class folders")
+    add("--minutes", type=float, default=10, help="training time of each contestant [10]")
+    add("--images", type=int, default=1000, help="images drawn by each [1000]")
+    add("--batch_size", type=int, default=64, help="of the peers [64]")
+    add("--contestants", default=",".join(CONTESTANTS), help=f"[{','.join(CONTESTANTS)}]")
+    add("--checkpoint", default="", help="study this model instead of racing")
+    add("--study", default="guidance", help=f"{', '.join(STUDIES)} [guidance]")
+    add("--seed", type=int, default=0)
+    add("--keep", default="", help="folder for the checkpoints of ours")
+    add("--pictures", default="", help="folder for grids of samples")
+    add("--json", default="", help="also write the rows to this file")
+    add_debug(parser)
+    return parser
+
+
 def check(args: argparse.Namespace) -> diffuser.Model | None:
-    """Raise UserError for what would fail later; returns the model to study, if any."""
-    unknown = ({*args.contestants.split(",")} - {*CONTESTANTS}) | ({*args.study.split(",")} - {*STUDIES})
-    if unknown or args.dataset not in diffuser.BEST:
-        raise UserError(f"unknown: {', '.join(unknown) or args.dataset}, see --help")
-    if args.images <= Judge.FEATURES or not args.minutes > 0 or args.batch_size < 1:
-        raise UserError(f"--images must be above {Judge.FEATURES}, --minutes and --batch_size above 0")
+    """The model to study, if any. Raises UserError for what would fail later."""
+    unknown = [name for name in args.contestants.split(",") if name not in CONTESTANTS]
+    unknown += [name for name in args.study.split(",") if name not in STUDIES]
+    if args.dataset not in diffuser.BEST:
+        unknown.append(args.dataset)
+    if unknown:
+        raise UserError(f"unknown: {', '.join(unknown)}, see --help")
+    if args.images <= Classifier.FEATURES or not args.minutes > 0 or args.batch_size < 1:
+        raise UserError(f"--images must be above {Classifier.FEATURES}, --minutes and --batch_size above 0")
+
     if not args.checkpoint:
         return None
     model = diffuser.load(args.checkpoint)
@@ -282,43 +413,38 @@ def check(args: argparse.Namespace) -> diffuser.Model | None:
     return model
 
 
-def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--dataset", default="mnist", help="digits, mnist or cifar10 [mnist]")
-    parser.add_argument("--data_dir", default="data", help="where datasets are and the judge is kept [data]")
-    parser.add_argument("--path_to_data", default="", help="folder or ZIP that holds its images, in class folders")
-    parser.add_argument("--minutes", type=float, default=10, help="training time of each contestant [10]")
-    parser.add_argument("--images", type=int, default=1000, help="images drawn by each [1000]")
-    parser.add_argument("--batch_size", type=int, default=64, help="of the peers [64]")
-    parser.add_argument("--contestants", default=",".join(CONTESTANTS), help=f"[{','.join(CONTESTANTS)}]")
-    parser.add_argument("--checkpoint", default="", help="study this model instead of racing")
-    parser.add_argument("--study", default="guidance", help=f"{', '.join(STUDIES)} [guidance]")
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--keep", default="", help="folder for the checkpoints of ours")
-    parser.add_argument("--pictures", default="", help="folder for grids of samples")
-    parser.add_argument("--json", default="", help="also write the rows to this file")
-    args = parser.parse_args()
-    try:
-        model = check(args)
-        args.device = diffuser.pick_device("auto")
-        shape = diffuser.DATASETS[args.dataset].shape
-        reference = load_reference(args.path_to_data or args.dataset, args.data_dir, shape)
-        if len(reference.test.images) < args.images:
-            args.images = len(reference.test.images)
-            print(f"drawing {args.images} images, as many as there are to test with")
-        court = Court(reference, args.data_dir)
-        floors = court.floor_of(args.images), court.floor
-        print(f"{machine()}\njudge: accuracy {court.accuracy:.2%}; floor: {floors[0]:.3g} for {args.images:,} real "
-              f"images, {floors[1]:.3g} for {len(reference.test.images):,}", flush=True)
-        rows = study(args, model, court) if model else race(args, court, reference.everything())
-        print(table(rows))
-        if args.json:
-            diffuser.write_json(Path(args.json), dict(machine=machine(), floor=court.floor, rows=rows))
-        return 0
-    except (UserError, OSError) as error:
-        print("quality:", error, file=sys.stderr)
-        return getattr(error, "code", 1)
+def work(args: argparse.Namespace) -> None:
+    """Race or study, and print the table."""
+    model = check(args)
+    args.device = diffuser.pick_device("auto")
+
+    # The real images, and the judge trained on them.
+    shape = diffuser.DATASETS[args.dataset].shape
+    reference = load_reference(args.path_to_data or args.dataset, args.data_dir, shape)
+    count = len(reference.test.images)
+    if count < args.images:
+        args.images = count
+        print(f"drawing {args.images} images, as many as there are to test with")
+    stats = ReferenceStats(reference, args.data_dir)
+    floor = stats.floor_of(args.images)
+    print(machine())
+    print(f"judge: accuracy {stats.accuracy:.2%}; floor: {floor:.3g} for {args.images:,} real images, "
+          f"{stats.floor:.3g} for {count:,}", flush=True)
+
+    # The contestants, or the variations of one model.
+    if model:
+        rows = study(args, model, stats)
+    else:
+        rows = race(args, stats, reference.everything())
+    print(table(rows))
+    if args.json:
+        write_json(Path(args.json), dict(machine=machine(), floor=stats.floor, rows=rows))
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run the command line; returns the exit status."""
+    return run_script("quality", lambda: build_parser().parse_args(argv), work)
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    end_process(main)

@@ -17,6 +17,11 @@ between the rounds.
 
 from __future__ import annotations
 
+import signal
+
+if __name__ == "__main__" and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+    signal.signal(signal.SIGINT, signal.SIG_DFL)            # Ctrl-C while torch is imported: no traceback
+
 import argparse
 import dataclasses
 import json
@@ -29,7 +34,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
@@ -40,7 +45,9 @@ from torch import Tensor, nn
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import diffuser
 from benchmarks.quality import machine, table
-from diffuser import UserError
+from diffuser_lib.files import Parser, UserError, add_debug, end_process, run_script, write_json
+
+# ---- Networks and images -----------------------------------------------------------------------
 
 # Networks by name: settings of diffuser.py that the contestants are given shapes from.
 NETWORKS = {
@@ -54,19 +61,30 @@ NETWORKS = {
 
 def settings(network: str, batch: int, **more) -> diffuser.Config:
     """The configuration of a network of that name for a benchmark: random images, no labels, no end."""
-    fields = {k: v for k, v in NETWORKS[network].items() if k not in ("epochs", "use_labels", "num_gpus")}
-    return diffuser.configure(**{**fields, "dataset": "random", "batch_size": batch, "iterations": 10**6,
-                                 "use_labels": False, "val_fraction": 0.0, **more})
+    fields = dict(NETWORKS[network])
+    for name in ("epochs", "num_gpus"):
+        fields.pop(name, None)
+    fields.update(dataset="random", batch_size=batch, iterations=10**6, use_labels=False, val_fraction=0.0)
+    fields.update(more)
+    return diffuser.configure(**fields)
 
 
 def random_images(cfg: diffuser.Config, count: int = 2048) -> diffuser.ImageData:
-    """Noise as uint8 images of the configured shape."""
+    """Noise as uint8 images of the configured shape, at least a batch of them."""
     shape = (max(count, cfg.batch_size), *diffuser.image_shape(cfg))
     images = torch.randint(256, shape, dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
     return diffuser.ImageData(images, torch.zeros(len(images), dtype=torch.long), [])
 
 
-diffuser.DATASETS["random"] = diffuser.Dataset(random_images, (3, 32, 32))
+diffuser.DATASETS["random"] = diffuser.DatasetSpec(lambda cfg, train: random_images(cfg), (3, 32, 32))
+
+
+def parameters(network: nn.Module) -> int:
+    """How many there are."""
+    return sum(p.numel() for p in network.parameters())
+
+
+# ---- Contestants: (configuration, precision) -> Contestant -------------------------------------
 
 
 @dataclasses.dataclass
@@ -76,13 +94,13 @@ class Contestant:
     step: Callable[[], None]
     draw: Callable[[int, int], object]
     network: nn.Module
-    call: Callable[[nn.Module, Tensor, Tensor], Tensor]                      # (network, xt, t) -> output
+    call: Callable[[nn.Module, Tensor, Tensor], Tensor]          # (network, xt, t) -> output
 
 
 def ours(cfg: diffuser.Config, precision: str) -> Contestant:
     """diffuser.py as it is."""
     cfg = dataclasses.replace(cfg, precision=precision)
-    run = diffuser.Training(cfg, diffuser.Runtime(cfg))
+    run = diffuser.Trainer(cfg, diffuser.Devices(cfg))
 
     def draw(count: int, steps: int) -> None:
         ddim = dataclasses.replace(run.cfg, sampler="ddim", steps=steps)
@@ -91,56 +109,77 @@ def ours(cfg: diffuser.Config, precision: str) -> Contestant:
     return Contestant(run.train_step, draw, run.network, lambda network, xt, t: network(xt, t))
 
 
+def diffusers_network(cfg: diffuser.Config) -> nn.Module:
+    """A UNet2DModel of the configured shape."""
+    from diffusers import UNet2DModel
+
+    down = []
+    for level in range(len(cfg.channel_mults)):
+        attends = cfg.use_attention and level in cfg.attention_levels
+        down.append("AttnDownBlock2D" if attends else "DownBlock2D")
+    up = [name.replace("Down", "Up") for name in reversed(down)]
+
+    head_dim = cfg.head_dim
+    if not head_dim and cfg.num_heads > 1:
+        head_dim = cfg.base_channels * cfg.channel_mults[-1] // cfg.num_heads
+    return UNet2DModel(
+        sample_size=cfg.img_size,
+        in_channels=cfg.channels,
+        out_channels=cfg.channels,
+        layers_per_block=cfg.num_res_blocks,
+        block_out_channels=[cfg.base_channels * mult for mult in cfg.channel_mults],
+        down_block_types=down,
+        up_block_types=up,
+        dropout=cfg.dropout,
+        attention_head_dim=head_dim or None,
+        norm_num_groups=math.gcd(cfg.norm_groups, cfg.base_channels),
+        add_attention=cfg.use_attention,
+    )
+
+
+def repeat(loader: torch.utils.data.DataLoader) -> Iterator[Tensor]:
+    """Its batches, epoch after epoch."""
+    while True:
+        yield from loader
+
+
 def diffusers(cfg: diffuser.Config, precision: str) -> Contestant:
     """The loop of diffusers' examples/unconditional_image_generation/train_unconditional.py, with --use_ema."""
     import torch.nn.functional as F
     from accelerate import Accelerator
-    from diffusers import DDIMPipeline, DDIMScheduler, DDPMScheduler, UNet2DModel
+    from diffusers import DDIMPipeline, DDIMScheduler, DDPMScheduler
     from diffusers.optimization import get_scheduler
     from diffusers.training_utils import EMAModel
 
     accelerator = Accelerator(mixed_precision=precision)
-    levels = range(len(cfg.channel_mults))
-    attends = [cfg.use_attention and i in cfg.attention_levels for i in levels]
-    width = cfg.base_channels * cfg.channel_mults[-1]
-    model = UNet2DModel(
-        sample_size=cfg.img_size, in_channels=cfg.channels, out_channels=cfg.channels,
-        layers_per_block=cfg.num_res_blocks, block_out_channels=[cfg.base_channels * m for m in cfg.channel_mults],
-        down_block_types=["AttnDownBlock2D" if a else "DownBlock2D" for a in attends], dropout=cfg.dropout,
-        up_block_types=["AttnUpBlock2D" if a else "UpBlock2D" for a in reversed(attends)],
-        attention_head_dim=cfg.head_dim or (None if cfg.num_heads == 1 else width // cfg.num_heads),
-        norm_num_groups=math.gcd(cfg.norm_groups, cfg.base_channels), add_attention=cfg.use_attention)
+    model = diffusers_network(cfg)
     ema = EMAModel(model.parameters(), decay=0.9999, use_ema_warmup=True, inv_gamma=1.0, power=0.75)
     noising = DDPMScheduler(num_train_timesteps=1000)
-    optimizer = torch.optim.AdamW(model.parameters(), 1e-4, (0.95, 0.999), weight_decay=1e-6, eps=1e-8)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, betas=(0.95, 0.999), weight_decay=1e-6, eps=1e-8)
     images = diffuser.from_uint8(random_images(cfg).images)
     loader = torch.utils.data.DataLoader(images, batch_size=cfg.batch_size, shuffle=True)
     schedule = get_scheduler("cosine", optimizer, num_warmup_steps=500, num_training_steps=10**6)
     model, optimizer, loader, schedule = accelerator.prepare(model, optimizer, loader, schedule)
     ema.to(accelerator.device)
-
-    def forever():
-        while True:
-            yield from loader
-
-    batches = forever()
+    batches = repeat(loader)
 
     def step() -> None:
         clean = next(batches)
         noise = torch.randn_like(clean)
         t = torch.randint(0, 1000, (len(clean),), device=clean.device).long()
         with accelerator.accumulate(model):
-            loss = F.mse_loss(model(noising.add_noise(clean, noise, t), t).sample.float(), noise.float())
+            out = model(noising.add_noise(clean, noise, t), t).sample
+            loss = F.mse_loss(out.float(), noise.float())
             accelerator.backward(loss)
             accelerator.clip_grad_norm_(model.parameters(), 1.0)
             optimizer.step()
             schedule.step()
             optimizer.zero_grad()
         ema.step(model.parameters())
-        loss.detach().item()                                                 # its progress bar shows it
+        loss.detach().item()                                     # its progress bar shows it
 
     def draw(count: int, steps: int) -> None:
-        with accelerator.autocast():                                         # nothing in float32, its default
+        with accelerator.autocast():                             # nothing in float32, its default
             pipeline = DDIMPipeline(accelerator.unwrap_model(model), DDIMScheduler(num_train_timesteps=1000))
             pipeline.set_progress_bar_config(disable=True)
             pipeline.unet.eval()
@@ -149,30 +188,47 @@ def diffusers(cfg: diffuser.Config, precision: str) -> Contestant:
     return Contestant(step, draw, accelerator.unwrap_model(model), lambda network, xt, t: network(xt, t).sample)
 
 
-def parameters(network: torch.nn.Module) -> int:
-    """How many there are."""
-    return sum(p.numel() for p in network.parameters())
+def lucidrains_network(cfg: diffuser.Config) -> nn.Module:
+    """The Unet of denoising-diffusion-pytorch with about as many parameters as ours."""
+    from denoising_diffusion_pytorch import Unet
+
+    mults = {8: (1, 2), 28: (1, 2, 4), 32: (1, 2, 4, 8), 64: (1, 2, 4, 8)}.get(cfg.img_size[0], (1, 2, 4))
+    distances = {}                                               # width: how far it is from our number of parameters
+    with torch.device("meta"):
+        wanted = parameters(diffuser.build_unet(cfg, cfg.channels, 0))
+        for dim in range(8, 160, 4):
+            distances[dim] = abs(parameters(Unet(dim, dim_mults=mults, channels=cfg.channels)) - wanted)
+    nearest = min(distances, key=distances.get)
+    return Unet(nearest, dim_mults=mults, channels=cfg.channels, dropout=cfg.dropout)
 
 
 def lucidrains(cfg: diffuser.Config, precision: str) -> Contestant:
     """denoising-diffusion-pytorch's Trainer over a folder of PNG files."""
-    from denoising_diffusion_pytorch import GaussianDiffusion, Trainer, Unet
+    from denoising_diffusion_pytorch import GaussianDiffusion, Trainer
 
-    with torch.device("meta"):
-        wanted = parameters(diffuser.build_unet(cfg, cfg.channels, 0))
-        mults = {8: (1, 2), 28: (1, 2, 4), 32: (1, 2, 4, 8), 64: (1, 2, 4, 8)}.get(cfg.img_size[0], (1, 2, 4))
-        sizes = {dim: parameters(Unet(dim, dim_mults=mults, channels=cfg.channels)) for dim in range(8, 160, 4)}
-    network = Unet(min(sizes, key=lambda dim: abs(sizes[dim] - wanted)), dim_mults=mults, channels=cfg.channels,
-                   dropout=cfg.dropout)
+    network = lucidrains_network(cfg)
+
+    # Its Trainer reads files.
     kept = tempfile.TemporaryDirectory(prefix="speed_")
     folder = Path(kept.name)
-    for i, image in enumerate(random_images(cfg, 512).images[:max(512, cfg.batch_size)]):
+    images = random_images(cfg, 512).images
+    for i, image in enumerate(images):
         diffuser.to_pil(image).save(folder / f"{i}.png")
+
     diffusion = GaussianDiffusion(network, image_size=cfg.img_size[0], timesteps=1000, sampling_timesteps=50)
-    trainer = Trainer(diffusion, folder, train_batch_size=cfg.batch_size, train_lr=1e-4, calculate_fid=False,
-                      train_num_steps=0, save_and_sample_every=10**9, results_folder=str(folder / "results"),
-                      amp=precision == "bf16", mixed_precision_type="bf16")
-    trainer.images = kept                                                    # until the process ends
+    trainer = Trainer(
+        diffusion,
+        folder,
+        train_batch_size=cfg.batch_size,
+        train_lr=1e-4,
+        calculate_fid=False,
+        train_num_steps=0,
+        save_and_sample_every=10**9,
+        results_folder=str(folder / "results"),
+        amp=precision == "bf16",
+        mixed_precision_type="bf16",
+    )
+    trainer.images = kept                                        # until the process ends
 
     def step() -> None:
         trainer.train_num_steps = trainer.step + 1
@@ -188,24 +244,33 @@ def lucidrains(cfg: diffuser.Config, precision: str) -> Contestant:
 
 # name: (contestant, precision)
 CONTESTANTS = {
-    "diffuser": (ours, "auto"), "diffuser fp32": (ours, "fp32"),
-    "diffusers": (diffusers, "no"), "diffusers bf16": (diffusers, "bf16"),
-    "denoising-diffusion-pytorch": (lucidrains, "no"), "denoising-diffusion-pytorch bf16": (lucidrains, "bf16"),
+    "diffuser": (ours, "auto"),
+    "diffuser fp32": (ours, "fp32"),
+    "diffusers": (diffusers, "no"),
+    "diffusers bf16": (diffusers, "bf16"),
+    "denoising-diffusion-pytorch": (lucidrains, "no"),
+    "denoising-diffusion-pytorch bf16": (lucidrains, "bf16"),
 }
 
 
+# ---- Measuring ---------------------------------------------------------------------------------
+
+
 def wait() -> None:
+    """Wait for the GPU, where there is one."""
     if torch.cuda.is_available():
         torch.cuda.synchronize()
 
 
 def seconds(work: Callable[[], object], budget: float, warmup: int = 3, least: int = 3) -> float:
-    """Median time of one call, after some to warm up, of as many as fit into `budget` seconds."""
+    """Median time of one call, after some to warm up, of as many as fit into `budget` seconds: `least` to 200."""
     for _ in range(warmup):
         work()
     wait()
-    times, begun = [], time.perf_counter()
-    while len(times) < least or (time.perf_counter() - begun < budget and len(times) < 200):
+
+    times = []
+    start = time.perf_counter()
+    while len(times) < least or (time.perf_counter() - start < budget and len(times) < 200):
         before = time.perf_counter()
         work()
         wait()
@@ -216,8 +281,12 @@ def seconds(work: Callable[[], object], budget: float, warmup: int = 3, least: i
 def matrix_rate() -> float:
     """FLOP/s of a bf16 matrix product on this machine."""
     cuda = torch.cuda.is_available()
+    device = "cuda" if cuda else "cpu"
     n = 8192 if cuda else 2048
-    a, b = (torch.randn(n, n, device="cuda" if cuda else "cpu").bfloat16() for _ in range(2))
+    if diffuser.pick_precision(diffuser.Config(), torch.device(device)) == "fp32":
+        n = 256                                                  # bf16 is emulated here, hundreds of times slower
+    a = torch.randn(n, n, device=device).bfloat16()
+    b = torch.randn(n, n, device=device).bfloat16()
     return 2 * n**3 / seconds(lambda: a @ b, 1.0)
 
 
@@ -226,7 +295,8 @@ def flops(contestant: Contestant, cfg: diffuser.Config) -> int:
     from torch.utils.flop_counter import FlopCounterMode
 
     device = next(contestant.network.parameters()).device
-    xt, t = torch.zeros(1, cfg.channels, *cfg.img_size, device=device), torch.zeros(1, dtype=torch.long, device=device)
+    xt = torch.zeros(1, cfg.channels, *cfg.img_size, device=device)
+    t = torch.zeros(1, dtype=torch.long, device=device)
     with FlopCounterMode(display=False) as counter:
         contestant.call(contestant.network, xt, t).square().mean().backward()
     return counter.get_total_flops()
@@ -236,9 +306,12 @@ def peak_memory() -> float:
     """GiB that this process has taken at most: of the GPU's memory where there is one."""
     if torch.cuda.is_available():
         return torch.cuda.max_memory_reserved() / 2**30
-    if sys.platform == "linux":                                              # getrusage counts the parent's, too
-        return int(re.search(r"VmHWM:\s+(\d+)", Path("/proc/self/status").read_text())[1]) / 2**20
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**(30 if sys.platform == "darwin" else 20)
+    if sys.platform == "linux":                                  # getrusage counts the parent's, too
+        status = Path("/proc/self/status").read_text()
+        return int(re.search(r"VmHWM:\s+(\d+)", status)[1]) / 2**20
+
+    unit = 2**30 if sys.platform == "darwin" else 2**20          # bytes there, KiB elsewhere
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / unit
 
 
 def measure(args: argparse.Namespace) -> dict:
@@ -248,59 +321,103 @@ def measure(args: argparse.Namespace) -> dict:
     contestant = make(cfg, precision)
     step = seconds(contestant.step, args.seconds)
     memory = peak_memory()
+
     drawing = math.nan
     if args.images:
-        contestant.draw(args.images, 2)                                      # to warm up
+        contestant.draw(args.images, 2)                          # to warm up
         drawing = seconds(lambda: contestant.draw(args.images, args.steps), 0, 0, 1)
-    return dict(parameters=parameters(contestant.network), step=step, memory=memory, drawing=drawing,
-                flops=flops(contestant, cfg))
+
+    work = flops(contestant, cfg)
+    return dict(parameters=parameters(contestant.network), step=step, memory=memory, drawing=drawing, flops=work)
 
 
-def in_process(flags: list[str]) -> dict:
+def in_process(*flags: object) -> dict:
     """The JSON that this script prints last when it is run with the flags. Raises UserError where it fails."""
-    done = subprocess.run([sys.executable, __file__, *flags], capture_output=True, text=True)
+    command = [sys.executable, __file__, *map(str, flags)]
+    done = subprocess.run(command, capture_output=True, text=True)
     if done.returncode:
-        raise UserError((done.stderr.strip() or "no message").splitlines()[-1], code=1)
+        raise UserError(reason(done.stderr), code=1)
     return json.loads(done.stdout.strip().splitlines()[-1])
 
 
-def compare(args: argparse.Namespace) -> list[dict]:
-    """A row per network, batch size and contestant: medians over the rounds, who takes part taking turns."""
-    rows, rates = [], []
-    for network in args.networks.split(","):
-        for batch in args.batches.split(","):
-            results: dict[str, list[dict]] = {}
-            for _ in range(args.rounds):
-                rates.append(in_process(["--rate"])["rate"])
-                for name in args.contestants.split(","):
-                    flags = ["--networks", network, "--batches", batch, "--contestants", name, "--measure",
-                             "--seconds", args.seconds, "--images", args.images, "--steps", args.steps]
-                    try:
-                        results.setdefault(name, []).append(in_process(list(map(str, flags))))
-                    except UserError as error:
-                        print(f"{network}, {batch}, {name}: failed ({error})", flush=True)
-            rate = statistics.median(rates)
-            for name, found in results.items():
-                middle = {k: statistics.median(f[k] for f in found) for k in found[0]}
-                speeds = [int(batch) / f["step"] for f in found]
-                work = int(batch) / middle["step"] * middle["flops"]
-                rows.append({
-                    "network": network, "batch": batch, "": name, "parameters": f"{middle['parameters'] / 1e6:.2f}M",
-                    "training images/s": short(int(batch) / middle["step"]), "from": short(min(speeds)),
-                    "to": short(max(speeds)), "TFLOP/s": short(work / 1e12), "of matrix rate": f"{work / rate:.0%}",
-                    "peak GiB": short(middle["memory"]),
-                    "sampling images/s": short(args.images / middle["drawing"]) if args.images else "",
-                })
-                print(rows[-1], flush=True)
-    low, high = min(rates) / 1e12, max(rates) / 1e12
-    print(f"matrix rate: {statistics.median(rates) / 1e12:.2f} TFLOP/s ({low:.2f} to {high:.2f})")
-    return rows
+def reason(stderr: str) -> str:
+    """Why a process ended, in one line: its own last message, or the last line of what it printed."""
+    lines = stderr.strip().splitlines() or ["no message"]
+    messages = [line for line in lines if line.startswith(("speed: ", "diffuser: "))] or lines
+    return messages[-1]
+
+
+def medians(results: list[dict]) -> dict:
+    """The median of each value over results with the same keys."""
+    return {key: statistics.median(result[key] for result in results) for key in results[0]}
 
 
 def short(number: float) -> float:
     """Three digits of it."""
     return float(f"{number:.3g}")
 
+
+def millions(number: float) -> str:
+    """A number of parameters."""
+    return f"{number / 1e6:.2f}M"
+
+
+# ---- The comparison ----------------------------------------------------------------------------
+
+
+def compare(args: argparse.Namespace) -> list[dict]:
+    """A row per network, batch size and contestant: medians over the rounds, who takes part taking turns."""
+    rows = []
+    rates = []
+    for network in args.networks.split(","):
+        for batch in args.batches.split(","):
+            results = take_turns(args, network, batch, rates)
+            for name, found in results.items():
+                row = {"network": network, "batch": batch, "": name}
+                row.update(compare_row(args, int(batch), found, statistics.median(rates)))
+                rows.append(row)
+                print(row, flush=True)
+
+    middle = statistics.median(rates) / 1e12
+    print(f"matrix rate: {middle:.2f} TFLOP/s ({min(rates) / 1e12:.2f} to {max(rates) / 1e12:.2f})")
+    return rows
+
+
+def take_turns(args: argparse.Namespace, network: str, batch: str, rates: list[float]) -> dict[str, list[dict]]:
+    """What each contestant measured in each round, without those that failed; `rates` gets a matrix rate a round."""
+    results: dict[str, list[dict]] = {}
+    for _ in range(args.rounds):
+        rates.append(in_process("--rate")["rate"])
+        for name in args.contestants.split(","):
+            try:
+                found = in_process(
+                    "--measure", "--networks", network, "--batches", batch, "--contestants", name,
+                    "--seconds", args.seconds, "--images", args.images, "--steps", args.steps)
+            except UserError as error:
+                print(f"{network}, {batch}, {name}: failed ({error})", flush=True)
+            else:
+                results.setdefault(name, []).append(found)
+    return results
+
+
+def compare_row(args: argparse.Namespace, batch: int, found: list[dict], rate: float) -> dict:
+    """The measurements of one contestant, network and batch size for a table. rate: of the machine, in FLOP/s."""
+    middle = medians(found)
+    speeds = [batch / result["step"] for result in found]
+    work = batch / middle["step"] * middle["flops"]              # FLOP/s
+    return {
+        "parameters": millions(middle["parameters"]),
+        "training images/s": short(batch / middle["step"]),
+        "from": short(min(speeds)),
+        "to": short(max(speeds)),
+        "TFLOP/s": short(work / 1e12),
+        "of matrix rate": f"{work / rate:.0%}",
+        "peak GiB": short(middle["memory"]),
+        "sampling images/s": short(args.images / middle["drawing"]) if args.images else "",
+    }
+
+
+# ---- Cost curves -------------------------------------------------------------------------------
 
 # What a cost curve varies, from a small network on small images: (settings, batch, images in the data set)
 CURVES = {
@@ -314,9 +431,11 @@ CURVES = {
 def curve_point(args: argparse.Namespace) -> dict:
     """In a process of its own: one step of one point of a cost curve."""
     changes, batch, images = CURVES[args.curves][args.point]
-    diffuser.DATASETS["random"] = diffuser.Dataset(lambda cfg: random_images(cfg, images), (3, 32, 32))
+    diffuser.DATASETS["random"] = diffuser.DatasetSpec(
+        lambda cfg, train: random_images(cfg, images), (3, 32, 32))
     cfg = settings("64x64", batch, **{"img_size": (32, 32), "num_heads": 4, **changes})
-    run = diffuser.Training(cfg, diffuser.Runtime(cfg))
+    run = diffuser.Trainer(cfg, diffuser.Devices(cfg))
+
     loading = seconds(lambda: run.batches(run.step), 1.0)
     step = seconds(run.train_step, args.seconds)
     return dict(step=step, loading=loading, memory=peak_memory(), parameters=parameters(run.network))
@@ -326,19 +445,43 @@ def curves(args: argparse.Namespace) -> list[dict]:
     """A row per point of the curves asked for; medians over the rounds."""
     rows = []
     for name in args.curves.split(","):
-        found = [[in_process(["--curves", name, "--point", str(i), "--measure", "--seconds", str(args.seconds)])
-                  for i in range(len(CURVES[name]))] for _ in range(args.rounds)]
-        for i, (changes, batch, images) in enumerate(CURVES[name]):
-            middle = {k: statistics.median(f[i][k] for f in found) for k in found[0][i]}
-            shown = "x".join(map(str, changes.get("img_size", (32, 32))))
-            rows.append({
-                "": name, "images": f"{images} of {shown}", "batch": batch,
+        # Measure, the points taking turns.
+        points = CURVES[name]
+        found: list[list[dict]] = [[] for _ in points]
+        for _ in range(args.rounds):
+            for i in range(len(points)):
+                found[i].append(in_process("--measure", "--curves", name, "--point", i, "--seconds", args.seconds))
+
+        # Tell.
+        for (changes, batch, images), results in zip(points, found, strict=True):
+            middle = medians(results)
+            height, width = changes.get("img_size", (32, 32))
+            row = {
+                "": name,
+                "images": f"{images} of {height}x{width}",
+                "batch": batch,
                 "channels": changes.get("base_channels", 64),
-                "parameters": f"{middle['parameters'] / 1e6:.2f}M", "step (s)": short(middle["step"]),
-                "images/s": short(batch / middle["step"]), "loading (ms)": short(1000 * middle["loading"]),
-                "peak GiB": short(middle["memory"])})
-            print(rows[-1], flush=True)
+                "parameters": millions(middle["parameters"]),
+                "step (s)": short(middle["step"]),
+                "images/s": short(batch / middle["step"]),
+                "loading (ms)": short(1000 * middle["loading"]),
+                "peak GiB": short(middle["memory"]),
+            }
+            rows.append(row)
+            print(row, flush=True)
     return rows
+
+
+# ---- A folder of JPEGs -------------------------------------------------------------------------
+
+
+def make_jpegs(folder: Path, count: int) -> None:
+    """Write so many smooth random images of 96 x 80."""
+    folder.mkdir()
+    random = np.random.default_rng(0)
+    for i in range(count):
+        small = Image.fromarray(random.integers(0, 256, (12, 12, 3), dtype=np.uint8))
+        small.resize((96, 80), Image.Resampling.BICUBIC).save(folder / f"{i:06}.jpg", quality=90)
 
 
 def jpegs(args: argparse.Namespace) -> list[dict]:
@@ -346,51 +489,95 @@ def jpegs(args: argparse.Namespace) -> list[dict]:
     rows = []
     with tempfile.TemporaryDirectory() as place:
         folder = Path(place, "images")
-        folder.mkdir()
-        random = np.random.default_rng(0)
-        for i in range(args.jpegs):
-            small = Image.fromarray(random.integers(0, 256, (12, 12, 3), dtype=np.uint8))
-            small.resize((96, 80), Image.Resampling.BICUBIC).save(folder / f"{i:06}.jpg", quality=90)
+        make_jpegs(folder, args.jpegs)
         for pass_name in ("first", "cached"):
             cfg = diffuser.configure(dataset="folder", path_to_data=str(folder), data_dir=place, img_size=(64, 64),
                                      iterations=10**6, num_workers=os.cpu_count())
-            begun = time.perf_counter()
-            run = diffuser.Training(cfg, diffuser.Runtime(cfg))
-            opened = time.perf_counter() - begun
+            start = time.perf_counter()
+            run = diffuser.Trainer(cfg, diffuser.Devices(cfg))
+            opened = time.perf_counter() - start
+
             step = seconds(run.train_step, args.seconds)
             steps = iter(range(10**6))
             loading = seconds(lambda run=run, steps=steps: run.batches(next(steps)), 5.0)
-            rows.append({"": pass_name, "images": args.jpegs, "ready after (s)": round(opened, 1),
-                         "step (ms)": round(1000 * step), "loading (ms)": round(1000 * loading, 2),
-                         "of the step": f"{loading / step:.1%}"})
+            rows.append({
+                "": pass_name,
+                "images": args.jpegs,
+                "ready after (s)": round(opened, 1),
+                "step (ms)": round(1000 * step),
+                "loading (ms)": round(1000 * loading, 2),
+                "of the step": f"{loading / step:.1%}",
+            })
     return rows
+
+
+# ---- The first step ----------------------------------------------------------------------------
+
+# Trains up to the end of the first step, then prints when torch was imported, the rest was, and the step was done.
+FIRST_STEP = """\
+import sys, time; sys.path.insert(0, {program!r})
+import torch; a = time.time(); import diffuser; b = time.time()
+step = diffuser.Trainer.train_step
+def first(run):
+    step(run); print(a, b, time.time(), flush=True); import os; os._exit(0)
+diffuser.Trainer.train_step = first
+diffuser.main(['--mode', 'train', '--dataset', {dataset!r}, '--data_dir', {data_dir!r}])
+"""
+
+
+def time_first_step(dataset: str, data_dir: str) -> tuple[float, float, float, float]:
+    """Seconds to import torch, to import the rest, from there to the end of the first step, and in all."""
+    code = FIRST_STEP.format(program=str(Path(diffuser.__file__).parent), dataset=dataset,
+                             data_dir=str(Path(data_dir).resolve()))
+    with tempfile.TemporaryDirectory() as folder:
+        start = time.time()
+        done = subprocess.run([sys.executable, "-c", code], cwd=folder, capture_output=True, text=True)
+    if done.returncode or not done.stdout.strip():
+        raise UserError(reason(done.stderr), code=1)
+
+    torch_in, ours_in, end = map(float, done.stdout.split()[-3:])
+    return torch_in - start, ours_in - torch_in, end - ours_in, end - start
 
 
 def start(args: argparse.Namespace) -> list[dict]:
     """From the command to the end of the first step, for each dataset named; and what of it importing torch takes."""
-    program = ("import sys, time; sys.path.insert(0, {!r})\n"
-               "import torch; a = time.time(); import diffuser; b = time.time()\n"
-               "step = diffuser.Training.train_step\n"
-               "def first(run):\n"
-               "    step(run); print(a, b, time.time(), flush=True); import os; os._exit(0)\n"
-               "diffuser.Training.train_step = first\n"
-               "diffuser.main(['--mode', 'train', '--dataset', {!r}, '--data_dir', {!r}])")
+    names = ("import torch (s)", "import the rest", "to the first step", "in all")
     rows = []
     for dataset in args.start.split(","):
-        found = []
-        for _ in range(max(3, args.rounds)):
-            with tempfile.TemporaryDirectory() as folder:
-                begun = time.time()
-                code = program.format(str(Path(diffuser.__file__).parent), dataset, str(Path(args.data_dir).resolve()))
-                done = subprocess.run([sys.executable, "-c", code], cwd=folder, capture_output=True, text=True)
-                if done.returncode or not done.stdout.strip():
-                    raise UserError(done.stderr.strip().splitlines()[-1], code=1)
-                torch_in, ours_in, end = map(float, done.stdout.split()[-3:])
-                found.append((torch_in - begun, ours_in - torch_in, end - ours_in, end - begun))
-        middle = [round(statistics.median(column), 2) for column in zip(*found, strict=True)]
-        names = ("", "import torch (s)", "import the rest", "to the first step", "in all")
-        rows.append(dict(zip(names, (dataset, *middle), strict=True)))
+        found = [time_first_step(dataset, args.data_dir) for _ in range(max(3, args.rounds))]
+        row: dict[str, object] = {"": dataset}
+        for name, column in zip(names, zip(*found, strict=True), strict=True):
+            row[name] = round(statistics.median(column), 2)
+        rows.append(row)
     return rows
+
+
+# ---- Command line ------------------------------------------------------------------------------
+
+
+def build_parser() -> Parser:
+    """The flags."""
+    parser = Parser(description=__doc__)
+    add = parser.add_argument
+    add("--networks", default="mnist", help=f"{', '.join(NETWORKS)} [mnist]")
+    add("--batches", default="128", help="batch sizes [128]")
+    add("--contestants", default=",".join(CONTESTANTS), help=f"[{','.join(CONTESTANTS)}]")
+    add("--rounds", type=int, default=3, help="times that each is measured [3]")
+    add("--seconds", type=float, default=5, help="for timing steps: at least 3, after 3 to warm up [5]")
+    add("--images", type=int, default=100, help="images to draw by DDIM; 0: none [100]")
+    add("--steps", type=int, default=50, help="sampling steps [50]")
+    add("--curves", default="", help=f"cost curves instead: {', '.join(CURVES)}")
+    add("--jpegs", type=int, default=0, help="instead: a folder of so many JPEGs")
+    add("--start", nargs="?", const="digits", default="", help="instead: time to a first step [digits]")
+    add("--data_dir", default="data", help="where --start finds its datasets [data]")
+    add("--json", default="", help="also write the rows to this file")
+    add_debug(parser)
+
+    # What in_process runs.
+    add("--measure", action="store_true", help=argparse.SUPPRESS)
+    add("--rate", action="store_true", help=argparse.SUPPRESS)
+    add("--point", type=int, default=0, help=argparse.SUPPRESS)
+    return parser
 
 
 def check(args: argparse.Namespace) -> None:
@@ -399,45 +586,46 @@ def check(args: argparse.Namespace) -> None:
         unknown = [name for name in given.split(",") if name and name not in known]
         if unknown:
             raise UserError(f"unknown: {', '.join(unknown)}; there are {', '.join(known)}")
-    if not all(n.isdigit() and int(n) > 0 for n in args.batches.split(",")) or args.rounds < 1 or args.images < 0:
+
+    sound = all(batch.isdigit() and int(batch) > 0 for batch in args.batches.split(","))
+    if not sound or args.rounds < 1 or args.images < 0:
         raise UserError("--batches wants numbers such as 16,64, --rounds at least 1, --images at least 0")
 
 
-def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--networks", default="mnist", help=f"{', '.join(NETWORKS)} [mnist]")
-    parser.add_argument("--batches", default="128", help="batch sizes [128]")
-    parser.add_argument("--contestants", default=",".join(CONTESTANTS), help=f"[{','.join(CONTESTANTS)}]")
-    parser.add_argument("--rounds", type=int, default=3, help="times that each is measured [3]")
-    parser.add_argument("--seconds", type=float, default=5, help="for timing steps: at least 3, after 3 to warm up [5]")
-    parser.add_argument("--images", type=int, default=100, help="images to draw by DDIM; 0: none [100]")
-    parser.add_argument("--steps", type=int, default=50, help="sampling steps [50]")
-    parser.add_argument("--curves", default="", help=f"cost curves instead: {', '.join(CURVES)}")
-    parser.add_argument("--jpegs", type=int, default=0, help="instead: a folder of so many JPEGs")
-    parser.add_argument("--start", nargs="?", const="digits", default="", help="instead: time to a first step [digits]")
-    parser.add_argument("--data_dir", default="data", help="where --start finds its datasets [data]")
-    parser.add_argument("--json", default="", help="also write the rows to this file")
-    for hidden in ("--measure", "--rate"):
-        parser.add_argument(hidden, action="store_true", help=argparse.SUPPRESS)
-    parser.add_argument("--point", type=int, default=0, help=argparse.SUPPRESS)
-    args = parser.parse_args()
-    try:
-        check(args)
-        if args.rate or args.measure:
-            print("\n" + json.dumps(dict(rate=matrix_rate()) if args.rate else
-                                    curve_point(args) if args.curves else measure(args)))
-            return 0
-        print(machine(), flush=True)
-        study = curves if args.curves else jpegs if args.jpegs else start if args.start else compare
-        rows = study(args)
-        print(table(rows))
-        if args.json:
-            diffuser.write_json(Path(args.json), dict(machine=machine(), command=sys.argv[1:], rows=rows))
-        return 0
-    except (UserError, OSError) as error:
-        print("speed:", error, file=sys.stderr)
-        return getattr(error, "code", 1)
+def measure_one(args: argparse.Namespace) -> dict:
+    """What a process of in_process measures."""
+    if args.rate:
+        return dict(rate=matrix_rate())
+    if args.curves:
+        return curve_point(args)
+    return measure(args)
+
+
+def work(args: argparse.Namespace) -> None:
+    """Measure what is asked for, and print the table."""
+    check(args)
+    if args.rate or args.measure:
+        print("\n" + json.dumps(measure_one(args)))
+        return
+
+    print(machine(), flush=True)
+    if args.curves:
+        rows = curves(args)
+    elif args.jpegs:
+        rows = jpegs(args)
+    elif args.start:
+        rows = start(args)
+    else:
+        rows = compare(args)
+    print(table(rows))
+    if args.json:
+        write_json(Path(args.json), dict(machine=machine(), command=sys.argv[1:], rows=rows))
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run the command line; returns the exit status."""
+    return run_script("speed", lambda: build_parser().parse_args(argv), work)
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    end_process(main)

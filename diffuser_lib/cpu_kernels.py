@@ -21,11 +21,27 @@ import ctypes
 import math
 import sys
 from contextlib import suppress
+from functools import cache
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+
+
+class Twin:
+    """A mixin before a plain module's class. Pickled by the name of that class, since the mixed one has none."""
+
+    plain: type[nn.Module]
+
+    def __reduce_ex__(self, protocol):
+        return rebuild, (self.plain,), self.__dict__
+
+
+def is_ours(x: Tensor) -> bool:
+    """Whether x is what the twins are for; anything else goes to the plain module."""
+    return x.dtype == torch.bfloat16 and not torch.compiler.is_compiling()
+
 
 # ---- Group norm, scale and shift, SiLU in one --------------------------------------------------
 
@@ -97,11 +113,11 @@ class FusedGroupNormSiLU(torch.autograd.Function):
         return dx, dw, db, None, None, None
 
 
-class FastNorm:
+class FastNorm(Twin):
     """Norm by FusedGroupNormSiLU, on maps of more than 16 pixels."""
 
     def forward(self, x: Tensor, scale: Tensor | None = None, shift: Tensor | None = None) -> Tensor:
-        if x.dtype != torch.bfloat16 or x.shape[2] * x.shape[3] <= 16:
+        if not is_ours(x) or x.shape[2] * x.shape[3] <= 16:
             return super().forward(x, scale, shift)
         weight = self.weight[None]
         bias = self.bias[None]
@@ -141,13 +157,13 @@ class Conv3x3SmallSpatial(torch.autograd.Function):
         return dx, dw.view(cout, 3, 3, cin).permute(0, 3, 1, 2), g.sum((0, 2, 3))
 
 
-class FastConv3x3:
+class FastConv3x3(Twin):
     """Conv3x3 by Conv3x3SmallSpatial, on maps of at most 64 pixels and 128 channels or more."""
 
     def forward(self, x: Tensor) -> Tensor:
         small = x.shape[2] * x.shape[3] <= 64 and x.shape[1] >= 128
         plain = self.stride == (1, 1) and self.padding == (1, 1)
-        if x.dtype != torch.bfloat16 or not (small and plain):
+        if not (is_ours(x) and small and plain):
             return super().forward(x)
         return Conv3x3SmallSpatial.apply(x, self.weight.to(x.dtype), self.bias.to(x.dtype))
 
@@ -155,11 +171,11 @@ class FastConv3x3:
 # ---- Dropout, concatenation, attention ---------------------------------------------------------
 
 
-class FastDropout:
+class FastDropout(Twin):
     """Dropout with random bits from numpy: torch's take ten times as long. p is rounded to a multiple of 2^-16."""
 
     def forward(self, x: Tensor) -> Tensor:
-        if x.dtype != torch.bfloat16 or not self.training or self.p < 2**-16:
+        if not is_ours(x) or not self.training or self.p < 2**-16:
             return super().forward(x)
         seed = int(torch.randint(2**62, ()))
         words = math.ceil(x.numel() / 4)                         # of 64 bits: four numbers of 16
@@ -190,21 +206,21 @@ class Concatenation(torch.autograd.Function):
         return tuple(part.contiguous(memory_format=memory_format) for part in g.split(ctx.widths, dim=1))
 
 
-class FastConcat:
+class FastConcat(Twin):
     """Concat by Concatenation."""
 
     def forward(self, a: Tensor, b: Tensor) -> Tensor:
-        return Concatenation.apply(a, b) if a.dtype == torch.bfloat16 else super().forward(a, b)
+        return Concatenation.apply(a, b) if is_ours(a) else super().forward(a, b)
 
 
-class FastDotProduct:
+class FastDotProduct(Twin):
     """DotProduct written out, in training and for up to 256 tokens: torch's own backward takes three times as long.
 
     More tokens than that would take much memory.
     """
 
     def forward(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        if q.dtype != torch.bfloat16 or not q.requires_grad or q.shape[2] > 256:
+        if not is_ours(q) or not q.requires_grad or q.shape[2] > 256:
             return super().forward(q, k, v)
         weights = (q * q.shape[3] ** -0.5) @ k.transpose(2, 3)
         return weights.softmax(3) @ v
@@ -216,12 +232,23 @@ SWAPS = {"Norm": FastNorm, "Conv3x3": FastConv3x3, "Dropout": FastDropout, "Conc
          "DotProduct": FastDotProduct}
 
 
+@cache
+def twin_of(plain: type[nn.Module]) -> type[nn.Module]:
+    """The class of modules of that class with the twin's forward."""
+    return type(f"{plain.__name__}Twin", (SWAPS[plain.__name__], plain), {"plain": plain})
+
+
 def install(network: nn.Module) -> None:
     """Give each module of the network that has a faster twin the twin's forward, in place."""
     for module in network.modules():
-        plain = type(module)
-        if plain.__name__ in SWAPS:
-            module.__class__ = type(f"Fast{plain.__name__}", (SWAPS[plain.__name__], plain), {})
+        if type(module).__name__ in SWAPS:
+            module.__class__ = twin_of(type(module))
+
+
+def rebuild(plain: type[nn.Module]) -> nn.Module:
+    """An empty module with a twin's forward, for unpickling."""
+    twin = twin_of(plain)
+    return twin.__new__(twin)
 
 
 def keep_freed_memory() -> None:

@@ -104,11 +104,11 @@ def add_debug(parser: argparse.ArgumentParser) -> None:
 
 
 def run_script(script: str, parse: Callable[[], argparse.Namespace], work: Callable[[argparse.Namespace], object],
-               explain: Callable[[Exception], Exception] = lambda error: error) -> int:
+               explain: Callable[[Exception], Exception | None] = lambda error: error) -> int:
     """Run a script and return its exit status; a failure is told in a line or two on stderr.
 
-    parse: gives the options; work: does what they ask for; explain: turns an error into a clearer one. With --debug
-    errors pass through, traceback and all.
+    parse: gives the options; work: does what they ask for; explain: turns an error into a clearer one, or into None
+    where another process tells it. With --debug errors pass through, traceback and all.
     """
     debug = False
     try:
@@ -122,7 +122,8 @@ def run_script(script: str, parse: Callable[[], argparse.Namespace], work: Calla
     except Exception as error:
         if debug:
             raise
-        return report_failure(script, explain(error))
+        clearer = explain(error)
+        return 1 if clearer is None else report_failure(script, clearer)
 
 
 def report_failure(script: str, error: Exception) -> int:
@@ -177,23 +178,26 @@ def end_process(main: Callable[[], int]) -> None:
 
 
 def write_atomically(path: Path, write: Callable[[BinaryIO], object],
-                     before_replace: Callable[[Path], None] | None = None) -> None:
+                     before_replace: Callable[[Path], None] | None = None, through_power_cuts: bool = True) -> None:
     """Make a file by write(binary file): afterwards it is whole and on the disk, or the old one is untouched.
 
     before_replace: called with the path of the new file before it takes the old one's place; by raising an error it
-    refuses the file. Raises OSError.
+    refuses the file. through_power_cuts: wait until the disk has it; without, it is whole after anything else, such as
+    Ctrl-C or a kill, and thousands of files take no longer than usual. Raises OSError.
     """
     temporary = path.with_name(f".{path.name}.tmp")
     path.parent.mkdir(parents=True, exist_ok=True)
     try:
         with open(temporary, "wb") as file:
             write(file)
-            file.flush()
-            os.fsync(file.fileno())
+            if through_power_cuts:
+                file.flush()
+                os.fsync(file.fileno())
         if before_replace is not None:
             before_replace(temporary)
         os.replace(temporary, path)
-        sync_folder(path.parent)
+        if through_power_cuts:
+            sync_folder(path.parent)
     finally:
         with suppress(OSError):
             temporary.unlink(missing_ok=True)

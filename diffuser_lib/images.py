@@ -3,7 +3,7 @@
 Numbers     ImageData, to_uint8, from_uint8: uint8 [N, C, H, W] outside, float in [-1, 1] inside a network
 In          ImageFiles: the images of a folder or ZIP file; DecodedImages: as arrays of one shape
 Cache       cached_images: decoded once, then memory-mapped
-Out         to_pil, save_grid, file_name
+Out         to_pil, save_png, save_grid, file_name
 
 Needs torch, numpy, Pillow and tqdm.
 """
@@ -273,7 +273,7 @@ def decode_into(path: Path, decoded: DecodedImages, workers: int) -> tuple[list[
     unreadable = []
     with open(path, "wb") as file:
         items = tqdm(itertools.chain.from_iterable(loader), "caching images", len(decoded), disable=None)
-        for name, item in zip(names, items):
+        for item, name in zip(items, names):                     # in this order, so that the bar reaches its end
             if isinstance(item, str):
                 unreadable.append(f"{name}: {item}")
                 continue
@@ -301,6 +301,12 @@ def report_unreadable(listing: Path, unreadable: list[str], total: int) -> None:
 def to_pil(image: Tensor) -> Image.Image:
     """uint8 [C, H, W] as a grey or colour picture."""
     return Image.fromarray(image[0].numpy() if len(image) == 1 else image.permute(1, 2, 0).numpy())
+
+
+def save_png(image: Tensor, path: Path) -> None:
+    """uint8 [C, H, W] as a PNG file, which is whole or not there, whatever interrupts. Raises OSError."""
+    picture = to_pil(image)
+    write_atomically(path, lambda file: picture.save(file, "PNG"), through_power_cuts=False)
 
 
 def save_grid(images: Tensor, path: Path, column_names: Sequence[str], columns: int = 0) -> None:

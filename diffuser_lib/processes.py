@@ -1,6 +1,6 @@
 """The processes of one run, as torchrun starts them, and the signals that reach them.
 
-Processes       rank and number; join, main_first, broadcast, largest, sum_, print0
+Processes       rank and number; barrier, main_first, broadcast, largest, sum_, print0
 Signals         what asks a run to stop or to save, heard at once and acted upon between steps
 Failing         speaks_first, is_lost: one message for a failure that all processes share
 
@@ -44,16 +44,21 @@ class Processes:
         if self.world > 1 and not dist.is_initialized():
             join(backend)
 
+    def barrier(self) -> None:
+        """Wait for all ranks."""
+        if self.world > 1:
+            dist.barrier()
+
     @contextmanager
     def main_first(self) -> Iterator[None]:
         """Rank 0 goes through the block before the others do, so that downloads and caches are made once."""
         if not self.is_main:
-            dist.barrier()
+            self.barrier()
         try:
             yield
         finally:                                                 # if it failed, the others fail likewise
-            if self.is_main and self.world > 1:
-                dist.barrier()
+            if self.is_main:
+                self.barrier()
 
     def broadcast(self, number: int) -> int:
         """Rank 0's number, on every rank."""

@@ -61,8 +61,28 @@ STATUS = ("import re\n"
 
 
 def heed_interrupts():
-    """For a child process: a Ctrl-C counts, also where the tests themselves run in the background and ignore it."""
+    """For a child process: a Ctrl-C counts, and a terminal that closes, also where the tests themselves run in the
+    background, under nohup, and ignore them."""
     signal.signal(signal.SIGINT, signal.default_int_handler)
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)
+
+
+# For a child process: run a script whose reading of a checkpoint is where Ctrl-C comes.
+INTERRUPTED = """
+import os, runpy, signal, sys
+import diffuser
+
+diffuser.load_checkpoint = lambda *a, **k: os.kill(os.getpid(), signal.SIGINT)
+sys.argv = sys.argv[1:]
+runpy.run_path(sys.argv[0], run_name="__main__")
+"""
+
+
+def interrupted(script, *arguments, cwd):
+    """A script in a process of its own that gets a real Ctrl-C while it reads its checkpoint."""
+    return subprocess.run([sys.executable, "-c", INTERRUPTED, str(ROOT / script), *map(str, arguments)], cwd=cwd, text=True,
+                          capture_output=True, timeout=300, preexec_fn=heed_interrupts,
+                          env={**os.environ, "PYTHONPATH": str(ROOT)})
 
 
 def tiny_training(**more):
@@ -80,3 +100,12 @@ def tiny_unet(channels=1, classes=3, **more):
         for p in network.parameters():
             p.add_(0.05 * torch.randn_like(p))
     return network
+
+
+def same(a, b):
+    """Whether two checkpoints, or parts of them, hold the very same numbers."""
+    if isinstance(a, torch.Tensor):
+        return torch.equal(a, b)
+    if isinstance(a, dict):
+        return a.keys() == b.keys() and all(same(a[k], b[k]) for k in a)
+    return a == b

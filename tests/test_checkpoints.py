@@ -1,60 +1,22 @@
-"""Chapter 8: averaging; files that are whole, safe and found again."""
+"""Chapter 9 of diffuser.py: files that are whole, safe and found again."""
 
+import contextlib
 import copy
+import dataclasses
+import math
 import os
 import pickle
+import random
+import re
 import stat
+import time
 
 import pytest
 import torch
-from conftest import tiny_training, tiny_unet
+from conftest import same, tiny_training
 
 import diffuser
-from diffuser import EMA, UserError, load_checkpoint
-
-
-def test_ema_follows_its_formula():
-    """The average with warm-up: decay min(d, (1 + n) / (10 + n)) after n updates, the weights untouched."""
-    network = tiny_unet()
-    ema = EMA(network, decay=0.25)
-    weight, average = network.conv_in.weight, network.conv_in.weight.detach().clone()
-    for step in range(1, 6):
-        with torch.no_grad():
-            weight.add_(1.0)
-        before = weight.detach().clone()
-        ema.update(network, step)
-        decay = min(0.25, (1 + step) / (10 + step))
-        average = decay * average + (1 - decay) * before
-        assert torch.equal(weight, before) and torch.allclose(ema.network.conv_in.weight, average, atol=1e-6)
-
-
-def test_ema_starts_late_and_skips():
-    """Up to ema_start the average is a copy; between updates it rests."""
-    network = tiny_unet()
-    ema = EMA(network, decay=0.9, every=2, start=4)
-    for step in range(1, 8):
-        with torch.no_grad():
-            network.conv_in.weight.add_(1.0)
-        before = ema.network.conv_in.weight.clone()
-        ema.update(network, step)
-        if step in (2, 4):
-            assert torch.equal(ema.network.conv_in.weight, network.conv_in.weight)
-        elif step % 2:
-            assert torch.equal(ema.network.conv_in.weight, before)
-    assert not torch.equal(ema.network.conv_in.weight, network.conv_in.weight)
-
-
-def test_a_failed_write_leaves_the_old_file(tmp_path):
-    """If writing breaks off, the old content stays and nothing else is left behind."""
-    path = tmp_path / "file.pt"
-    diffuser.write_atomically(path, lambda f: f.write(b"old"))
-
-    def broken(file):
-        file.write(b"ne")
-        raise OSError("disk full")
-    with pytest.raises(OSError):
-        diffuser.write_atomically(path, broken)
-    assert path.read_bytes() == b"old" and os.listdir(tmp_path) == ["file.pt"]
+from diffuser import Devices, Trainer, UserError, load_checkpoint, train
 
 
 def test_checkpoints_hold_tensors_and_plain_values_only(folder):
@@ -135,3 +97,150 @@ def test_resume_from_a_named_checkpoint(folder):
     assert load_checkpoint(diffuser.find_checkpoint(direct))["step"] == 4
     with pytest.raises(UserError, match="checkpoint_4"):
         diffuser.find_checkpoint(tiny_training(experiment_name="e", resume_from_checkpoint="checkpoint_3"))
+
+
+def damage(path, how):
+    """Break a checkpoint the way disks and people do."""
+    content = bytearray(path.read_bytes())
+    if how == "flipped bit":
+        content[len(content) // 2] ^= 1
+    elif how == "truncated":
+        content = content[: len(content) // 2]
+    elif how == "empty":
+        content = b""
+    elif how == "zeros":
+        content[1000:] = bytes(len(content) - 1000)
+    path.write_bytes(content)
+
+
+@pytest.mark.parametrize("how", ["flipped bit", "truncated", "empty", "zeros"])
+@pytest.mark.parametrize("experiment", ["", "e"])
+def test_a_damaged_checkpoint_is_passed_over(folder, capsys, how, experiment):
+    """Resuming takes the newest one that is whole, says so, and ends as if nothing had been; without any it stops."""
+    cfg = tiny_training(iterations=6, checkpoint_rate=2, num_keep_checkpoints=3, experiment_name=experiment)
+    whole = torch.load(train(cfg), weights_only=True)
+    newest, second, third = diffuser.kept_checkpoints(cfg)
+    damage(newest, how)
+    damage(second, how)
+    with pytest.raises(UserError, match=re.escape(str(newest))):
+        load_checkpoint(newest)
+    capsys.readouterr()
+    path = train(cfg)
+    out = capsys.readouterr().out
+    assert str(newest) in out and f"going on from {third} instead" in out
+    resumed = load_checkpoint(path)
+    assert all(same(whole[part], resumed[part]) for part in ("model", "ema", "optimizer", "loss_history"))
+    for kept in diffuser.kept_checkpoints(cfg):
+        damage(kept, "truncated")
+    with pytest.raises(UserError, match="resume never"):
+        train(cfg)
+
+
+def test_any_flipped_bit_is_found(folder):
+    """Wherever a bit flips, the file is refused or its content is the same."""
+    path = train(tiny_training(base_channels=4, channel_mults=(1,), num_heads=1))
+    good, content, chance = load_checkpoint(path), path.read_bytes(), random.Random(0)
+    for i in range(300):
+        broken = bytearray(content)
+        place = chance.randrange(len(content)) if i % 2 else len(content) - 1 - chance.randrange(4000)
+        broken[place] ^= 1 << chance.randrange(8)
+        path.write_bytes(broken)
+        with contextlib.suppress(UserError):
+            assert same(load_checkpoint(path), good), place
+
+
+JUNK = [None, -1, 1.5, math.nan, "x", "a\0b", [], [None] * 3, {}, {"a": 1}, True, 10**18, torch.zeros(3), torch.zeros(0),
+        torch.zeros(1).expand(10**12), torch.zeros(3, dtype=torch.long), "missing"]
+
+
+def test_content_of_any_kind_is_refused_or_used(folder):
+    """Whatever stands in a checkpoint's place for something: an error of one or two lines or a run, no traceback and no
+    memory taken."""
+    cfg = tiny_training()
+    path = train(cfg)
+    good, chance = load_checkpoint(path), random.Random(0)
+    places = [(k,) for k in good] + [(k, sub) for k in good if isinstance(good[k], dict) for sub in good[k]]
+    places = [p for p in places if len(p) == 1 or p[0] not in ("config", "model", "ema")] + chance.sample(
+        [p for p in places if len(p) == 2 and p[0] in ("config", "model", "ema")], 20)
+    places += [("optimizer", "state", 0, key) for key in ("step", "exp_avg", "exp_avg_sq")] + [("shape", 0), ("loss_history", 0)]
+    for where in places:
+        for junk in chance.sample(JUNK, 1):
+            state = copy.deepcopy(good)
+            inner = state
+            for key in where[:-1]:
+                inner = inner[key]
+            if isinstance(junk, str) and junk == "missing":
+                del inner[where[-1]]
+            else:
+                inner[where[-1]] = junk
+            torch.save(state, path)
+            for use in (lambda: diffuser.load(path, device="cpu"), lambda: diffuser.choose_checkpoint({"yes": True}),
+                        lambda: Trainer(cfg, Devices(cfg), load_checkpoint(path))):
+                with contextlib.suppress(UserError):
+                    use()
+
+
+def test_a_huge_network_is_refused_before_memory_is_taken(folder, capsys):
+    """A checkpoint or flags for a network that no machine holds: an error in no time, and no memory used."""
+    path = train(tiny_training())
+    state = load_checkpoint(path)
+    for change in (dict(base_channels=4096), dict(base_channels=4096, channel_mults=(64, 64)), dict(num_res_blocks=16)):
+        torch.save({**state, "config": {**state["config"], **change}}, path)
+        with pytest.raises(UserError, match=r"weights|tensors|channels"):
+            load_checkpoint(path)
+    wide = tiny_training(base_channels=4096, channel_mults=(1, 4), num_res_blocks=16, head_dim=64)
+    with torch.device("meta"):
+        network = diffuser.build_unet(wide, 1, 10)
+    expanded = {name: torch.zeros(1).expand(v.shape) for name, v in network.state_dict().items()}
+    torch.save({**state, "config": dataclasses.asdict(wide), "model": expanded, "ema": None, "optimizer": {"state": {}}}, path)
+    with pytest.raises(UserError, match="tensors"):
+        load_checkpoint(path)
+    flags = ["--mode", "train", "--dataset", "digits", "--base_channels", "4096", "--channel_mults", "1,4",
+             "--num_res_blocks", "16", "--device", "cpu", "--resume", "never"]
+    begun = time.perf_counter()
+    assert diffuser.main(flags) == 2 and "GiB are free" in capsys.readouterr().err
+    assert diffuser.main([*flags, "--dry_run"]) == 2 and time.perf_counter() - begun < 30
+
+
+def test_the_only_good_checkpoint_is_never_removed(folder):
+    """Saves made while the loss is out of its range push out each other, but not the last one made before."""
+    cfg = tiny_training()
+    run = Trainer(cfg, Devices(cfg))
+    for step, good in ((1, True), (2, True), (3, False), (4, False), (5, False)):
+        run.progress.step = step
+        diffuser.save_checkpoint({**run.state(), "good": good}, cfg)
+    steps = [(s["step"], s["good"]) for s in map(load_checkpoint, diffuser.kept_checkpoints(cfg))]
+    assert steps == [(5, False), (2, True)]
+    run.progress.step = 6
+    diffuser.save_checkpoint(run.state(), cfg)
+    assert [load_checkpoint(p)["step"] for p in diffuser.kept_checkpoints(cfg)] == [6]
+
+
+def test_a_clock_that_goes_back_removes_nothing_new(folder):
+    """Retention never takes the checkpoint that was just written, whatever the files' times say."""
+    cfg = tiny_training(experiment_name="e")
+    run = Trainer(cfg, Devices(cfg))
+    run.progress.step = 1
+    os.utime(diffuser.save_checkpoint(run.state(), cfg), (2**33, 2**33))
+    run.progress.step = 2
+    diffuser.save_checkpoint(run.state(), cfg)
+    assert [load_checkpoint(p)["step"] for p in diffuser.kept_checkpoints(cfg)] == [2]
+
+
+def test_what_was_set_aside_is_not_this_runs(folder):
+    """Checkpoints of an earlier run that --resume never has renamed are neither gone back to nor removed."""
+    cfg = tiny_training(iterations=4, checkpoint_rate=2, num_keep_checkpoints=2)
+    train(cfg)
+    path = train(dataclasses.replace(cfg, resume="never", seed=1))
+    assert [load_checkpoint(p)["step"] for p in diffuser.kept_checkpoints(cfg)] == [4, 2]
+    assert len(list(path.parent.glob("*_old1.pt"))) == 2
+
+
+def test_a_write_that_went_wrong_is_no_checkpoint(folder, monkeypatch, capsys):
+    """What reads back as something else does not take the old one's place, and training goes on."""
+    path = train(tiny_training(iterations=2))
+    before = path.read_bytes()
+    monkeypatch.setattr(torch, "save", lambda state, file: file.write(b"nothing"))
+    with pytest.raises(UserError, match="last checkpoint"):
+        train(tiny_training(iterations=6, checkpoint_rate=2))
+    assert path.read_bytes() == before and capsys.readouterr().err.count("not written as it should be") == 2

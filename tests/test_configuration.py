@@ -32,13 +32,13 @@ def test_a_preset_gives_way_to_a_smaller_network():
 
 def test_a_recipe_counts_as_asked_for():
     """--recipe sets a whole configuration, and a flag beside it still wins."""
-    cfg = configure(**diffuser.given_values({"dataset": "cifar10", "recipe": "ho2020", "batch_size": 16}))
+    cfg = configure(**{"dataset": "cifar10", "recipe": "ho2020", "batch_size": 16})
     assert (cfg.num_heads, cfg.batch_size, cfg.conditioning, cfg.timesteps) == (1, 16, "add", 1000)
 
 
 def test_path_to_data_means_dataset_folder(image_folder):
     """Giving a folder of images is enough to train on it."""
-    assert diffuser.given_values({"path_to_data": str(image_folder)})["dataset"] == "folder"
+    assert diffuser.requested({"path_to_data": str(image_folder)})["dataset"] == "folder"
 
 
 @pytest.mark.parametrize("text, value", [("True", True), ("false", False), ("1", True), ("off", False)])
@@ -83,7 +83,7 @@ def test_every_preset_and_recipe_is_valid():
     for dataset in diffuser.PRESETS:
         configure(dataset=dataset)
     for recipe in diffuser.RECIPES:
-        configure(**diffuser.given_values({"dataset": "cifar10", "recipe": recipe}))
+        configure(**{"dataset": "cifar10", "recipe": recipe})
 
 
 def test_recommended_settings_are_the_documented_ones():

@@ -1,12 +1,13 @@
 """convert.py: against diffusers and safetensors themselves. Nothing here may reach for the network."""
 
 import dataclasses
+import inspect
 import json
 import socket
 
 import pytest
 import torch
-from conftest import TINY, cli, tiny_training, tiny_unet
+from conftest import TINY, cli, interrupted, tiny_training, tiny_unet
 from diffusers import (
     DDIMPipeline,
     DDIMScheduler,
@@ -22,7 +23,8 @@ from safetensors.torch import save_file
 
 import convert
 import diffuser
-from diffuser import UserError, configure, load, load_checkpoint
+from diffuser import configure, load, load_checkpoint
+from diffuser_lib.files import UserError
 
 PLAIN = dict(sample_size=16, block_out_channels=(16, 32), layers_per_block=1, norm_num_groups=8, attention_head_dim=8,
              down_block_types=("DownBlock2D", "AttnDownBlock2D"), up_block_types=("AttnUpBlock2D", "UpBlock2D"))
@@ -102,7 +104,7 @@ def checkpoint(path, classes=3, **options):
     cfg = configure(**{**dict(device="cpu", sample_every=1), **options})
     shape = diffuser.image_shape(cfg)
     network = tiny_unet(shape[0], classes, **{name: getattr(cfg, name) for name in diffuser.FIELDS
-                                              if name in diffuser.inspect.signature(diffuser.UNet).parameters})
+                                              if name in inspect.signature(diffuser.UNet).parameters})
     moments = convert.standard_moments(shape, classes)
     moments.mean.add_(0.3)
     moments.var.mul_(0.5)
@@ -455,3 +457,31 @@ def test_without_diffusers_the_line_says_what_to_install(folder, monkeypatch, ca
     monkeypatch.setitem(__import__("sys").modules, "diffusers", None)
     assert convert.main(["to-diffusers", "here.pt", "there"]) == 1
     assert "pip install diffusers" in capsys.readouterr().err
+
+
+def test_ctrl_c_ends_without_a_traceback(folder):
+    """Status 130 and one line; nothing is left."""
+    done = interrupted("convert.py", "to-safetensors", "some.pt", "w.safetensors", cwd=folder)
+    assert done.returncode == 130 and done.stderr.strip() == "convert: interrupted"
+    assert list(folder.iterdir()) == []
+
+
+@pytest.mark.parametrize("arguments", [["from-safetensors", "some.st", "x.pt", "--debug"],
+                                       ["--debug", "from-safetensors", "some.st", "x.pt"]])
+def test_debug_shows_the_traceback(arguments, folder):
+    """Before the command and behind it; of a library's error, that one's too."""
+    (folder / "some.st").write_bytes(b"no tensors")
+    done = cli(*arguments, cwd=folder, script="convert.py")
+    assert done.returncode == 1 and done.stderr.count("Traceback") == 2 and "SafetensorError" in done.stderr
+    done = cli("from-safetensors", "some.st", "x.pt", cwd=folder, script="convert.py")
+    assert done.returncode == 1 and done.stderr.count("\n") == 1 and "from-safetensors failed (SafetensorError" in done.stderr
+
+
+@pytest.mark.parametrize("arguments, words", [
+    ("to-safetensors some.pt x --rawest", "unknown option --rawest"), ("from-diffusers there x.pt --raw", "unknown option --raw"),
+    ("to-diffusers some.pt", "folder"), ("", "COMMAND"), ("to-onnx a b", "to-onnx")])
+def test_a_mistyped_command_line_is_one_line(arguments, words, capsys):
+    """Status 2, no usage text of a screen."""
+    assert convert.main(arguments.split()) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("convert: ") and error.count("\n") == 1 and words in error

@@ -1,11 +1,11 @@
-"""Chapter 6: the datasets in their real on-disk formats, the cache, batches, moments."""
+"""Chapter 6 of diffuser.py: the datasets in their real on-disk formats, the cache, batches, moments."""
 
 import gzip
+import io
 import os
 import pickle
 import struct
 import zipfile
-import zlib
 
 import numpy as np
 import pytest
@@ -13,9 +13,12 @@ import torch
 import torchvision
 from conftest import ROOT, tiny_training
 from PIL import Image
+from sklearn.datasets import load_digits
 
 import diffuser
 from diffuser import Batches, ImageData, UserError, configure, load_data
+
+SHIPPED = ROOT / "data" / "digits.npz"
 
 
 def write_idx(path, array, compressed):
@@ -106,49 +109,11 @@ def test_folder_of_class_subfolders(image_folder, tmp_path):
     assert means[:6].max() < 70 and means[6:].min() > 120
 
 
-def test_zip_equals_folder(image_folder, tmp_path):
-    """A ZIP file is read in place and gives the same images and classes; so does one with a folder around it."""
-    plain = load_data(folder_config(image_folder, tmp_path))
-    for prefix in ("", "set/train/"):
-        path = tmp_path / f"pictures{len(prefix)}.zip"
-        with zipfile.ZipFile(path, "w") as archive:
-            for file in sorted(image_folder.rglob("*.*")):
-                archive.write(file, prefix + file.relative_to(image_folder).as_posix())
-            archive.writestr("__MACOSX/cat/._0.png", b"rubbish")
-        data = load_data(folder_config(path, tmp_path))
-        assert torch.equal(data.images, plain.images) and data.class_names == plain.class_names
-        assert torch.equal(data.labels, plain.labels)
-
-
 def test_flat_folder_has_no_classes(image_folder, tmp_path):
     """Images side by side in one folder have no classes, and asking for labels says why there are none."""
     assert load_data(folder_config(image_folder / "cat", tmp_path)).class_names == []
     with pytest.raises(UserError, match="no classes"):
         load_data(folder_config(image_folder / "cat", tmp_path, use_labels=True))
-
-
-def test_images_are_cropped_and_never_squashed(tmp_path):
-    """A wide picture with a square in its middle: the square fills the result; HxW is height by width."""
-    (tmp_path / "p").mkdir()
-    picture = Image.new("RGB", (300, 100), "red")
-    picture.paste("blue", (100, 0, 200, 100))
-    picture.save(tmp_path / "p" / "a.png")
-    data = load_data(folder_config(tmp_path / "p", tmp_path))
-    assert data.images[0, 2].float().mean() > 245
-    wide = load_data(folder_config(tmp_path / "p", tmp_path, img_size=(16, 48)))
-    assert wide.images.shape == (1, 3, 16, 48) and 75 < wide.images[0, 2].float().mean() < 95
-
-
-def test_grey_alpha_palette_and_deep_images(tmp_path):
-    """Transparent on white, palette in its colours, 16 bits scaled to 8, animation by its first frame."""
-    home = tmp_path / "p"
-    home.mkdir()
-    Image.new("RGBA", (20, 20), (255, 0, 0, 0)).save(home / "a.png")
-    Image.new("RGB", (20, 20), (0, 255, 0)).quantize(4).save(home / "b.gif")
-    Image.fromarray(np.full((20, 20), 32896, np.uint16)).save(home / "c.png")
-    Image.new("L", (20, 20), 0).save(home / "d.gif", save_all=True, append_images=[Image.new("L", (20, 20), 255)])
-    data = load_data(folder_config(home, tmp_path))
-    assert data.images.float().mean((2, 3)).round().tolist() == [[255] * 3, [0, 255, 0], [128] * 3, [0] * 3]
 
 
 def test_grey_images_make_a_grey_dataset(tmp_path):
@@ -157,44 +122,6 @@ def test_grey_images_make_a_grey_dataset(tmp_path):
     Image.new("L", (20, 20), 77).save(tmp_path / "p" / "a.png")
     assert load_data(folder_config(tmp_path / "p", tmp_path)).images.shape[1] == 1
     assert load_data(folder_config(tmp_path / "p", tmp_path, channels=3)).images.shape[1] == 3
-
-
-def test_unreadable_images_are_skipped_and_listed(image_folder, tmp_path, capsys):
-    """A broken file among good ones is left out, named and listed; too many of them are an error."""
-    (image_folder / "cat" / "broken.png").write_bytes(b"not a picture")
-    data = load_data(folder_config(image_folder, tmp_path))
-    assert len(data.images) == 12 and data.labels.tolist() == [0] * 6 + [1] * 6
-    assert "broken.png" in capsys.readouterr().out
-    listing = next((tmp_path / "data" / "cache").glob("*.unreadable.txt"))
-    assert listing.read_text().startswith("cat/broken.png: cannot identify image file") and listing.read_text().count("\n") == 1
-    for i in range(3):
-        (image_folder / "dog" / f"bad{i}.jpg").write_bytes(b"")
-    with pytest.raises(UserError, match="cannot be read"):
-        load_data(folder_config(image_folder, tmp_path))
-
-
-def test_cache_is_built_once_and_follows_its_source(image_folder, tmp_path, monkeypatch):
-    """The second load decodes nothing; a changed file or size builds anew; nothing temporary is left."""
-    built = []
-    real = diffuser.build_cache
-    monkeypatch.setattr(diffuser, "build_cache", lambda *a: built.append(1) or real(*a))
-    first = load_data(folder_config(image_folder, tmp_path)).images.clone()
-    assert torch.equal(load_data(folder_config(image_folder, tmp_path)).images, first) and len(built) == 1
-    load_data(folder_config(image_folder, tmp_path, img_size=(8, 8)))
-    Image.new("RGB", (9, 9)).save(image_folder / "cat" / "0.png")
-    load_data(folder_config(image_folder, tmp_path))
-    assert len(built) == 3 and not list((tmp_path / "data").rglob("*.tmp"))
-
-
-def test_worker_processes_decode_the_same(tmp_path):
-    """A set large enough for worker processes comes out complete and in order."""
-    with zipfile.ZipFile(tmp_path / "many.zip", "w") as archive:
-        for i in range(1100):
-            picture = diffuser.io.BytesIO()
-            Image.new("L", (8, 8), i % 251).save(picture, "PNG")
-            archive.writestr(f"{i:04}.png", picture.getvalue())
-    data = load_data(folder_config(tmp_path / "many.zip", tmp_path, num_workers=2, img_size=(8, 8)))
-    assert data.images[:, 0, 0, 0].tolist() == [i % 251 for i in range(1100)]
 
 
 @pytest.mark.parametrize("what", ["missing", "empty"])
@@ -304,56 +231,9 @@ def test_importing_touches_nothing(tmp_path):
     assert done.stdout.strip() == "[]" and not list(tmp_path.iterdir())
 
 
-def broken_pictures():
-    """{name: content} of files that are no pictures, or none that should be opened."""
-    def chunk(kind, content):
-        return struct.pack(">I", len(content)) + kind + content + struct.pack(">I", zlib.crc32(kind + content))
-
-    def png(width, height, extra=b""):
-        header = chunk(b"IHDR", struct.pack(">IIBBBBB", width, height, 8, 0, 0, 0, 0))
-        return b"\x89PNG\r\n\x1a\n" + header + extra + chunk(b"IDAT", zlib.compress(bytes(10_000))) + chunk(b"IEND", b"")
-
-    files = {"empty.png": b"", "text.jpg": b"hello", "bomb.png": png(60_000, 60_000), "none.png": png(0, 10),
-             "comment.png": png(8, 8, chunk(b"zTXt", b"k\0\0" + zlib.compress(b"a" * 20_000_000))),
-             "bomb.gif": b"GIF89a" + struct.pack("<HH", 65535, 65535) + b"\0\0\0," + struct.pack("<HHHH", 0, 0, 65535, 65535) + b"\0\2;"}
-    for kind in ("png", "jpeg", "gif", "webp", "bmp"):
-        picture = diffuser.io.BytesIO()
-        Image.effect_noise((64, 64), 90).convert("RGB").save(picture, kind)
-        files[f"half.{kind}"] = picture.getvalue()[: len(picture.getvalue()) // 2]
-    return files
-
-
-def test_broken_and_hostile_pictures(tmp_path, capsys):
-    """Truncated, empty and absurdly sized files are skipped, counted and listed with the reason, from a folder and from
-    a ZIP file; the others are all there. One more than a tenth is an error that names the list."""
-    broken = broken_pictures()
-    (tmp_path / "p" / "cat").mkdir(parents=True)
-    for name, content in broken.items():
-        (tmp_path / "p" / "cat" / name).write_bytes(content)
-    for i in range(9 * len(broken)):
-        Image.new("RGB", (9, 9), (i, 2 * i, 3)).save(tmp_path / "p" / "cat" / f"good{i}.png")
-    (tmp_path / "p" / "cat" / "gone.png").symlink_to("nowhere")
-    with zipfile.ZipFile(tmp_path / "p.zip", "w", zipfile.ZIP_DEFLATED) as archive:
-        for path in sorted((tmp_path / "p" / "cat").glob("*.*")):
-            if path.exists():
-                archive.write(path, f"cat/{path.name}")
-    with zipfile.ZipFile(tmp_path / "huge.zip", "w", zipfile.ZIP_DEFLATED) as archive:
-        for i in range(9):
-            archive.write(tmp_path / "p" / "cat" / f"good{i}.png", f"cat/{i}.png")
-        archive.writestr("cat/zeros.png", bytes(2**28 + 1))
-    for source, bad in (("p", len(broken)), ("p.zip", len(broken)), ("huge.zip", 1)):
-        data = load_data(folder_config(tmp_path / source, tmp_path, img_size=(8, 8)))
-        assert f"skipped {bad} of {10 * bad} images" in capsys.readouterr().out and len(data.images) == 9 * bad
-        listing = max((tmp_path / "data" / "cache").glob("*.unreadable.txt"), key=lambda p: p.stat().st_mtime).read_text()
-        assert len(listing.splitlines()) == bad and all(": " in line for line in listing.splitlines())
-    (tmp_path / "p" / "cat" / "one_more.png").write_bytes(b"")
-    with pytest.raises(UserError, match=r"unreadable\.txt"):
-        load_data(folder_config(tmp_path / "p", tmp_path, img_size=(8, 8)))
-
-
 def test_names_in_a_zip_file_lead_nowhere(folder, capsys):
     """Entries and class names with dots and slashes are names of classes, and no file is made outside the output."""
-    picture = diffuser.io.BytesIO()
+    picture = io.BytesIO()
     Image.new("RGB", (8, 8)).save(picture, "PNG")
     (folder / "run").mkdir()
     os.chdir(folder / "run")
@@ -370,20 +250,10 @@ def test_names_in_a_zip_file_lead_nowhere(folder, capsys):
     assert os.listdir(folder) == ["run"]
 
 
-@pytest.mark.parametrize("break_it", [lambda bin: bin.write_bytes(b""), lambda bin: bin.unlink(),
-                                      lambda bin: bin.with_suffix(".json").write_text("{"), lambda bin: bin.with_suffix(".json").write_text("[]")])
-def test_a_damaged_cache_is_made_anew(image_folder, tmp_path, break_it):
-    """A cache that is not as large as its index says, or whose index cannot be read, is built again."""
-    cfg = folder_config(image_folder, tmp_path)
-    first = load_data(cfg).images.clone()
-    break_it(next((tmp_path / "data" / "cache").glob("*.bin")))
-    assert torch.equal(load_data(cfg).images, first)
-
-
 def test_a_cache_larger_than_the_disk_is_refused(image_folder, tmp_path, monkeypatch):
     """Before decoding, not when the disk is full."""
     usage = type("Usage", (), {"free": 1000})
-    monkeypatch.setattr(diffuser.shutil, "disk_usage", lambda path: usage)
+    monkeypatch.setattr("diffuser_lib.images.shutil.disk_usage", lambda path: usage)
     with pytest.raises(UserError, match="--data_dir"):
         load_data(folder_config(image_folder, tmp_path))
 
@@ -396,3 +266,21 @@ def test_damaged_datasets_are_told(tmp_path, dataset, file):
     path = str(tmp_path / file) if dataset == "folder" else ""
     with pytest.raises(UserError):
         load_data(configure(dataset=dataset, data_dir=str(tmp_path), path_to_data=path))
+
+
+def test_digits_are_those_of_scikit_learn():
+    """Image for image and label for label the source's, scaled from 0..16 to 0..255."""
+    source = load_digits()
+    with np.load(SHIPPED) as shipped:
+        assert sorted(shipped) == ["images", "labels"]
+        images, labels = shipped["images"], shipped["labels"]
+    assert images.dtype == np.uint8 and images.shape == (1797, 8, 8)
+    assert labels.dtype == np.int64 and labels.shape == (1797,)
+    np.testing.assert_array_equal(images, np.round(source.images * 255 / 16))
+    np.testing.assert_array_equal(labels, source.target)
+    assert images.min() == 0 and images.max() == 255
+
+
+def test_digits_file_is_small():
+    """The repository stays light: the shipped data set takes less than 100 kB."""
+    assert SHIPPED.stat().st_size < 100_000

@@ -1,21 +1,23 @@
 """edit.py: slerp, SDEdit and RePaint against closed forms and against what the model draws."""
 
+import json
 import math
 
 import numpy as np
 import pytest
 import torch
-from conftest import TINY, cli, tiny_training
+from conftest import ROOT, TINY, cli, interrupted, tiny_training
 from PIL import Image
 
 import diffuser
 import edit
 from diffuser import Diffusion, alpha_bar_table, configure
+from diffuser_lib.files import UserError
 
 TABLE = alpha_bar_table(configure(timesteps=200, schedule_type="cosine"))
-TS = diffuser.SPACINGS["trailing"](200, TABLE, 50)
-DDPM = diffuser.SAMPLERS["ddpm"](configure())
-DDIM = diffuser.SAMPLERS["ddim"](configure())
+TS = diffuser.SPACINGS["trailing"](TABLE, 50)
+DDPM = diffuser.build_sampler(configure(sampler="ddpm"))
+DDIM = diffuser.build_sampler(configure(sampler="ddim"))
 
 
 @pytest.fixture(scope="module")
@@ -25,7 +27,7 @@ def trained(tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)
         path = diffuser.train(tiny_training(timesteps=100, schedule_type="cosine", learning_rate=1e-2, iterations=30))
-    digits = np.load(diffuser.Path(diffuser.__file__).parent / "data" / "digits.npz")["images"]
+    digits = np.load(ROOT / "data" / "digits.npz")["images"]
     Image.fromarray(digits[3]).resize((40, 60)).save(folder / "three.png")
     mask = np.zeros((60, 40), np.uint8)
     mask[30:] = 255
@@ -71,9 +73,9 @@ def test_noise_in_two_steps_is_noise_in_one():
 
 
 @pytest.mark.parametrize("steps, jump, resamples", [(10, 3, 2), (50, 5, 5), (7, 1, 3), (6, 10, 4), (12, 4, 1)])
-def test_the_walk_of_repaint(steps, jump, resamples):
+def test_the_schedule_of_repaint(steps, jump, resamples):
     """One step at a time; steps that are repeated are taken `resamples` times, never the one to the clean image."""
-    walk = [steps, *edit.repaint_walk(steps, jump, resamples)]
+    walk = [steps, *edit.repaint_schedule(steps, jump, resamples)]
     moves = [b - a for a, b in zip(walk, walk[1:])]
     assert walk[-1] == 0 and 0 not in walk[:-1] and set(moves) <= {1, -1}
     taken = [sum(a == left + 1 and b == left for a, b in zip(walk, walk[1:])) for left in range(steps)]
@@ -159,7 +161,7 @@ def test_a_mask_lies_on_the_picture_as_it_is_looked_at(tmp_path):
         mask.save(tmp_path / name)
     mask = edit.read_mask(str(tmp_path / "upright.png"), str(tmp_path / "photo.jpg"), (1, 12, 8))
     assert mask[0, 0, :4].min() == 1 and mask[0, 0, 4:].max() == 0
-    with pytest.raises(diffuser.UserError, match="60x40, the picture 40x60"):
+    with pytest.raises(UserError, match="60x40, the picture 40x60"):
         edit.read_mask(str(tmp_path / "stored.png"), str(tmp_path / "photo.jpg"), (1, 12, 8))
 
 
@@ -195,7 +197,7 @@ def test_the_image_does_not_depend_on_how_many_are_made(trained, monkeypatch):
     ("inpaint three.png black.png", "all black"), ("inpaint three.png mask.png --resamples 0", "--resamples"),
     ("interpolate --seeds 1", "--seeds"), ("interpolate --seeds 1,-2", "--seeds"), ("interpolate --sampler ddpm", "no noise"),
     ("interpolate --classes 1,2,3", "at most 2"), ("vary three.png --classes cat", "unknown class"), ("vary three.png --steps 500", "--steps"),
-    ("vary three.png --num_images 101", "--num_images"), ("vary three.png --save_dir full", "not empty")])
+    ("vary three.png --sampler dpmpp --eta 0.5", "--eta"), ("vary three.png --num_images 101", "--num_images"), ("vary three.png --save_dir full", "not empty")])
 def test_mistakes_are_one_line(trained, arguments, words, monkeypatch, capsys):
     """Status 2 and a line that names what is wrong, before anything is written."""
     folder, path = trained
@@ -224,3 +226,69 @@ def test_unconditional_models_are_edited_too(folder):
     assert edit.main([str(path), "inpaint", "pictures/0.png", "pictures/1.png", "--save_dir", "out", "--num_images", "2"]) == 0
     assert Image.open("out/images/000000.png").size == (12, 8)
     assert edit.main([str(path), "interpolate", "--save_dir", "out2", "--steps", "3"]) == 0
+
+
+def test_both_estimates_are_blended_by_the_weights():
+    """At 0 the first denoiser's, at 1 the second one's, image by image."""
+    denoise = edit.blend_denoisers(lambda xt, t: (xt, xt + t), lambda xt, t: (-xt, xt - t), torch.tensor([0.0, 0.25, 1.0]))
+    x0_hat, eps_hat = denoise(torch.ones(3, 1, 1, 1), 2)
+    assert x0_hat.flatten().tolist() == [1, 0.5, -1] and eps_hat.flatten().tolist() == [3, 2, -1]
+
+
+@pytest.mark.parametrize("sampler, eta, deterministic", [
+    ("ddpm", 0.0, False), ("ddim", 0.5, False), ("ddim", 0.0, True), ("dpmpp", 0.0, True), ("heun", 0.0, True)])
+def test_samplers_that_add_noise_have_no_way_between_two_seeds(sampler, eta, deterministic):
+    """They are refused by interpolate, the others are not."""
+    cfg = configure(sampler=sampler, eta=eta)
+    if deterministic:
+        edit.require_deterministic(cfg)
+    else:
+        with pytest.raises(UserError, match="adds no noise"):
+            edit.require_deterministic(cfg)
+
+
+def test_what_is_written_is_whole_or_not_there(trained, monkeypatch):
+    """A disk that fills up leaves no half picture under its name."""
+    folder, path = trained
+    monkeypatch.chdir(folder)
+
+    def full(file, format):
+        file.write(b"half")
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("diffuser_lib.images.to_pil", lambda image: type("Picture", (), {"save": staticmethod(full)}))
+    assert edit.main([str(path), "vary", "three.png", "--num_images", "1", "--steps", "3", "--save_dir", "half"]) == 1
+    assert list((folder / "half" / "images").iterdir()) == []
+
+
+def test_the_settings_are_kept_beside_the_images(trained, monkeypatch):
+    """edit.json holds what was asked for, and nothing about debugging."""
+    folder, path = trained
+    monkeypatch.chdir(folder)
+    assert edit.main([str(path), "vary", "three.png", "--num_images", "1", "--steps", "3", "--save_dir", "kept"]) == 0
+    kept = json.loads((folder / "kept" / "edit.json").read_text())
+    assert kept["command"] == "vary" and kept["steps"] == 3 and kept["strength"] == 0.5 and "debug" not in kept
+
+
+def test_ctrl_c_ends_without_a_traceback(folder):
+    """Status 130 and one line."""
+    done = interrupted("edit.py", "some.pt", "interpolate", cwd=folder)
+    assert done.returncode == 130 and done.stderr.strip() == "edit: interrupted"
+
+
+@pytest.mark.parametrize("arguments", [["some.pt", "interpolate", "--debug"], ["--debug", "some.pt", "interpolate"]])
+def test_debug_shows_the_traceback(arguments, folder):
+    """Before the command and behind it."""
+    done = cli(*arguments, cwd=folder, script="edit.py")
+    assert done.returncode == 1 and "Traceback" in done.stderr and "UserError" in done.stderr
+    assert "Traceback" not in cli("some.pt", "interpolate", cwd=folder, script="edit.py").stderr
+
+
+@pytest.mark.parametrize("arguments, words", [
+    ("some.pt vary three.png --strenght 0.3", "unknown option --strenght"), ("some.pt interpolate --strength 0.3", "--strength"),
+    ("some.pt vary", "picture"), ("some.pt", "COMMAND"), ("some.pt vary three.png --num_images x", "--num_images")])
+def test_a_mistyped_command_line_is_one_line(arguments, words, capsys):
+    """Status 2, no usage text of a screen."""
+    assert edit.main(arguments.split()) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("edit: ") and error.count("\n") == 1 and words in error

@@ -1,16 +1,19 @@
-"""evaluate.py: distances against closed forms and other programs, the judge, the variational bound, the command line."""
+"""evaluate.py: distances against closed forms and other programs, the classifier, the variational bound, the command line."""
 
+import json
 import math
 
 import numpy as np
 import pytest
 import torch
-from conftest import cli, tiny_training
+from conftest import cli, interrupted, tiny_training
 from PIL import Image
 
 import diffuser
 import evaluate
-from diffuser import UserError, alpha_bar_table, configure
+from diffuser import alpha_bar_table, configure
+from diffuser_lib.files import UserError
+from diffuser_lib.images import ImageData, to_pil
 
 
 def gaussian(n, mean, scale, seed=0):
@@ -140,7 +143,7 @@ def test_weights_that_would_run_code_are_refused(two_folders, folder):
 def save_images(folder, data, names):
     (folder / "images").mkdir(parents=True)
     for i, (image, label) in enumerate(zip(data.images, data.labels.tolist())):
-        diffuser.to_pil(image).save(folder / "images" / f"{i:06}_{names[label]}.png")
+        to_pil(image).save(folder / "images" / f"{i:06}_{names[label]}.png")
 
 
 def test_the_judge_knows_digits_from_noise(folder):
@@ -148,16 +151,16 @@ def test_the_judge_knows_digits_from_noise(folder):
     The judge is trained once and kept."""
     reference = evaluate.load_reference("digits", "data", (1, 8, 8))
     save_images(folder / "real", reference.test, diffuser.DIGITS)
-    wrong = diffuser.ImageData(reference.test.images, (reference.test.labels + 1) % 10, reference.test.class_names)
+    wrong = ImageData(reference.test.images, (reference.test.labels + 1) % 10, reference.test.class_names)
     save_images(folder / "wrong", wrong, diffuser.DIGITS)
     grey = torch.randint(0, 256, (200, 1, 8, 8), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
-    noise = diffuser.ImageData(grey, reference.test.labels[:200], [])
+    noise = ImageData(grey, reference.test.labels[:200], [])
     save_images(folder / "noise", noise, diffuser.DIGITS)
     scores = {}
     for name in ("real", "wrong", "noise"):
         done = cli(name, "--against", "digits", "--json", f"{name}.json", script="evaluate.py", cwd=folder)
         assert done.returncode == 0, done.stderr
-        scores[name] = diffuser.json.loads((folder / f"{name}.json").read_text())
+        scores[name] = json.loads((folder / f"{name}.json").read_text())
     assert scores["real"]["judge's own accuracy"] > 0.97
     assert scores["real"]["accuracy"] > 0.97 and scores["wrong"]["accuracy"] < 0.05 and scores["noise"]["accuracy"] < 0.4
     assert scores["real"]["distance"] == pytest.approx(scores["real"]["floor"], rel=0.02)
@@ -252,5 +255,41 @@ def test_a_broken_picture_is_named(tmp_path, broken):
     for i in range(3):
         Image.new("L", (8, 8), i).save(tmp_path / f"{i:06}.png")
     (tmp_path / broken).write_bytes(b"no picture")
-    with pytest.raises(diffuser.UserError, match=broken):
+    with pytest.raises(UserError, match=broken):
         evaluate.read_images(str(tmp_path))
+
+
+def test_class_names_come_from_file_names_or_folders(tmp_path):
+    """000012_cat.png is a cat; without names in all of them there are no classes; folders count first."""
+    for name in ("000000_dog.png", "000001_cat_2.png"):
+        Image.new("L", (8, 8)).save(tmp_path / name)
+    found = evaluate.read_images(str(tmp_path))
+    assert found.class_names == ["cat_2", "dog"] and found.labels.tolist() == [1, 0]
+    Image.new("L", (8, 8)).save(tmp_path / "000002.png")
+    found = evaluate.read_images(str(tmp_path))
+    assert found.class_names == [] and found.labels.tolist() == [0, 0, 0] and found.labels.dtype == torch.int64
+    (tmp_path / "a").mkdir()
+    Image.new("L", (8, 8)).save(tmp_path / "a" / "x.png")
+    assert "a" in evaluate.read_images(str(tmp_path)).class_names
+
+
+def test_ctrl_c_ends_without_a_traceback(folder):
+    """Status 130 and one line."""
+    done = interrupted("evaluate.py", "--bpd", "some.pt", cwd=folder)
+    assert done.returncode == 130 and done.stderr.strip() == "evaluate: interrupted"
+
+
+def test_debug_shows_the_traceback(folder):
+    """Of an expected failure, too."""
+    done = cli("nowhere", "--against", "digits", "--debug", script="evaluate.py", cwd=folder)
+    assert done.returncode == 1 and "Traceback" in done.stderr and "UserError" in done.stderr
+
+
+@pytest.mark.parametrize("arguments, words", [
+    ("out --agianst mnist", "unknown option --agianst: did you mean --against?"), ("out --features 65", "--features"),
+    ("out", "--against"), ("out --against digits --kid_subset_size 1", "--kid_subset_size")])
+def test_a_mistyped_command_line_is_one_line(arguments, words, capsys):
+    """Status 2, no usage text of a screen."""
+    assert evaluate.main(arguments.split()) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("evaluate: ") and error.count("\n") == 1 and words in error

@@ -12,7 +12,7 @@ from diffusers import DDPMPipeline, DDPMScheduler, UNet2DModel
 
 import convert
 import diffuser
-from diffuser import Runtime, Training, UserError, configure, load, load_checkpoint, train
+from diffuser import Devices, Trainer, UserError, configure, load, load_checkpoint, train
 
 NEW = dict(device="cpu", batch_size=4, iterations=2, preview_steps=2, log_every=1, num_generations=1, report=False)
 
@@ -20,7 +20,7 @@ NEW = dict(device="cpu", batch_size=4, iterations=2, preview_steps=2, log_every=
 def start_of(**settings):
     """A run before its first step."""
     cfg = configure(**{**NEW, **settings})
-    return Training(cfg, Runtime(cfg))
+    return Trainer(cfg, Devices(cfg))
 
 
 def metrics(folder):
@@ -68,7 +68,7 @@ def test_classes_can_come_and_go(digits_model, capsys):
         assert torch.allclose(run.network(x, t), before(x, t), atol=1e-6)
     plain = train(configure(**NEW, dataset="digits", use_labels=False, init_from=str(digits_model), experiment_name="plain"))
     again = start_of(dataset="digits", init_from=str(plain))
-    assert again.null == 10 and "10 classes, 0 there" in capsys.readouterr().out
+    assert again.null_class == 10 and "10 classes, 0 there" in capsys.readouterr().out
     with torch.no_grad():
         assert torch.allclose(again.network(x, t, torch.tensor([0, 4, 10])), load(plain, device="cpu", precision="fp32").network(x, t), atol=1e-6)
 
@@ -129,7 +129,7 @@ def test_going_back_to_the_beginning_is_going_back_to_the_given_weights(digits_m
     run = start_of(dataset="digits", init_from=str(digits_model), experiment_name="diverging")
     before = {k: v.clone() for k, v in run.network.state_dict().items()}
     run.train_step()
-    run.roll_back("for a test", None)
+    run.guard.roll_back(run, "for a test", None)
     assert run.step == 0 and all(torch.equal(v, before[k]) for k, v in run.network.state_dict().items())
 
 
@@ -197,13 +197,13 @@ def test_flags_beat_the_file_and_the_file_beats_presets(folder):
     """Every option of the file counts; a length on the command line replaces those of the file; channels per head too."""
     (folder / "c.json").write_text(json.dumps(dict(dataset="mnist", batch_size=7, iterations=30, train_minutes=3.0, channel_mults=[1, 4],
                                                    head_dim=8, resume="never", mode="inference", recipe="ho2020")))
-    cfg = configure(**diffuser.given_values(dict(config="c.json", batch_size=9)))
+    cfg = configure(**dict(config="c.json", batch_size=9))
     assert (cfg.dataset, cfg.batch_size, cfg.iterations, cfg.train_minutes, cfg.channel_mults) == ("mnist", 9, 30, 0, (1, 4))
     assert (cfg.mode, cfg.resume, cfg.recipe, cfg.beta_end, cfg.head_dim) == ("train", "auto", "", 0.01, 8)
     cfg = configure(config="c.json", epochs=5, num_heads=2)
     assert (cfg.epochs, cfg.iterations, cfg.num_heads, cfg.head_dim) == (5, 0, 2, 0)
     assert configure(config="c.json", train_minutes=2.0).iterations == 0
-    cfg = configure(**diffuser.given_values(dict(config="c.json", recipe="best")))
+    cfg = configure(**dict(config="c.json", recipe="best"))
     assert {name: getattr(cfg, name) for name in diffuser.BEST["mnist"]} == diffuser.BEST["mnist"]
     (folder / "whole.json").write_text(json.dumps(dataclasses.asdict(configure(dataset="digits", batch_size=9, config="c.json", yes=True,
                                                                                 resume_from_checkpoint="x"))))

@@ -26,7 +26,7 @@ def project(tmp_path, monkeypatch):
     monkeypatch.setenv("IPYTHONDIR", str(tmp_path / "ipython"))
     monkeypatch.setenv("JUPYTER_DATA_DIR", str(tmp_path / "jupyter"))        # no kernel but this Python's
     monkeypatch.setenv("PYTHONDONTWRITEBYTECODE", "1")
-    for path in (*ROOT.glob("*.py"), ROOT / "data" / "digits.npz", NOTEBOOK):
+    for path in (*ROOT.glob("*.py"), *ROOT.glob("diffuser_lib/*.py"), ROOT / "data" / "digits.npz", NOTEBOOK):
         copy = tmp_path / "project" / path.relative_to(ROOT)
         copy.parent.mkdir(parents=True, exist_ok=True)
         shutil.copy(path, copy)

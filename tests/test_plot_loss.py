@@ -1,5 +1,6 @@
 """plot_loss.py: its pure functions against closed forms, and the real command line."""
 
+import errno
 import math
 import os
 import re
@@ -37,7 +38,7 @@ def environment(**changes):
 
 
 def command(cwd, *args, answers="", **changes):
-    """Run plot_loss.py as a user would, with `answers` piped to its questions."""
+    """Run plot_loss.py as a user would, without a display, with `answers` piped to its questions."""
     return subprocess.run([sys.executable, str(SCRIPT), *args], cwd=cwd, input=answers, text=True,
                           capture_output=True, timeout=120, env=environment(**changes))
 
@@ -47,12 +48,30 @@ def is_png(path):
     return path.read_bytes().startswith(b"\x89PNG\r\n\x1a\n")
 
 
-def assert_refused(result, *words):
+def assert_refused(result, *words, script="plot_loss"):
     """Check for exit code 2 and a single line on stderr that holds `words`."""
     assert result.returncode == 2
-    assert result.stderr.startswith("plot_loss: ") and result.stderr.count("\n") == 1
+    assert result.stderr.startswith(f"{script}: ")
+    assert result.stderr.count("\n") == 1
     for word in words:
         assert word in result.stderr
+
+
+def modules_after(code, *names):
+    """Which of these modules a fresh Python has loaded after it ran `code`."""
+    code += f"; import sys; print([name for name in {names} if name in sys.modules])"
+    result = subprocess.run([sys.executable, "-c", code], cwd=SCRIPT.parent, text=True, capture_output=True,
+                            stdin=subprocess.DEVNULL, timeout=120, env=environment())
+    assert result.returncode == 0, result.stderr
+    return result.stdout.splitlines()[-1]
+
+
+def fill_disk(monkeypatch):
+    """From now on this process finds no room for what it has written."""
+    def full(handle):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(os, "fsync", full)
 
 
 @pytest.fixture
@@ -223,11 +242,15 @@ def test_twenty_runs_look_different(monkeypatch, tmp_path):
 
 def test_importing_loads_neither_torch_nor_matplotlib():
     """The script starts fast and alone: it needs nothing of the trainer, and draws only later."""
-    code = ("import sys, plot_loss; "
-            "print([m for m in ('torch', 'diffuser', 'matplotlib') if m in sys.modules])")
-    result = subprocess.run([sys.executable, "-c", code], cwd=SCRIPT.parent, text=True,
-                            capture_output=True, stdin=subprocess.DEVNULL, timeout=60)
-    assert result.stdout == "[]\n"
+    assert modules_after("import plot_loss", "torch", "diffuser", "report", "matplotlib") == "[]"
+
+
+def test_drawing_loads_no_torch(tmp_path):
+    """A figure is drawn without torch too, so that plotting works beside a run and on a machine without it."""
+    make_run(tmp_path / "run", "1:0.5")
+    code = f"import plot_loss; assert plot_loss.main([{str(tmp_path / 'run')!r}]) == 0"
+    assert modules_after(code, "torch", "diffuser", "report", "matplotlib") == "['matplotlib']"
+    assert is_png(tmp_path / "run" / "loss.png")
 
 
 def test_one_directory_gets_its_figure_inside(tmp_path):
@@ -266,10 +289,67 @@ def test_save_writes_where_it_says(tmp_path, name, written):
     assert f"saved {Path(written)}" in result.stdout and is_png(tmp_path / written)
 
 
-def test_save_with_an_ending_that_is_no_picture(tmp_path):
-    """An unknown format is one line that names --save."""
+@pytest.mark.parametrize("name, magic", [
+    ("curve.pdf", b"%PDF"), ("curve.svg", b"<?xml"), ("curve.SVG", b"<?xml"), ("curve.jpg", b"\xff\xd8\xff")])
+def test_save_draws_in_the_format_of_the_ending(tmp_path, name, magic):
+    """Every format that matplotlib writes can be saved, not only PNG, and no temporary file is left."""
+    plot_loss.plot([("run", [(1.0, 0.5), (2.0, 0.25)])], tmp_path / name)
+    assert (tmp_path / name).read_bytes().startswith(magic)
+    assert os.listdir(tmp_path) == [name]
+
+
+@pytest.mark.parametrize("name", ["curve.xyz", "curve.x y", "."])
+def test_save_with_an_ending_that_is_no_picture(tmp_path, name):
+    """An unknown format or no name is one line that names --save, and nothing is written."""
     make_run(tmp_path / "run", "1:0.5")
-    assert_refused(command(tmp_path, "run", "--save", "curve.xyz"), "curve.xyz", "--save")
+    assert_refused(command(tmp_path, "run", "--save", name), name, "--save")
+    assert os.listdir(tmp_path) == ["run"]
+
+
+def test_save_where_no_file_can_be(tmp_path):
+    """A folder in the figure's place is one line that names it, and the folder stays."""
+    make_run(tmp_path / "run", "1:0.5")
+    (tmp_path / "curve.png").mkdir()
+    assert_refused(command(tmp_path, "run", "--save", "curve.png"), "cannot write curve.png", "--save")
+    assert sorted(os.listdir(tmp_path)) == ["curve.png", "run"]
+
+
+def test_full_disk_leaves_the_old_figure(tmp_path, monkeypatch, capsys):
+    """Where there is no room one line says so, the old figure is as it was, and no half file is left."""
+    run = make_run(tmp_path / "run", "1:0.5")
+    (run / "loss.png").write_bytes(b"old")
+    before = sorted(run.iterdir())
+
+    fill_disk(monkeypatch)
+    assert plot_loss.main([str(run)]) == 2
+    errors = capsys.readouterr().err
+    assert errors.startswith("plot_loss: cannot write") and errors.count("\n") == 1
+    assert "loss.png" in errors and os.strerror(errno.ENOSPC) in errors and "--save" in errors
+    assert (run / "loss.png").read_bytes() == b"old"
+    assert sorted(run.iterdir()) == before
+
+
+def test_read_only_folder(tmp_path):
+    """A folder that only others may write is one line, and the old figure is as it was."""
+    run = make_run(tmp_path / "run", "1:0.5")
+    (run / "loss.png").write_bytes(b"old")
+    run.chmod(0o500)
+    try:
+        if os.access(run, os.W_OK):
+            pytest.skip("this user may write everywhere")
+        assert_refused(command(tmp_path, "run"), "cannot write", "loss.png", "--save")
+        assert (run / "loss.png").read_bytes() == b"old"
+    finally:
+        run.chmod(0o700)
+
+
+@pytest.mark.parametrize("names", [("1:1e308",), ("1:1e308", "2:1e308")])
+def test_loss_too_large_to_draw(tmp_path, names):
+    """A loss that no axis or no average can hold is one line, not a traceback, and leaves the old figure."""
+    run = make_run(tmp_path / "run", *names)
+    (run / "loss.png").write_bytes(b"old")
+    assert_refused(command(tmp_path, "run"), "cannot draw", "loss.png")
+    assert (run / "loss.png").read_bytes() == b"old"
 
 
 def test_window_is_an_option(tmp_path):
@@ -322,7 +402,43 @@ def test_without_matplotlib_the_line_says_what_to_install(tmp_path):
     result = subprocess.run([sys.executable, "-c", code, str(tmp_path / "run")], cwd=SCRIPT.parent,
                             capture_output=True, stdin=subprocess.DEVNULL, text=True, timeout=60)
     assert result.returncode == 1
-    assert "pip install" in result.stderr and result.stderr.count("\n") == 1
+    assert "pip install matplotlib" in result.stderr and result.stderr.count("\n") == 1
+
+
+@pytest.mark.parametrize("flags, words", [
+    (["--windw", "5"], "did you mean --window?"), (["--bogus"], "unknown option --bogus"),
+    (["--window", "soon"], "--window"), (["--save"], "--save")])
+def test_wrong_flags_are_one_line(tmp_path, flags, words):
+    """A flag that is unknown or lacks its value is named in one line, with the nearest one."""
+    make_run(tmp_path / "run", "1:0.5")
+    assert_refused(command(tmp_path, "run", *flags), words)
+
+
+@pytest.mark.parametrize("arguments", [["--html", "run"], ["run", "--html"], ["--html"], ["run", "--html", "--save", "x.png"]])
+def test_html_names_the_script_that_makes_pages(tmp_path, arguments):
+    """Those who know the old flag are told the new command; nothing is asked or written, and --help is silent on it."""
+    make_run(tmp_path / "run", "1:0.5")
+    assert_refused(command(tmp_path, *arguments), "python report.py DIR")
+    assert len(list(tmp_path.rglob("*"))) == 2
+    assert "html" not in command(tmp_path, "--help").stdout
+
+
+def test_debug_shows_the_traceback(tmp_path):
+    """With --debug a failure comes with its traceback, for those who repair the script."""
+    result = command(tmp_path, "nowhere", "--debug")
+    assert result.returncode != 0 and "Traceback" in result.stderr and "nowhere" in result.stderr
+
+
+def test_ctrl_c_while_drawing(tmp_path, monkeypatch, capsys):
+    """Ctrl-C while the figure is drawn leaves with 130, without a traceback and without a file."""
+    def interrupted(*arguments):
+        raise KeyboardInterrupt
+
+    run = make_run(tmp_path / "run", "1:0.5")
+    monkeypatch.setattr(plot_loss, "encode", interrupted)
+    assert plot_loss.main([str(run)]) == 130
+    assert capsys.readouterr().err == "\nplot_loss: interrupted\n"
+    assert not (run / "loss.png").exists()
 
 
 # ---- the prompt, through a pipe -----------------------------------------------------------------
@@ -362,6 +478,13 @@ def test_q_quits_without_a_figure(three_runs):
     assert not list(three_runs.rglob("loss.png"))
 
 
+def test_closed_input_is_no_answer(three_runs):
+    """Without any stdin, as under some schedulers, the question ends the script in one line too."""
+    result = subprocess.run(["sh", "-c", 'exec "$0" "$@" <&-', sys.executable, str(SCRIPT)], cwd=three_runs, text=True,
+                            capture_output=True, timeout=120, env=environment())
+    assert_refused(result, "command line", "samples/new")
+
+
 @pytest.mark.parametrize("answers", ["", "x\n"])
 def test_end_of_input_names_the_way_to_answer(three_runs, answers):
     """Where nobody can answer the program stops, and says to give a directory."""
@@ -382,8 +505,8 @@ def test_samples_dir_is_an_option(three_runs):
 
 # ---- the prompt, at a terminal ------------------------------------------------------------------
 
-def at_terminal(cwd, keys):
-    """Run plot_loss.py at a pseudo-terminal, type `keys` at its question; return code and text."""
+def at_terminal(cwd, keys, script=SCRIPT):
+    """Run a script at a pseudo-terminal, type `keys` at its question; return code and text."""
     pty = pytest.importorskip("pty")
     import fcntl
     import termios
@@ -394,7 +517,7 @@ def at_terminal(cwd, keys):
         fcntl.ioctl(0, termios.TIOCSCTTY, 0)
 
     ours, theirs = pty.openpty()
-    child = subprocess.Popen([sys.executable, str(SCRIPT)], cwd=cwd, env=environment(),
+    child = subprocess.Popen([sys.executable, str(script)], cwd=cwd, env=environment(),
                              stdin=theirs, stdout=theirs, stderr=theirs, preexec_fn=own_terminal)
     os.close(theirs)
     text, type_at, deadline = b"", None, time.monotonic() + 120

@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 from conftest import ROOT, cli
 from PIL import Image
-from test_plot_loss import assert_refused
+from test_plot_loss import assert_refused, at_terminal, environment, fill_disk, modules_after
 
 import report
 
@@ -331,6 +331,7 @@ def test_failed_write_leaves_the_old_report(tmp_path, monkeypatch):
     make_run(tmp_path)
     (tmp_path / "report.html").write_text("old")
     before = sorted(tmp_path.iterdir())
+
     monkeypatch.setattr(os, "replace", lambda *paths: (_ for _ in ()).throw(OSError("full")))
     with pytest.raises(OSError, match="full"):
         report.write_report(tmp_path)
@@ -339,36 +340,95 @@ def test_failed_write_leaves_the_old_report(tmp_path, monkeypatch):
 
 # ---- command line -------------------------------------------------------------------------------
 
-def html(*arguments, cwd, **more):
-    """plot_loss.py with --html and these arguments."""
-    return cli(*arguments, "--html", cwd=cwd, script="plot_loss.py", **more)
+def command(*arguments, cwd, **more):
+    """report.py with these arguments, as a user without a display would run it."""
+    return cli(*arguments, cwd=cwd, script="report.py", env=dict(DISPLAY="", WAYLAND_DISPLAY=""), **more)
+
+
+def refused(result, *words):
+    """Check for exit code 2 and a single line of report.py that holds `words`."""
+    assert_refused(result, *words, script="report")
 
 
 def test_importing_is_light():
     """Neither torch nor the libraries that draw are loaded before a report is written."""
-    code = "import sys, report; print([m for m in ('torch', 'diffuser', 'matplotlib', 'jinja2') if m in sys.modules])"
-    result = subprocess.run([sys.executable, "-c", code], cwd=ROOT, text=True, capture_output=True, timeout=60)
-    assert result.stdout == "[]\n"
+    assert modules_after("import report", "torch", "diffuser", "matplotlib", "jinja2") == "[]"
 
 
-@pytest.mark.parametrize("arguments", [("--html", "a", "b"), ("a", "b", "--html")])
-def test_command_writes_a_report_for_each_run(tmp_path, arguments):
-    """The flag stands before or after the folders; each gets its page, and no figure or other file is left."""
+def test_writing_loads_no_torch(tmp_path):
+    """A report is written without torch too, so that pages can be made where there is none."""
+    make_run(tmp_path)
+    code = f"import report; assert report.main([{str(tmp_path)!r}]) == 0"
+    assert modules_after(code, "torch", "diffuser", "matplotlib", "jinja2") == "['matplotlib', 'jinja2']"
+    assert (tmp_path / "report.html").exists()
+
+
+def test_command_writes_a_report_for_each_run(tmp_path):
+    """Each folder gets its page, and no figure or other file is left."""
     make_run(tmp_path / "a")
     (tmp_path / "b").mkdir()
     (tmp_path / "b" / "metrics.csv").write_text(metrics_text(3))             # a run without grids
-    result = cli(*arguments, cwd=tmp_path, script="plot_loss.py")
+
+    result = command("a", "b", cwd=tmp_path)
     assert result.returncode == 0 and result.stderr == ""
     assert result.stdout.splitlines() == [f"saved {Path(run, 'report.html')}" for run in "ab"]
     assert sorted(os.listdir(tmp_path / "b")) == ["metrics.csv", "report.html"]
     assert sorted(os.listdir(tmp_path)) == ["a", "b"] and (tmp_path / "a" / "report.html").exists()
 
 
+def test_command_writes_what_the_function_writes(tmp_path):
+    """The page made by hand is byte for byte the one that a run makes when it ends."""
+    make_run(tmp_path)
+    written = report.write_report(tmp_path).read_bytes()
+    assert command(".", cwd=tmp_path).returncode == 0
+    assert (tmp_path / "report.html").read_bytes() == written
+
+
 def test_command_asks_which_run(tmp_path):
     """Without a folder the runs are listed, as for the figure."""
     make_run(tmp_path / "samples" / "run")
-    result = html(cwd=tmp_path, stdin="1\n")
+    result = command(cwd=tmp_path, stdin="1\n")
     assert result.returncode == 0 and (tmp_path / "samples" / "run" / "report.html").exists()
+
+
+def test_samples_dir_is_an_option(tmp_path):
+    """--samples_dir moves the search."""
+    make_run(tmp_path / "elsewhere" / "run")
+    result = command("--samples_dir", "elsewhere", cwd=tmp_path, stdin="\n")
+    assert result.returncode == 0 and (tmp_path / "elsewhere" / "run" / "report.html").exists()
+
+
+def test_quitting_and_the_end_of_input(tmp_path):
+    """q is no error; where nobody answers, one line says to give a directory to report.py; nothing is written."""
+    make_run(tmp_path / "samples" / "run")
+    assert command(cwd=tmp_path, stdin="q\n").returncode == 0
+    refused(command(cwd=tmp_path), f"python report.py {Path('samples/run')}")
+    assert not list(tmp_path.rglob("report.html"))
+
+
+def test_nothing_to_list(tmp_path):
+    """Without runs and without a display the user is told where it looked and what to give."""
+    refused(command(cwd=tmp_path), "samples", "python report.py DIR")
+
+
+def test_ctrl_c_at_the_question(tmp_path):
+    """Ctrl-C leaves with 130 and without a traceback."""
+    make_run(tmp_path / "samples" / "run")
+    code, text = at_terminal(tmp_path, b"\x03", script=ROOT / "report.py")
+    assert code == 130 and "Traceback" not in text and "KeyboardInterrupt" not in text
+
+
+def test_ctrl_c_while_writing(tmp_path, monkeypatch, capsys):
+    """So does Ctrl-C while the page is made, and an old report is as it was."""
+    def interrupted(folder):
+        raise KeyboardInterrupt
+
+    make_run(tmp_path)
+    (tmp_path / "report.html").write_text("old")
+    monkeypatch.setattr(report, "render", interrupted)
+    assert report.main([str(tmp_path)]) == 130
+    assert capsys.readouterr().err == "\nreport: interrupted\n"
+    assert (tmp_path / "report.html").read_text() == "old"
 
 
 def test_wrong_folders_are_one_line(tmp_path):
@@ -376,8 +436,57 @@ def test_wrong_folders_are_one_line(tmp_path):
     (tmp_path / "file").touch()
     (tmp_path / "empty").mkdir()
     for name in ("nowhere", "file", "empty"):
-        assert_refused(html(name, cwd=tmp_path), name, "give")
+        refused(command(name, cwd=tmp_path), name, "give")
     assert sorted(p.name for p in tmp_path.rglob("*")) == ["empty", "file"]
+
+
+def test_parent_of_the_runs_is_met_with_a_suggestion(tmp_path):
+    """`report.py samples` names a run inside it that would work."""
+    make_run(tmp_path / "samples" / "run")
+    refused(command("samples", cwd=tmp_path), str(Path("samples/run")))
+
+
+@pytest.mark.parametrize("flags, words", [
+    (["--sample_dir", "x"], "did you mean --samples_dir?"), (["--save", "x.png"], "unknown option --save"),
+    (["--samples_dir"], "--samples_dir")])
+def test_wrong_flags_are_one_line(tmp_path, flags, words):
+    """A flag that is unknown, such as one for figures, or lacks its value is named in one line; nothing is written."""
+    make_run(tmp_path / "run")
+    refused(command("run", *flags, cwd=tmp_path), words)
+    assert not list(tmp_path.rglob("report.html"))
+
+
+def test_debug_shows_the_traceback(tmp_path):
+    """With --debug a failure comes with its traceback, for those who repair the script."""
+    result = command("nowhere", "--debug", cwd=tmp_path)
+    assert result.returncode != 0 and "Traceback" in result.stderr and "nowhere" in result.stderr
+
+
+@pytest.mark.parametrize("package", ["matplotlib", "jinja2"])
+def test_missing_package_is_named(tmp_path, package):
+    """A bare Python gets one line with the command to run, exit 1, not a traceback; an old report is as it was."""
+    make_run(tmp_path)
+    (tmp_path / "report.html").write_text("old")
+    code = (f"import sys; sys.modules[{package!r}] = None; "
+            "import report; sys.exit(report.main([sys.argv[1]]))")
+    result = subprocess.run([sys.executable, "-c", code, str(tmp_path)], cwd=ROOT, capture_output=True, text=True,
+                            stdin=subprocess.DEVNULL, timeout=60, env=environment())
+    assert result.returncode == 1
+    assert f"pip install {package}" in result.stderr and result.stderr.count("\n") == 1
+    assert (tmp_path / "report.html").read_text() == "old"
+
+
+def test_full_disk_leaves_the_old_report(tmp_path, monkeypatch, capsys):
+    """Where there is no room one line says so, the old report is as it was, and no half file is left."""
+    make_run(tmp_path)
+    (tmp_path / "report.html").write_text("old")
+    before = sorted(tmp_path.iterdir())
+
+    fill_disk(monkeypatch)
+    assert report.main([str(tmp_path)]) == 2
+    errors = capsys.readouterr().err
+    assert errors.startswith("report: cannot write") and errors.count("\n") == 1 and str(tmp_path) in errors
+    assert (tmp_path / "report.html").read_text() == "old" and sorted(tmp_path.iterdir()) == before
 
 
 def test_folder_that_cannot_be_written(tmp_path):
@@ -385,7 +494,7 @@ def test_folder_that_cannot_be_written(tmp_path):
     make_run(tmp_path / "run")
     (tmp_path / "run" / "report.html").mkdir()
     before = sorted(tmp_path.rglob("*"))
-    assert_refused(html("run", cwd=tmp_path), "cannot write", str(Path("run/report.html")))
+    refused(command("run", cwd=tmp_path), "cannot write", str(Path("run/report.html")))
     assert sorted(tmp_path.rglob("*")) == before
 
 
@@ -395,7 +504,7 @@ def test_read_only_folder(tmp_path):
     try:
         if os.access(tmp_path / "run", os.W_OK):
             pytest.skip("this user may write everywhere")
-        assert_refused(html("run", cwd=tmp_path), "cannot write", "run")
+        refused(command("run", cwd=tmp_path), "cannot write", "run")
     finally:
         (tmp_path / "run").chmod(0o700)
 
@@ -403,15 +512,9 @@ def test_read_only_folder(tmp_path):
 def test_loss_too_large_to_draw(tmp_path):
     """A loss that no axis can hold is one line, not a traceback; the largest of 32 bits is drawn."""
     (tmp_path / "metrics.csv").write_text("step,loss\n1,1e308\n2,1e308\n")
-    assert_refused(html(".", cwd=tmp_path), "cannot write the report")
+    refused(command(".", cwd=tmp_path), "cannot write the report")
     (tmp_path / "metrics.csv").write_text("step,loss\n1,3.4e38\n2,1e-45\n3,-3.4e38\n")
     assert "3.4e+38" in Page(tmp_path).labels()[0]
-
-
-def test_save_is_for_figures(tmp_path):
-    """--save with --html would be passed over in silence, so it is refused."""
-    result = html("run", "--save", "x.png", cwd=tmp_path)
-    assert result.returncode == 2 and "not allowed with argument" in result.stderr
 
 
 # ---- in a browser -------------------------------------------------------------------------------

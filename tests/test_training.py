@@ -1,21 +1,24 @@
-"""Chapter 9: the step, resuming, signals, processes."""
+"""Chapter 10 of diffuser.py: the step, resuming, signals, processes."""
 
 import copy
 import csv
 import dataclasses
+import gc
 import itertools
 import os
 import signal
 import subprocess
 import sys
 import time
+import weakref
 
 import pytest
 import torch
 from conftest import ROOT, TINY_FLAGS, heed_interrupts, tiny_training
+from PIL import Image
 
 import diffuser
-from diffuser import Runtime, Training, UserError, load_checkpoint, train
+from diffuser import Devices, Trainer, UserError, load_checkpoint, train
 
 
 def weights(path):
@@ -39,7 +42,7 @@ def rows(folder="."):
 
 
 def test_the_loss_falls(folder):
-    """Training learns: the loss of the last quarter is well below that of the first."""
+    """Trainer learns: the loss of the last quarter is well below that of the first."""
     train(tiny_training(iterations=120, batch_size=64, learning_rate=5e-3, log_every=10, timesteps=100))
     losses = [float(r["loss"]) for r in rows()]
     assert sum(losses[-3:]) < 0.6 * sum(losses[:3])
@@ -49,7 +52,9 @@ def test_metrics_have_every_column_and_each_step_once(folder):
     """metrics.csv: losses with quartiles, learning rate, gradient norm, speed, and validation at the end."""
     train(tiny_training(iterations=6))
     table = rows()
-    assert [int(r["step"]) for r in table] == [2, 4, 6] and tuple(table[0]) == diffuser.RunLog.COLUMNS
+    assert [int(r["step"]) for r in table] == [2, 4, 6] and tuple(table[0]) == (
+        "step", "epoch", "loss", "loss_q1", "loss_q2", "loss_q3", "loss_q4", "val_loss", "lr", "grad_norm", "images_per_second",
+        "seconds", "skipped_steps")
     assert all(float(table[-1][c]) > 0 for c in ("loss", "loss_q1", "val_loss", "grad_norm", "images_per_second"))
     mean = sum(float(table[-1][f"loss_q{i}"]) for i in range(1, 5)) / 4
     assert float(table[-1]["loss"]) == pytest.approx(mean, rel=0.7)
@@ -57,15 +62,16 @@ def test_metrics_have_every_column_and_each_step_once(folder):
 
 @pytest.mark.parametrize("options", [
     {}, dict(dropout=0.2, flip=True, gradient_accumulation_steps=3), dict(lr_schedule="cosine", optimizer="adam"),
-    dict(precision="bf16", base_channels=32, dropout=0.2),
+    dict(precision="bf16", base_channels=32, dropout=0.2, batch_size=8),
     dict(lr_schedule="constant", use_ema=False, warmup_steps=3), dict(use_labels=False, dataset="digits", conditioning="concat")])
 def test_a_resumed_run_equals_an_undisturbed_one_bit_for_bit(folder, options):
     """Stopped in the middle of an epoch and run again, everything ends as if it had not been."""
-    whole = weights(train(tiny_training(iterations=60, batch_size=32, experiment_name="whole", log_every=7, **options)))
-    parts = tiny_training(iterations=60, batch_size=32, experiment_name="parts", log_every=7, checkpoint_rate=20, num_keep_checkpoints=9, **options)
+    settings = {**dict(iterations=36, batch_size=32, val_fraction=0.5, log_every=7), **options}  # 28 steps an epoch
+    whole = weights(train(tiny_training(experiment_name="whole", **settings)))
+    parts = tiny_training(experiment_name="parts", checkpoint_rate=12, num_keep_checkpoints=9, **settings)
     train(parts)
-    train(dataclasses.replace(parts, resume_from_checkpoint="checkpoint_40"))
-    resumed = weights(diffuser.checkpoint_path(parts, 60))
+    train(dataclasses.replace(parts, resume_from_checkpoint="checkpoint_24"))
+    resumed = weights(diffuser.checkpoint_path(parts, 36))
     for part in ("model", "ema", "optimizer", "step", "lr_schedule"):
         assert (whole[part] is None and resumed[part] is None) or same(whole[part], resumed[part]), part
 
@@ -91,7 +97,7 @@ def test_a_checkpoint_of_other_images_is_refused(folder, image_folder):
     cfg = tiny_training(dataset="folder", path_to_data=str(image_folder), img_size=(8, 8), batch_size=4, val_fraction=0.0)
     train(cfg)
     for picture in image_folder.rglob("*.bmp"):
-        diffuser.Image.new("RGB", (9, 9), "white").save(picture)
+        Image.new("RGB", (9, 9), "white").save(picture)
     with pytest.raises(UserError, match="other images"):
         train(cfg)
 
@@ -109,8 +115,8 @@ def test_scaler_state_of_another_precision_is_left_alone(folder, precision_there
 
 def test_epochs_asked_for_beat_iterations_stored():
     """--epochs has an effect beside a recipe or a checkpoint that counts in iterations."""
-    assert diffuser.given_values({"dataset": "cifar10", "recipe": "ho2020", "epochs": 3})["iterations"] == 0
-    assert diffuser.given_values({"epochs": 3, "iterations": 7})["iterations"] == 7
+    assert diffuser.requested({"dataset": "cifar10", "recipe": "ho2020", "epochs": 3})["iterations"] == 0
+    assert diffuser.requested({"epochs": 3, "iterations": 7})["iterations"] == 7
 
 
 def test_running_again_after_the_end_changes_nothing(folder):
@@ -148,7 +154,7 @@ def test_starting_over_keeps_what_the_earlier_run_made(folder):
 
 def test_label_dropout_and_null_class(folder):
     """label_dropout 1 trains the null class alone: no class row of the embedding gets a gradient."""
-    run = Training(tiny_training(label_dropout=1.0, weight_decay=0.0), Runtime(tiny_training()))
+    run = Trainer(tiny_training(label_dropout=1.0, weight_decay=0.0), Devices(tiny_training()))
     before = run.network.class_embedding.weight.detach().clone()
     for _ in range(3):
         run.train_step()
@@ -160,7 +166,7 @@ def test_gradients_are_clipped(folder):
     """max_grad_norm bounds the step of plain gradient descent; 0 leaves gradients alone."""
     norms = {}
     for limit in (1e-3, 0.0):
-        run = Training(tiny_training(max_grad_norm=limit, use_ema=False), Runtime(tiny_training()))
+        run = Trainer(tiny_training(max_grad_norm=limit, use_ema=False), Devices(tiny_training()))
         run.optimizer.step, kept = lambda *a, **k: None, []
         run.optimizer.zero_grad = lambda set_to_none: kept.append(
             torch.stack([p.grad.norm() for p in run.network.parameters()]).norm().item())
@@ -187,30 +193,59 @@ def test_learning_rate_schedules(name, at):
 
 def test_scale_lr_multiplies_by_the_devices(folder):
     """--scale_lr: the learning rate times the number of devices."""
-    runtime = Runtime(tiny_training())
-    runtime.num_devices = 3
-    rates = [Training(tiny_training(scale_lr=s, lr_schedule="constant", warmup_steps=0), runtime).optimizer.param_groups[0]["lr"]
+    devices = Devices(tiny_training())
+    devices.count = 3
+    rates = [Trainer(tiny_training(scale_lr=s, lr_schedule="constant", warmup_steps=0), devices).optimizer.param_groups[0]["lr"]
              for s in (False, True)]
     assert rates[1] == pytest.approx(3 * rates[0])
 
 
 def test_early_stopping_as_documented(folder):
     """The run stops when the mean absolute change of the last ten logged losses is below the threshold."""
-    run = Training(tiny_training(early_stop_loss_change=0.1), Runtime(tiny_training()))
-    run.history = [[i, 1.0 + 0.05 * (i % 2)] for i in range(9)]
-    assert not run.settled()
-    run.history.append([9, 1.05])
-    assert run.settled()
-    run.history[-1][1] = 9.0
-    assert not run.settled()
+    run = Trainer(tiny_training(early_stop_loss_change=0.1), Devices(tiny_training()))
+    monitor = diffuser.Monitor(run, None, folder)
+    run.progress.loss_history = [[i, 1.0 + 0.05 * (i % 2)] for i in range(9)]
+    assert not monitor.plateaued()
+    run.progress.loss_history.append([9, 1.05])
+    assert monitor.plateaued()
+    run.progress.loss_history[-1][1] = 9.0
+    assert not monitor.plateaued()
     path = train(tiny_training(iterations=1000, early_stop_loss_change=100.0, log_every=1))
     assert load_checkpoint(path)["step"] == 10
 
 
 def test_validation_is_the_same_every_time(folder):
     """Fixed noise and timesteps: the same weights give the same held-out loss."""
-    run = Training(tiny_training(), Runtime(tiny_training()))
-    assert run.validate() == run.validate() > 0
+    monitor = diffuser.Monitor(Trainer(tiny_training(), Devices(tiny_training())), None, folder)
+    assert monitor.validate() == monitor.validate() > 0
+
+
+def test_a_row_has_the_epoch_to_four_digits_behind_the_point(folder):
+    """Also where a run is long: other numbers are rounded to six digits, the epoch is not."""
+    class Recorder:
+        def log(self, values):
+            self.values = values
+
+    run, recorder = Trainer(tiny_training(), Devices(tiny_training())), Recorder()
+    run.train_step()
+    run.progress.step = 123_457
+    diffuser.Monitor(run, recorder, folder).log(evaluated=False)
+    assert recorder.values["epoch"] == round(123_457 / run.batches.steps_per_epoch, 4) > 1000
+    assert recorder.values["loss"] == float(f"{recorder.values['loss']:.6g}")
+
+
+def test_a_run_that_is_let_go_of_is_freed_at_once(folder):
+    """Nothing in a Trainer points back at it: --train_minutes makes one for a trial, and its memory is needed again."""
+    gc.collect()
+    gc.disable()
+    try:
+        run = Trainer(tiny_training(), Devices(tiny_training()))
+        run.train_step()
+        gone = weakref.ref(run)
+        del run
+        assert gone() is None
+    finally:
+        gc.enable()
 
 
 def test_drawing_does_not_change_training(folder):
@@ -277,14 +312,14 @@ def test_two_processes_equal_one(folder):
 
 def test_data_parallel_keeps_plain_names(folder):
     """nn.DataParallel wraps the call, not the parameters; without GPUs it is not used and asking for it is refused."""
-    runtime = Runtime(tiny_training())
-    runtime.replicas = 2
+    devices = Devices(tiny_training())
+    devices.replicas = 2
     network = torch.nn.Linear(2, 2)
-    wrapped = runtime.parallel(network, diffuser.Arithmetic())
+    wrapped = devices.parallel(network, diffuser.ComputeConfig())
     assert isinstance(wrapped, torch.nn.DataParallel) and wrapped.module.network is network
     if not torch.cuda.is_available():
         with pytest.raises(UserError, match="num_gpus"):
-            Runtime(tiny_training(num_gpus=2))
+            Devices(tiny_training(num_gpus=2))
 
 
 @pytest.mark.parametrize("precision", ["bf16", "fp32"])
@@ -319,21 +354,21 @@ def test_a_finished_run_has_a_report_and_does_not_depend_on_it(folder, monkeypat
 
 def test_timesteps_of_a_batch_are_spread_evenly(folder):
     """One timestep from each of batch_size equal parts of 0..T-1, other ones at the next step."""
-    run = Training(tiny_training(timesteps=160, batch_size=16), Runtime(tiny_training()))
-    first = run.draws()[0]
-    run.step = 1
-    assert torch.equal(first // 10, torch.arange(16)) and not torch.equal(first, run.draws()[0])
+    run = Trainer(tiny_training(timesteps=160, batch_size=16), Devices(tiny_training()))
+    first = run.step_noise()[0]
+    run.progress.step = 1
+    assert torch.equal(first // 10, torch.arange(16)) and not torch.equal(first, run.step_noise()[0])
 
 
 def test_input_perturbation_adds_its_share_of_noise(folder):
     """The network's noise is the target's plus gamma times other noise: its variance is 1 + gamma^2."""
-    def draws(gamma):
+    def draw(gamma):
         cfg = tiny_training(batch_size=256, input_perturbation=gamma)
-        return Training(cfg, Runtime(cfg)).draws()
+        return Trainer(cfg, Devices(cfg)).step_noise()
 
-    _, eps, noise, _ = draws(0.5)
+    _, eps, noise, _ = draw(0.5)
     assert (noise - eps).std().item() == pytest.approx(0.5, rel=0.03) and noise.var().item() == pytest.approx(1.25, rel=0.03)
-    _, eps, noise, _ = draws(0.0)
+    _, eps, noise, _ = draw(0.0)
     assert noise is eps or torch.equal(noise, eps)
 
 
@@ -346,11 +381,11 @@ def test_every_training_recipe_learns(folder, recipe):
     path = train(cfg)
     losses = [float(r["loss"]) for r in rows()]
     assert losses[-1] < 0.8 * losses[0], losses
-    plain = Training(tiny_training(batch_size=64, timesteps=100), Runtime(cfg))
-    changed = Training(dataclasses.replace(plain.cfg, **recipe), Runtime(cfg))
+    plain = Trainer(tiny_training(batch_size=64, timesteps=100), Devices(cfg))
+    changed = Trainer(dataclasses.replace(plain.cfg, **recipe), Devices(cfg))
     for _ in range(3):                                                       # the first output is 0 in any case
         plain.train_step(), changed.train_step()
-    assert not torch.equal(plain.meter, changed.meter)
+    assert not torch.equal(plain.progress.loss_sums, changed.progress.loss_sums)
     assert diffuser.load(path).generate(["3"], 2, steps=5).float().std() > 0
 
 
@@ -365,7 +400,7 @@ def test_training_for_minutes(folder, capsys):
     assert first["step"] == first["config"]["iterations"] > 20 and 2 < took < 60
     assert load_checkpoint(train(cfg))["step"] == first["step"]              # the same call: it is done
     longer, before = dataclasses.replace(cfg, train_minutes=0.05), copy.deepcopy(first["optimizer"])
-    diffuser.fit_to_minutes(longer, Runtime(longer), first, time.perf_counter() + 3)
+    diffuser.steps_for_minutes(longer, Devices(longer), first, time.perf_counter() + 3)
     assert same(first["optimizer"], before)                                  # timing a run leaves it alone
     assert load_checkpoint(train(longer))["step"] > first["step"]
 
@@ -375,12 +410,38 @@ def test_the_number_of_steps_follows_the_pace(folder, monkeypatch):
     down to its end and the number is stored, also in a checkpoint on the way."""
     ticks = itertools.count()
     monkeypatch.setattr(diffuser.time, "perf_counter", lambda: next(ticks) / 10)  # each look at the clock takes 0.1 s
-    for seconds, longer in ((0.0, False), (12.0, True)):
+    for seconds, longer in ((0.0, False), (15.0, True)):
         cfg = tiny_training(iterations=50, experiment_name=str(longer), checkpoint_rate=5, num_keep_checkpoints=99)
-        run = Training(cfg, Runtime(cfg))
+        run = Trainer(cfg, Devices(cfg))
+        pace = diffuser.Pace(run, next(ticks) / 10 + seconds)
+        logger = diffuser.MetricsLogger(folder / "log", {}, 0, {})
         with diffuser.tqdm(disable=True) as bar:
-            path = diffuser.training_loop(run, diffuser.RunLog(folder / "log", cfg, 0, {}), folder, bar, next(ticks) / 10 + seconds)
+            path = diffuser.training_loop(run, diffuser.Monitor(run, logger, folder), diffuser.Signals(run.processes), bar, pace)
         state = load_checkpoint(path)
         assert (state["step"] > 50) == longer and state["step"] == state["config"]["iterations"] == run.total
         assert run.lr_schedule.get_last_lr()[0] < 0.1 * cfg.learning_rate
         assert load_checkpoint(diffuser.checkpoint_path(cfg, 5))["config"]["iterations"] != 50
+
+
+# ---- The pictures themselves -------------------------------------------------------------------
+
+
+def accuracy(path, n=500):
+    """Part of n class-conditional digits whose nearest real digit has the class asked for."""
+    real = diffuser.load_data(diffuser.configure(dataset="digits"))
+    drawn = diffuser.load(path).generate(real.class_names, n).float().flatten(1)
+    nearest = torch.cdist(drawn, real.images.float().flatten(1)).argmin(1)
+    return (real.labels[nearest] == torch.arange(n) % 10).float().mean().item()
+
+
+def test_a_short_run_draws_recognisable_digits(folder):
+    """Less than half of the demo's steps already give digits of the class asked for, most of the time."""
+    path = diffuser.train(diffuser.configure(dataset="digits", iterations=220, preview_steps=5, sample_every=100))
+    assert accuracy(path) > 0.85
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("seed", [0, 1])
+def test_the_demo_draws_the_digits_asked_for(folder, seed):
+    """After the demo's training at least 95% of 500 digits are of the class asked for."""
+    assert accuracy(diffuser.train(diffuser.configure(dataset="digits", seed=seed))) >= 0.95

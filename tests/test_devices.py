@@ -1,4 +1,4 @@
-"""Chapter 7: how a network is run on the device at hand: precision, memory, compilation."""
+"""Chapter 7 of diffuser.py: how a network is run on the device at hand: precision, memory, compilation."""
 
 import dataclasses
 import shutil
@@ -10,7 +10,7 @@ import torch
 from conftest import ROOT, STATUS, TINY_FLAGS, cli, tiny_training
 
 import diffuser
-from diffuser import Arithmetic, Runtime, Training, choose_arithmetic, load_checkpoint, precisions, train
+from diffuser import ComputeConfig, Devices, Trainer, choose_compute, load_checkpoint, train
 
 CPU = torch.device("cpu")
 
@@ -26,38 +26,14 @@ def units(monkeypatch):
 
 
 @pytest.mark.parametrize("amx, avx512, channels, expected", [
-    (False, False, 64, ["fp32"]), (True, True, 64, ["bf16"]), (True, True, 16, ["fp32"]),
-    (False, True, 64, ["fp32", "bf16"])])
-def test_precision_follows_the_hardware(units, amx, avx512, channels, expected):
-    """bf16 where AMX meets a wide network, fp32 for narrow ones or without a unit, a measurement for AVX-512."""
+    (False, False, 64, "fp32"), (True, True, 64, "bf16"), (True, True, 16, "fp32"), (False, True, 64, "bf16"),
+    (False, True, 32, "bf16"), (False, True, 16, "fp32")])
+def test_precision_is_a_rule(units, amx, avx512, channels, expected):
+    """bf16 where AMX or AVX512_BF16 meets a network of 32 channels or more, else fp32; nothing is measured."""
     units(amx, avx512)
-    assert precisions(tiny_training(base_channels=channels), CPU) == expected
-    assert precisions(tiny_training(precision="fp32"), CPU) == ["fp32"]
-
-
-@pytest.mark.parametrize("ratio, chosen", [(0.5, "bf16"), (0.8, "bf16"), (0.95, "fp32"), (2.0, "fp32")])
-def test_an_unclear_choice_is_measured(units, ratio, chosen):
-    """bf16 is taken where its steps are clearly faster; one disturbed measurement does not change that."""
-    units(False, True)
-    asked = []
-
-    def seconds(arithmetic):
-        asked.append(arithmetic.precision)
-        return (ratio if arithmetic.precision == "bf16" else 1.0) * (10 if len(asked) in (3, 4) else 1)
-
-    assert choose_arithmetic(tiny_training(base_channels=32), CPU, seconds=seconds).precision == chosen
-    assert asked == ["fp32", "bf16"] * 4                                     # in turn, the first two to warm up
-
-
-def test_what_is_measured_are_real_steps_that_leave_no_trace(folder, units):
-    """A run whose precision was measured is the run it would have been without."""
-    units(False, True)
-    cfg = tiny_training(dropout=0.1, base_channels=32)
-    run = Training(cfg, Runtime(cfg))
-    plain = Training(dataclasses.replace(cfg, precision=run.arithmetic.precision), Runtime(cfg))
-    for _ in range(2):
-        run.train_step(), plain.train_step()
-    assert all(map(torch.equal, run.network.parameters(), plain.network.parameters()))
+    assert diffuser.pick_precision(tiny_training(base_channels=channels), CPU) == expected
+    assert diffuser.pick_precision(tiny_training(precision="fp32"), CPU) == "fp32"
+    assert choose_compute(tiny_training(base_channels=channels), CPU).precision == expected
 
 
 def test_a_resumed_run_computes_as_it_began(folder, units):
@@ -65,17 +41,17 @@ def test_a_resumed_run_computes_as_it_began(folder, units):
     units(False, False)
     path = train(tiny_training(base_channels=32))
     stored = load_checkpoint(path)["arithmetic"]
-    assert stored == vars(Arithmetic("cpu", "fp32", True, False))
+    assert stored == vars(ComputeConfig("cpu", "fp32", True, False))
     units(True, True)
     longer = tiny_training(iterations=8, base_channels=32)
-    assert Training(longer, Runtime(longer), load_checkpoint(path)).arithmetic.precision == "fp32"
+    assert Trainer(longer, Devices(longer), load_checkpoint(path)).compute.precision == "fp32"
     for flag, kept in (("precision", "bf16"), ("channels_last", False)):
         changed = dataclasses.replace(longer, **{flag: kept})
-        assert getattr(Training(changed, Runtime(changed), load_checkpoint(path)).arithmetic, flag) == kept
+        assert getattr(Trainer(changed, Devices(changed), load_checkpoint(path)).compute, flag) == kept
     state = {**load_checkpoint(path), "arithmetic": dict(stored, device="cuda", precision="fp16", compiled=True)}
-    there = Training(longer, Runtime(longer), state).arithmetic              # from another kind of device
+    there = Trainer(longer, Devices(longer), state).compute              # from another kind of device
     assert (there.device, there.compiled) == ("cpu", False) and there.precision != "fp16"
-    assert diffuser.restore(state, longer).arithmetic.precision != "fp16"
+    assert diffuser.build_model(state, longer).compute.precision != "fp16"
 
 
 def test_the_start_line_tells_how_it_computes(folder):
@@ -88,32 +64,17 @@ def test_the_start_line_tells_how_it_computes(folder):
 def test_compiling_is_left_to_long_runs_on_cuda():
     """auto compiles on CUDA alone, and only where it is repaid; asking for it counts everywhere."""
     long, cfg = 10**6, tiny_training(precision="fp32", num_gpus=1)
-    assert not choose_arithmetic(cfg, CPU, long).compiled
-    assert choose_arithmetic(cfg, torch.device("cuda"), long).compiled
-    assert not choose_arithmetic(cfg, torch.device("cuda"), 100).compiled
-    assert not choose_arithmetic(dataclasses.replace(cfg, num_gpus=2), torch.device("cuda"), long).compiled
-    assert choose_arithmetic(dataclasses.replace(cfg, compile=True), CPU).compiled
-
-
-@pytest.mark.skipif(sys.platform != "linux", reason="glibc's allocator")
-def test_freed_memory_is_kept():
-    """A tensor as large as the last one gets its memory again, without a page fault for each page of it."""
-    program = ("import resource, sys, torch; sys.path.insert(0, {!r}); import diffuser\n"
-               "if {}: diffuser.keep_freed_memory()\n"
-               "def faults():\n"
-               "    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt\n"
-               "    torch.ones(2**24)\n"
-               "    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before\n"
-               "print([faults() for _ in range(10)][-1])")
-    plain, kept = (int(subprocess.run([sys.executable, "-c", program.format(str(ROOT), keep)], capture_output=True,
-                                      text=True, check=True).stdout) for keep in (False, True))
-    assert kept < 100 and (plain == 0 or kept < plain)
+    assert not choose_compute(cfg, CPU, long).compiled
+    assert choose_compute(cfg, torch.device("cuda"), long).compiled
+    assert not choose_compute(cfg, torch.device("cuda"), 100).compiled
+    assert not choose_compute(dataclasses.replace(cfg, num_gpus=2), torch.device("cuda"), long).compiled
+    assert choose_compute(dataclasses.replace(cfg, compile=True), CPU).compiled
 
 
 def split_run(monkeypatch, **settings):
     """Weights after three steps, and the run."""
     cfg = tiny_training(precision="fp32", **settings)
-    run = Training(cfg, Runtime(cfg))
+    run = Trainer(cfg, Devices(cfg))
     for _ in range(3):
         run.train_step()
     return torch.cat([p.detach().flatten() for p in run.network.parameters()]), run
@@ -137,10 +98,10 @@ def test_a_step_that_does_not_fit_is_split(folder, monkeypatch, capsys, settings
 
     monkeypatch.setattr(diffuser.UNet, "forward", small_memory)
     parts, run = split_run(monkeypatch, **settings)
-    assert near(whole, parts) and run.arithmetic.split == 4 // settings.get("gradient_accumulation_steps", 1)
+    assert near(whole, parts) and run.compute.split == 4 // settings.get("gradient_accumulation_steps", 1)
     assert "a step is computed in" in capsys.readouterr().out
-    assert run.meter[1, :, 1].sum() == 3 * 16                                # each image counted once
-    assert run.state()["arithmetic"]["split"] == run.arithmetic.split
+    assert run.progress.loss_sums[1, :, 1].sum() == 3 * 16                                # each image counted once
+    assert run.state()["arithmetic"]["split"] == run.compute.split
     monkeypatch.setattr(diffuser.UNet, "forward", lambda *_: (_ for _ in ()).throw(torch.OutOfMemoryError("no room")))
     with pytest.raises(torch.OutOfMemoryError):                              # not even one image
         run.train_step()
@@ -153,9 +114,17 @@ def test_a_cpu_splits_before_it_swaps(folder, monkeypatch, capsys):
     fixed, moving = diffuser.training_memory(cfg, (1, 8, 8), 10, 16, "fp32")
     monkeypatch.setattr(diffuser, "free_memory", lambda device: int((fixed + moving / 3.5) / 0.9))
     parts, run = split_run(monkeypatch)
-    assert run.arithmetic.split == 4 and near(whole, parts)
+    assert run.compute.split == 4 and near(whole, parts)
     train(cfg)
     assert "a step is computed in 4 parts" in capsys.readouterr().out
+
+
+def test_the_stored_split_is_kept(folder, monkeypatch):
+    """A resumed run on a machine with less free memory computes its steps in as many parts as before."""
+    path = train(tiny_training())
+    monkeypatch.setattr(diffuser, "free_memory", lambda device: 2**22)
+    assert Trainer(tiny_training(), Devices(tiny_training()), load_checkpoint(path)).compute.split == 1
+    assert Trainer(tiny_training(batch_size=512), Devices(tiny_training())).compute.split > 1
 
 
 @pytest.mark.parametrize("free, words", [(2**28, "computed in"), (2**24, "one image at a time"), (2**20, "lower --base_channels")])
@@ -175,7 +144,7 @@ def test_memory_estimate_is_near_the_truth(folder):
     program = ("import sys; sys.path.insert(0, {!r}); import diffuser\n" + STATUS +
                "cfg = diffuser.configure(dataset='digits', base_channels=64, channel_mults=(1, 2), num_heads=4,\n"
                "                         batch_size=1024, precision='fp32', device='cpu')\n"
-               "run = diffuser.Training(cfg, diffuser.Runtime(cfg))\n"
+               "run = diffuser.Trainer(cfg, diffuser.Devices(cfg))\n"
                "before = status('VmHWM'); run.train_step(); print(status('VmHWM') - before)\n"
                "print(diffuser.training_memory(cfg, (1, 8, 8), 10, 1024, 'fp32')[1] // 1024)")
     done = subprocess.run([sys.executable, "-c", program.format(str(ROOT))], capture_output=True, text=True, cwd=folder)
@@ -188,7 +157,7 @@ def test_gradient_checkpointing_changes_memory_only(folder):
     runs = []
     for checkpointing in (False, True):
         cfg = tiny_training(dropout=0.2, gradient_checkpointing=checkpointing, precision="fp32")
-        run, kept = Training(cfg, Runtime(cfg)), []
+        run, kept = Trainer(cfg, Devices(cfg)), []
         with torch.autograd.graph.saved_tensors_hooks(lambda v, kept=kept: kept.append(v.numel()) or v, lambda v: v):
             run.train_step()
         run.train_step()
@@ -206,8 +175,8 @@ def test_memory_does_not_grow_with_a_cached_dataset(folder):
                "from PIL import Image\n"
                "image = Image.fromarray(numpy.full((32, 32, 3), 7, numpy.uint8))\n"
                "cfg = diffuser.configure(dataset='folder', num_workers=0, path_to_data='x', img_size=(32, 32), device='cpu')\n"
-               "diffuser.Runtime(cfg)\n"
-               "data = diffuser.cached(cfg, [(image, 0)] * 12000, ('t',), [])\n"
+               "diffuser.Devices(cfg)\n"
+               "data = diffuser.cached(cfg, [(image, 0)] * 12000, (3, 32, 32), ('t',), [])\n"
                "batches = diffuser.Batches(data, diffuser.split(data, 0.0)[0], 64, True, 0, 'cpu')\n"
                "for step in range(batches.steps_per_epoch):\n"
                "    batches(step)\n"
@@ -223,7 +192,7 @@ def test_memory_does_not_grow_with_a_cached_dataset(folder):
 def test_training_and_sampling_on_cuda(folder, options):
     """On a GPU the same run works, its images on the device, without waiting for the device in a step."""
     cfg = tiny_training(device="cuda", num_gpus=1, iterations=6, **options)
-    run = Training(cfg, Runtime(cfg))
+    run = Trainer(cfg, Devices(cfg))
     assert run.batches.images.is_cuda
     run.train_step()
     torch.cuda.set_sync_debug_mode("error" if "precision" not in options else "default")

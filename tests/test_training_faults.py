@@ -8,7 +8,6 @@ import errno
 import math
 import os
 import random
-import re
 import shutil
 import signal
 import subprocess
@@ -18,10 +17,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import ROOT, TINY_FLAGS, cli, heed_interrupts, tiny_training
+from conftest import ROOT, TINY_FLAGS, cli, heed_interrupts, same, tiny_training
 
 import diffuser
-from diffuser import Runtime, Training, UserError, load_checkpoint, train
+from diffuser import Devices, Trainer, UserError, load_checkpoint, train
+from diffuser_lib.metrics import MetricsFile
 
 DIGITS = ["--mode", "train", "--dataset", "digits", "--batch_size", "16", "--timesteps", "50", "--log_every", "5",
           "--gradient_accumulation_steps", "2", "--dropout", "0.1", "--flip", "--num_workers", "2", *TINY_FLAGS]
@@ -51,15 +51,6 @@ def wait_for(condition, seconds=60):
 def logged(folder, rows):
     """Whether metrics.csv has so many rows by now."""
     return lambda: any(len(p.read_text().splitlines()) > rows for p in Path(folder).rglob("metrics.csv"))
-
-
-def same(a, b):
-    """Whether two checkpoints hold the very same numbers."""
-    if isinstance(a, torch.Tensor):
-        return torch.equal(a, b)
-    if isinstance(a, dict):
-        return a.keys() == b.keys() and all(same(a[k], b[k]) for k in a)
-    return a == b
 
 
 def same_run(a, b):
@@ -133,7 +124,7 @@ def test_a_second_signal_ends_it_at_once(folder, first):
         "sys.path.append(sys.argv[1])\n"
         "from conftest import tiny_training\n"
         "def slowly(run):\n    print('in a step', flush=True)\n    time.sleep(60)\n"
-        "diffuser.Training.train_step = slowly\n"
+        "diffuser.Trainer.train_step = slowly\n"
         "diffuser.train(tiny_training(iterations=9))\n")
     process = subprocess.Popen([sys.executable, "slow.py", str(ROOT / "tests")], stdout=subprocess.PIPE, text=True,
                                env={**os.environ, "PYTHONPATH": str(ROOT)}, preexec_fn=heed_interrupts)
@@ -212,45 +203,29 @@ def test_a_disk_that_fills_up_and_is_emptied(folder, monkeypatch, capsys, experi
 
 def test_metrics_and_grids_on_a_full_disk(folder, monkeypatch, capsys):
     """Rows that could not be written are written when there is room; a grid that cannot is left out."""
-    room = {"there": True}
-    real_grid, real_write = diffuser.save_grid, diffuser.RunLog.write_last
+    real_grid, full = diffuser.save_grid, [False]
 
     def grid(*arguments):
-        if not room["there"]:
+        if full[0]:
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
         real_grid(*arguments)
 
-    def write_last(log):
-        room["there"] = not 4 <= int(log.rows[-1][0]) <= 8
-        if not room["there"]:
-            log.file = None
-            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-        real_write(log)
+    def fill_up(name):
+        real = getattr(MetricsFile, name)
+
+        def write(file):
+            full[0] = 4 <= int(file.rows[-1]["step"]) <= 8
+            if full[0]:
+                file.file = None
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+            real(file)
+        monkeypatch.setattr(MetricsFile, name, write)
+
+    fill_up("write_all"), fill_up("write_last")
     monkeypatch.setattr(diffuser, "save_grid", grid)
-    monkeypatch.setattr(diffuser.RunLog, "write_last", write_last)
     train(tiny_training(iterations=12, checkpoint_rate=6))
     assert [row["step"] for row in metrics(folder)] == ["2", "4", "6", "8", "10", "12"]
     assert len(list(folder.rglob("epoch_*.png"))) == 1 and capsys.readouterr().err.count("No space left") == 4
-
-
-def test_rows_that_were_taken_back_do_not_return(folder, monkeypatch):
-    """Rewinding metrics.csv while the disk is full: with room again each step stands there once."""
-    log = diffuser.RunLog(folder / "log", tiny_training(), 0, {})
-    values = dict.fromkeys(diffuser.RunLog.COLUMNS, 1.0)
-    for step in (50, 100, 150):
-        log.row({**values, "step": step})
-    real = diffuser.write_atomically
-
-    def full(*arguments):
-        raise OSError(errno.ENOSPC, "full")
-    monkeypatch.setattr(diffuser, "write_atomically", full)
-    log.rewind(50)
-    log.row({**values, "step": 100})
-    monkeypatch.setattr(diffuser, "write_atomically", real)
-    log.row({**values, "step": 150})
-    assert [row["step"] for row in metrics(folder)] == ["50", "100", "150"]
-    (folder / "log" / "metrics.csv").write_bytes(b"step,epoch\n1,\"" + b"\0" * 200_000)
-    assert diffuser.RunLog(folder / "log", tiny_training(), 100, {}).rows == []   # what a power cut may leave
 
 
 def test_a_place_that_cannot_be_written_is_told_at_once(folder, capsys):
@@ -260,6 +235,21 @@ def test_a_place_that_cannot_be_written_is_told_at_once(folder, capsys):
         assert diffuser.main([*DIGITS, "--iterations", "1", flag, "taken/x"]) == 2
         out, errors = capsys.readouterr()
         assert flag in errors and len(errors.splitlines()) == 1 and "device" not in out
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs /dev/full")
+def test_warnings_on_a_full_disk(folder):
+    """Where stderr itself is a file on the disk that is full the run goes on."""
+    flags = [*DIGITS, "--iterations", "10", "--checkpoint_rate", "5"]
+    (folder / "checkpoints").mkdir()
+    program = "import sys, torch, diffuser\ndef full(*a): raise OSError(28, 'full')\ntorch.save = full\nsys.exit(diffuser.main(sys.argv[1:]))"
+    with open("/dev/full", "w") as full:
+        done = subprocess.run([sys.executable, "-c", program, *flags], stdout=subprocess.PIPE, stderr=full, text=True,
+                              env={**os.environ, "PYTHONPATH": str(ROOT)})
+    assert done.returncode == 1 and "step 10: loss" in done.stdout
+
+
+
 
 
 # ---- two runs ----------------------------------------------------------------------------------
@@ -283,196 +273,17 @@ def test_a_second_run_is_refused_and_a_dead_one_is_no_obstacle(folder):
     assert diffuser.main([*flags[:-3], str(further)]) == 0 and load_checkpoint(path)["step"] == further
 
 
-# ---- checkpoints -------------------------------------------------------------------------------
-
-
-def damage(path, how):
-    """Break a checkpoint the way disks and people do."""
-    content = bytearray(path.read_bytes())
-    if how == "flipped bit":
-        content[len(content) // 2] ^= 1
-    elif how == "truncated":
-        content = content[: len(content) // 2]
-    elif how == "empty":
-        content = b""
-    elif how == "zeros":
-        content[1000:] = bytes(len(content) - 1000)
-    path.write_bytes(content)
-
-
-@pytest.mark.parametrize("how", ["flipped bit", "truncated", "empty", "zeros"])
-@pytest.mark.parametrize("experiment", ["", "e"])
-def test_a_damaged_checkpoint_is_passed_over(folder, capsys, how, experiment):
-    """Resuming takes the newest one that is whole, says so, and ends as if nothing had been; without any it stops."""
-    cfg = tiny_training(iterations=6, checkpoint_rate=2, num_keep_checkpoints=3, experiment_name=experiment)
-    whole = torch.load(train(cfg), weights_only=True)
-    newest, second, third = diffuser.kept_checkpoints(cfg)
-    damage(newest, how)
-    damage(second, how)
-    with pytest.raises(UserError, match=re.escape(str(newest))):
-        load_checkpoint(newest)
-    capsys.readouterr()
-    path = train(cfg)
-    out = capsys.readouterr().out
-    assert str(newest) in out and f"going on from {third} instead" in out
-    resumed = load_checkpoint(path)
-    assert all(same(whole[part], resumed[part]) for part in ("model", "ema", "optimizer", "loss_history"))
-    for kept in diffuser.kept_checkpoints(cfg):
-        damage(kept, "truncated")
-    with pytest.raises(UserError, match="resume never"):
-        train(cfg)
-
-
-def test_any_flipped_bit_is_found(folder):
-    """Wherever a bit flips, the file is refused or its content is the same."""
-    path = train(tiny_training(base_channels=4, channel_mults=(1,), num_heads=1))
-    good, content, chance = load_checkpoint(path), path.read_bytes(), random.Random(0)
-    for i in range(300):
-        broken = bytearray(content)
-        place = chance.randrange(len(content)) if i % 2 else len(content) - 1 - chance.randrange(4000)
-        broken[place] ^= 1 << chance.randrange(8)
-        path.write_bytes(broken)
-        with contextlib.suppress(UserError):
-            assert same(load_checkpoint(path), good), place
-
-
-JUNK = [None, -1, 1.5, math.nan, "x", "a\0b", [], [None] * 3, {}, {"a": 1}, True, 10**18, torch.zeros(3), torch.zeros(0),
-        torch.zeros(1).expand(10**12), torch.zeros(3, dtype=torch.long), "missing"]
-
-
-def test_content_of_any_kind_is_refused_or_used(folder):
-    """Whatever stands in a checkpoint's place for something: an error of one or two lines or a run, no traceback and no
-    memory taken."""
-    cfg = tiny_training()
-    path = train(cfg)
-    good, chance = load_checkpoint(path), random.Random(0)
-    places = [(k,) for k in good] + [(k, sub) for k in good if isinstance(good[k], dict) for sub in good[k]]
-    places = [p for p in places if len(p) == 1 or p[0] not in ("config", "model", "ema")] + chance.sample(
-        [p for p in places if len(p) == 2 and p[0] in ("config", "model", "ema")], 20)
-    places += [("optimizer", "state", 0, key) for key in ("step", "exp_avg", "exp_avg_sq")] + [("shape", 0), ("loss_history", 0)]
-    for where in places:
-        for junk in chance.sample(JUNK, 1):
-            state = copy.deepcopy(good)
-            inner = state
-            for key in where[:-1]:
-                inner = inner[key]
-            if isinstance(junk, str) and junk == "missing":
-                del inner[where[-1]]
-            else:
-                inner[where[-1]] = junk
-            torch.save(state, path)
-            for use in (lambda: diffuser.load(path, device="cpu"), lambda: diffuser.choose_checkpoint({"yes": True}),
-                        lambda: Training(cfg, Runtime(cfg), load_checkpoint(path))):
-                with contextlib.suppress(UserError):
-                    use()
-
-
-def test_a_huge_network_is_refused_before_memory_is_taken(folder, capsys):
-    """A checkpoint or flags for a network that no machine holds: an error in no time, and no memory used."""
-    path = train(tiny_training())
-    state = load_checkpoint(path)
-    for change in (dict(base_channels=4096), dict(base_channels=4096, channel_mults=(64, 64)), dict(num_res_blocks=16)):
-        torch.save({**state, "config": {**state["config"], **change}}, path)
-        with pytest.raises(UserError, match=r"weights|tensors|channels"):
-            load_checkpoint(path)
-    wide = tiny_training(base_channels=4096, channel_mults=(1, 4), num_res_blocks=16, head_dim=64)
-    with torch.device("meta"):
-        network = diffuser.build_unet(wide, 1, 10)
-    expanded = {name: torch.zeros(1).expand(v.shape) for name, v in network.state_dict().items()}
-    torch.save({**state, "config": dataclasses.asdict(wide), "model": expanded, "ema": None, "optimizer": {"state": {}}}, path)
-    with pytest.raises(UserError, match="tensors"):
-        load_checkpoint(path)
-    flags = ["--mode", "train", "--dataset", "digits", "--base_channels", "4096", "--channel_mults", "1,4",
-             "--num_res_blocks", "16", "--device", "cpu", "--resume", "never"]
-    begun = time.perf_counter()
-    assert diffuser.main(flags) == 2 and "GiB are free" in capsys.readouterr().err
-    assert diffuser.main([*flags, "--dry_run"]) == 2 and time.perf_counter() - begun < 30
-
-
-def test_the_only_good_checkpoint_is_never_removed(folder):
-    """Saves made while the loss is out of its range push out each other, but not the last one made before."""
-    cfg = tiny_training()
-    run = Training(cfg, Runtime(cfg))
-    for step, good in ((1, True), (2, True), (3, False), (4, False), (5, False)):
-        run.step = step
-        diffuser.save_checkpoint({**run.state(), "good": good}, cfg)
-    steps = [(s["step"], s["good"]) for s in map(load_checkpoint, diffuser.kept_checkpoints(cfg))]
-    assert steps == [(5, False), (2, True)]
-    run.step = 6
-    diffuser.save_checkpoint(run.state(), cfg)
-    assert [load_checkpoint(p)["step"] for p in diffuser.kept_checkpoints(cfg)] == [6]
-
-
-def test_a_clock_that_goes_back_removes_nothing_new(folder):
-    """Retention never takes the checkpoint that was just written, whatever the files' times say."""
-    cfg = tiny_training(experiment_name="e")
-    run = Training(cfg, Runtime(cfg))
-    run.step = 1
-    os.utime(diffuser.save_checkpoint(run.state(), cfg), (2**33, 2**33))
-    run.step = 2
-    diffuser.save_checkpoint(run.state(), cfg)
-    assert [load_checkpoint(p)["step"] for p in diffuser.kept_checkpoints(cfg)] == [2]
-
-
-def test_what_was_set_aside_is_not_this_runs(folder):
-    """Checkpoints of an earlier run that --resume never has renamed are neither gone back to nor removed."""
-    cfg = tiny_training(iterations=4, checkpoint_rate=2, num_keep_checkpoints=2)
-    train(cfg)
-    path = train(dataclasses.replace(cfg, resume="never", seed=1))
-    assert [load_checkpoint(p)["step"] for p in diffuser.kept_checkpoints(cfg)] == [4, 2]
-    assert len(list(path.parent.glob("*_old1.pt"))) == 2
-
-
-def test_going_back_stays_on_its_branch(folder, monkeypatch, capsys):
-    """Resumed from an earlier checkpoint, a run that diverges goes back to that one, not ahead to a later one."""
-    cfg = tiny_training(iterations=30, checkpoint_rate=10, num_keep_checkpoints=9, experiment_name="e", log_every=5)
-    train(cfg)
-    spoil(monkeypatch, lambda run: math.nan if run.step >= 12 and not run.slowed else 1.0)
-    train(dataclasses.replace(cfg, resume_from_checkpoint="checkpoint_10"))
-    assert "going on from step 10 with" in capsys.readouterr().out
-
-
-def test_a_write_that_went_wrong_is_no_checkpoint(folder, monkeypatch, capsys):
-    """What reads back as something else does not take the old one's place, and training goes on."""
-    path = train(tiny_training(iterations=2))
-    before = path.read_bytes()
-    monkeypatch.setattr(torch, "save", lambda state, file: file.write(b"nothing"))
-    with pytest.raises(UserError, match="last checkpoint"):
-        train(tiny_training(iterations=6, checkpoint_rate=2))
-    assert path.read_bytes() == before and capsys.readouterr().err.count("not written as it should be") == 2
-
-
-def test_the_stored_split_is_kept(folder, monkeypatch):
-    """A resumed run on a machine with less free memory computes its steps in as many parts as before."""
-    path = train(tiny_training())
-    monkeypatch.setattr(diffuser, "free_memory", lambda device: 2**22)
-    assert Training(tiny_training(), Runtime(tiny_training()), load_checkpoint(path)).arithmetic.split == 1
-    assert Training(tiny_training(batch_size=512), Runtime(tiny_training())).arithmetic.split > 1
-
-
-@pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs /dev/full")
-def test_warnings_on_a_full_disk(folder):
-    """Where stderr itself is a file on the disk that is full the run goes on."""
-    flags = [*DIGITS, "--iterations", "10", "--checkpoint_rate", "5"]
-    (folder / "checkpoints").mkdir()
-    program = "import sys, torch, diffuser\ndef full(*a): raise OSError(28, 'full')\ntorch.save = full\nsys.exit(diffuser.main(sys.argv[1:]))"
-    with open("/dev/full", "w") as full:
-        done = subprocess.run([sys.executable, "-c", program, *flags], stdout=subprocess.PIPE, stderr=full, text=True,
-                              env={**os.environ, "PYTHONPATH": str(ROOT)})
-    assert done.returncode == 1 and "step 10: loss" in done.stdout
-
-
 # ---- divergence --------------------------------------------------------------------------------
 
 
 def spoil(monkeypatch, spoils):
     """Make a step's loss infinite, or many times as large, where spoils(run) says so."""
-    real = Training.batch
+    real = Trainer.batch
 
     def batch(run):
         x0, t, eps, y, noise = real(run)
         return [x0, t, eps * spoils(run), y, noise]
-    monkeypatch.setattr(Training, "batch", batch)
+    monkeypatch.setattr(Trainer, "batch", batch)
 
 
 @pytest.mark.parametrize("loss_fn", ["mse", "mae"])                          # the gradient of mae stays finite
@@ -481,7 +292,7 @@ def test_a_step_that_is_not_finite_is_skipped_and_counted(folder, monkeypatch, c
     """Its weights and moments stay as they are, its loss is in no mean, metrics.csv counts it; others are taken."""
     spoil(monkeypatch, lambda run: math.inf if run.step in (3, 5) else 1.0)
     cfg = tiny_training(iterations=8, loss_fn=loss_fn, log_every=2, weight_decay=0.1)
-    run = Training(cfg, Runtime(cfg))
+    run = Trainer(cfg, Devices(cfg))
     run.optimizer.defaults["fused"] = fused                                  # without, as on MPS
     for group in run.optimizer.param_groups:
         group["fused"] = fused
@@ -492,7 +303,7 @@ def test_a_step_that_is_not_finite_is_skipped_and_counted(folder, monkeypatch, c
         assert unchanged == (step in (3, 5)), step
         if unchanged:
             assert same(before[1], run.optimizer.state_dict()["state"])
-    assert run.faults.tolist() == [0, 1, 2] and run.meter.isfinite().all() and int(run.meter[0, :, 1].sum()) == 6 * 16
+    assert run.progress.nonfinite_steps.tolist() == [0, 1, 2] and run.progress.loss_sums.isfinite().all() and int(run.progress.loss_sums[0, :, 1].sum()) == 6 * 16
     train(cfg)
     rows = metrics(folder)
     assert [row["skipped_steps"] for row in rows] == ["0", "1", "2", "2"] and all(float(r["loss"]) > 0 for r in rows)
@@ -500,7 +311,7 @@ def test_a_step_that_is_not_finite_is_skipped_and_counted(folder, monkeypatch, c
 
 def test_a_run_that_diverges_goes_back_and_slows_down(folder, monkeypatch, capsys):
     """Ten steps in a row that are not finite: back to the last good checkpoint with half the learning rate, and on."""
-    spoil(monkeypatch, lambda run: math.nan if run.step >= 12 and not run.slowed else 1.0)
+    spoil(monkeypatch, lambda run: math.nan if run.step >= 12 and not run.progress.lr_halvings else 1.0)
     cfg = tiny_training(iterations=40, checkpoint_rate=10, log_every=5, lr_schedule="constant", warmup_steps=0)
     path = train(cfg)
     out = capsys.readouterr().out
@@ -510,14 +321,23 @@ def test_a_run_that_diverges_goes_back_and_slows_down(folder, monkeypatch, capsy
     assert [float(r["lr"]) / cfg.learning_rate for r in rows] == pytest.approx([1, 1, *[0.5] * 6])
     state = load_checkpoint(path)
     assert state["slowed"] == 1 and all(v.isfinite().all() for v in state["model"].values())
-    assert Training(cfg, Runtime(cfg), state).lr_schedule.get_last_lr()[0] == cfg.learning_rate / 2
+    assert Trainer(cfg, Devices(cfg), state).lr_schedule.get_last_lr()[0] == cfg.learning_rate / 2
     faster = dataclasses.replace(cfg, learning_rate=3e-5)                    # asked for anew: as it is
-    assert Training(faster, Runtime(cfg), state).lr_schedule.get_last_lr()[0] == 3e-5
+    assert Trainer(faster, Devices(cfg), state).lr_schedule.get_last_lr()[0] == 3e-5
+
+
+def test_going_back_stays_on_its_branch(folder, monkeypatch, capsys):
+    """Resumed from an earlier checkpoint, a run that diverges goes back to that one, not ahead to a later one."""
+    cfg = tiny_training(iterations=30, checkpoint_rate=10, num_keep_checkpoints=9, experiment_name="e", log_every=5)
+    train(cfg)
+    spoil(monkeypatch, lambda run: math.nan if run.step >= 12 and not run.progress.lr_halvings else 1.0)
+    train(dataclasses.replace(cfg, resume_from_checkpoint="checkpoint_10"))
+    assert "going on from step 10 with" in capsys.readouterr().out
 
 
 def test_before_the_first_checkpoint_it_begins_again(folder, monkeypatch, capsys):
     """Nothing to go back to: from the first weights, like a run with half the learning rate."""
-    spoil(monkeypatch, lambda run: math.inf if run.step >= 2 and not run.slowed and run.cfg.learning_rate == 1e-3 else 1.0)
+    spoil(monkeypatch, lambda run: math.inf if run.step >= 2 and not run.progress.lr_halvings and run.cfg.learning_rate == 1e-3 else 1.0)
     again = train(tiny_training(iterations=20, experiment_name="again", learning_rate=1e-3, log_every=5))
     assert "going on from step 0 with 0.5 times" in capsys.readouterr().out
     slow = train(tiny_training(iterations=20, experiment_name="slow", learning_rate=5e-4, log_every=5))
@@ -541,7 +361,7 @@ def test_a_hopeless_run_gives_up(folder, monkeypatch, capsys):
 def test_a_loss_that_leaves_its_range_for_long(folder, monkeypatch, capsys, checkpoints):
     """A spike is let pass; ten rows far above their range lead back to a checkpoint from before, though others have been
     saved since."""
-    spoil(monkeypatch, lambda run: 10.0 if run.step in (40, 41) or (run.step >= 66 and not run.slowed) else 1.0)
+    spoil(monkeypatch, lambda run: 10.0 if run.step in (40, 41) or (run.step >= 66 and not run.progress.lr_halvings) else 1.0)
     cfg = tiny_training(iterations=120, checkpoint_rate=6, log_every=2, num_keep_checkpoints=checkpoints, timesteps=100)
     path = train(cfg)
     out = capsys.readouterr().out
@@ -561,21 +381,21 @@ def test_another_loss_is_no_divergence(folder, capsys):
 def test_skips_of_the_gradient_scaler_are_no_faults(folder):
     """In fp16 an overflowing gradient lowers the scale and skips the step, uncounted; a loss that is nan counts."""
     cfg = tiny_training()
-    run = Training(cfg, Runtime(cfg))
+    run = Trainer(cfg, Devices(cfg))
     run.scaler, real = torch.amp.GradScaler("cpu", init_scale=2.0**127, enabled=True), run.batch
     before = copy.deepcopy(run.network.state_dict())
     run.batch = lambda: [v * 1e4 if i == 2 else v for i, v in enumerate(real())]
     run.train_step()
     run.batch = real
-    assert same(before, run.network.state_dict()) and run.faults.tolist() == [0, 0, 0]
-    assert run.scaler.get_scale() == 2.0**126 and int(run.meter[0, :, 1].sum()) == 16
+    assert same(before, run.network.state_dict()) and run.progress.nonfinite_steps.tolist() == [0, 0, 0]
+    assert run.scaler.get_scale() == 2.0**126 and int(run.progress.loss_sums[0, :, 1].sum()) == 16
     run.scaler = torch.amp.GradScaler("cpu", init_scale=1.0, enabled=True)
     run.train_step()
     assert not same(before, run.network.state_dict())
     before = copy.deepcopy(run.network.state_dict())
     run.batch = lambda: [v * math.nan if i == 2 else v for i, v in enumerate(real())]
     run.train_step()
-    assert same(before, run.network.state_dict()) and run.faults.tolist() == [1, 1, 1]
+    assert same(before, run.network.state_dict()) and run.progress.nonfinite_steps.tolist() == [1, 1, 1]
 
 
 # ---- processes ---------------------------------------------------------------------------------
