@@ -360,6 +360,7 @@ class Config:
     trajectory: bool = opt(
         False, "also save trajectory.png: rows images, columns from noise to image", per_run=True, common=True)
 
+
 def value_type(hint: object) -> type:
     """The type of an option's value: `int` for the hint `int | None`."""
     return get_args(hint)[0] if type(None) in get_args(hint) else hint
@@ -476,7 +477,7 @@ def format_value(name: str, value) -> str:
 def allowed_values(name: str) -> tuple:
     """The choices of an option; empty where any value will do."""
     choices = FIELDS[name].metadata["choices"]
-    if isinstance(choices, str):
+    if isinstance(choices, str):                                 # a registry, which stands further down
         choices = globals()[choices]
     return tuple(choices or ())
 

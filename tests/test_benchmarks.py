@@ -27,6 +27,7 @@ def test_the_race_trains_and_scores_all_who_are_there(raced):
     assert (folder / "pictures/digits_preset.png").exists() and (folder / "kept/digits_preset.pt").exists()
 
 
+@pytest.mark.slow
 def test_a_study_varies_one_model(raced):
     """--study scores a checkpoint under each variation of a setting."""
     folder, _ = raced
@@ -77,6 +78,7 @@ def test_loading_jpegs_is_a_small_part_of_a_step(folder):
     assert again["ready after (s)"] < first["ready after (s)"] and again["loading (ms)"] < 0.03 * again["step (ms)"]
 
 
+@pytest.mark.slow
 def test_the_first_step_is_timed(folder):
     """--start: import and the way to the first step add up to the whole."""
     done = cli("--start", "digits", "--rounds", "1", "--json", "start.json", script="benchmarks/speed.py", cwd=folder)

@@ -28,10 +28,30 @@ DIGITS = ["--mode", "train", "--dataset", "digits", "--batch_size", "16", "--tim
 TIMES = ("seconds", "images_per_second")                                     # columns that no two runs share
 
 
-def start(flags, cwd, **more):
-    """The real command line in the background, to be signalled."""
-    return subprocess.Popen([sys.executable, str(ROOT / "diffuser.py"), *map(str, flags)], cwd=cwd, text=True,
-                            stdout=subprocess.PIPE, stderr=subprocess.PIPE, preexec_fn=heed_interrupts, **more)
+STARTED = []                                                                 # processes of the running test
+
+
+@pytest.fixture(autouse=True)
+def no_process_is_left():
+    """A test that fails leaves no run behind that would slow down all others."""
+    yield
+    for process in STARTED:
+        if process.poll() is None:
+            process.kill()
+    STARTED.clear()
+
+
+def in_background(command, cwd, **more):
+    """A process to be signalled."""
+    process = subprocess.Popen(command, cwd=cwd, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+                               preexec_fn=heed_interrupts, **more)
+    STARTED.append(process)
+    return process
+
+
+def start(flags, cwd):
+    """The real command line in the background."""
+    return in_background([sys.executable, str(ROOT / "diffuser.py"), *map(str, flags)], cwd)
 
 
 def metrics(folder):
@@ -405,8 +425,7 @@ def torchrun(flags, cwd, *options):
     """Two processes under torchrun, in the background."""
     command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--rdzv_backend", "c10d",
                "--rdzv_endpoint", "localhost:0", *options, str(ROOT / "diffuser.py"), *map(str, flags)]
-    return subprocess.Popen(command, cwd=cwd, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
-                            env={**os.environ, "OMP_NUM_THREADS": "1"}, preexec_fn=heed_interrupts)
+    return in_background(command, cwd, env={**os.environ, "OMP_NUM_THREADS": "1"})
 
 
 def ranks(pid):
