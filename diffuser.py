@@ -2995,14 +2995,15 @@ class Trainer:
 
     # Beginning, resuming, saving.
 
-    def first_network(self) -> UNet:
+    def first_network(self, announce: bool = True) -> UNet:
         """The network of step 0: by the seed, and with the weights of another run where they are asked for."""
         torch.manual_seed(derive_seed(self.cfg.seed))
         network = build_unet(self.cfg, self.shape[0], self.null_class)
         if self.cfg.init_from:
             state = load_checkpoint(self.cfg.init_from)
             text = load_pretrained(network, state)
-            self.processes.print0(f"weights  of {self.cfg.init_from}, step {state['step']:,}; {text}")
+            if announce:
+                self.processes.print0(f"weights  of {self.cfg.init_from}, step {state['step']:,}; {text}")
         return network
 
     def start_over(self) -> None:
@@ -3176,7 +3177,7 @@ class Guard:
         if state:
             trainer.resume(state)
         else:
-            trainer.network.load_state_dict(trainer.first_network().state_dict())
+            trainer.network.load_state_dict(trainer.first_network(announce=False).state_dict())
             trainer.ema.network.load_state_dict(trainer.network.state_dict())
             trainer.start_over()
 
