@@ -648,6 +648,8 @@ def requested(overrides: dict) -> dict:
     if asked.get("epochs") or asked.get("iterations"):
         # Name the others, too, or a checkpoint would add its own.
         asked = {"iterations": 0, "train_minutes": 0.0, **asked}
+    for name, value in asked.items():
+        check_value(name, value)
     return asked
 
 
@@ -702,6 +704,8 @@ def normalize_options(values: dict) -> dict:
     for name, value in with_tuples(values).items():
         if name not in FIELDS:
             raise UserError(f"there is no option {name}{did_you_mean(name, FIELDS)}")
+        if value == "" and FIELDS[name].metadata["choices"]:     # nothing chosen
+            continue
         options[name] = str(value) if isinstance(value, Path) else value
     if type(options.get("img_size")) is int:
         options["img_size"] = (options["img_size"], options["img_size"])
@@ -721,7 +725,7 @@ def read_options(path: str) -> dict:
         options = normalize_options(content if isinstance(inner, str) else inner)
     except UserError as error:
         raise UserError(f"--config {path}: {error}") from None
-    except (OSError, ValueError, AttributeError, TypeError) as error:
+    except (OSError, ValueError, AttributeError, TypeError, RecursionError) as error:
         raise UserError(f"--config {path} holds no options ({first_line(error)}): give a run's config.json") from error
 
     dropped = {"mode", "config", "recipe", "yes", "dry_run", "debug", "resume", "resume_from_checkpoint", *LENGTHS}

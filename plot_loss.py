@@ -236,7 +236,8 @@ def label_runs(directories: Iterable[Path]) -> list[str]:
     labels = []
     for directory, name in zip(directories, names):
         unique = names.count(name) == 1
-        labels.append(name if unique else str(directory))
+        label = name if unique else str(directory)
+        labels.append(label.encode(errors="replace").decode())   # a name need not be Unicode, a figure's text does
     return labels
 
 

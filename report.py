@@ -324,6 +324,8 @@ def describe(rows: list[Row], column: str) -> str:
 
 def duration(seconds: float) -> str:
     """A time in its two largest units: '44 s', '1 h 7 min'."""
+    if not math.isfinite(seconds):                               # a sum of numbers that were spoilt
+        return "unknown"
     minutes, seconds = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)
     days, hours = divmod(hours, 24)

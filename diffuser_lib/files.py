@@ -138,6 +138,9 @@ def report_failure(script: str, error: Exception) -> int:
     if isinstance(error, OSError):
         warn(f"{script}: {error}")
         return 2 if error.errno in BAD_PATH else 1
+    if isinstance(error, UnicodeEncodeError) or "embedded null byte" in str(error):
+        warn(f"{script}: a path holds characters that no file can have in its name ({first_line(error)})")
+        return 2
 
     message = f"{script}: unexpected {type(error).__name__}: {first_line(error)}"
     with suppress(OSError):
@@ -150,11 +153,12 @@ def report_failure(script: str, error: Exception) -> int:
 
 
 def end_process(main: Callable[[], int]) -> None:
-    """Run main() and end the process with its status, whatever has become of stdin and stdout."""
+    """Run main() and end the process with its status, whatever has become of stdin, stdout and stderr."""
     if signal.getsignal(signal.SIGINT) == signal.SIG_DFL:        # set while the imports ran
         signal.signal(signal.SIGINT, signal.default_int_handler)
-    if sys.stdout is None:                                       # closed before the start
-        sys.stdout = open(os.devnull, "w")                       # noqa: SIM115 (open until the end)
+    for name in ("stdout", "stderr"):
+        if getattr(sys, name) is None:                           # closed before the start
+            setattr(sys, name, open(os.devnull, "w"))            # noqa: SIM115 (open until the end)
     for stream in (sys.stdin, sys.stdout):
         if stream is not None:
             stream.reconfigure(errors="replace")                 # answers and names may hold any bytes
@@ -287,7 +291,8 @@ def hold_lock(place: Path, flag: str, advice: str, patience: float = 6.0) -> Ite
     try:
         with suppress(OSError):                                  # a full disk is no reason not to start
             command = shlex.join(sys.argv)
-            owner.write_text(f"process {os.getpid()} on {platform.node()} since {time.ctime()}: {command}")
+            owner.write_text(f"process {os.getpid()} on {platform.node()} since {time.ctime()}: {command}",
+                             errors="replace")
         yield
     finally:
         lock.release()

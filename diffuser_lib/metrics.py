@@ -15,6 +15,7 @@ import csv
 import errno
 import json
 import os
+import re
 import struct
 import time
 from collections.abc import Callable
@@ -56,7 +57,8 @@ class MetricsFile:
             return
         self.columns = list(reader.fieldnames)
         for row in reader:
-            if None not in row and None not in row.values() and row["step"].isdecimal():
+            complete = None not in row and None not in row.values()
+            if complete and re.fullmatch("[0-9]{1,15}", row["step"]):
                 self.rows.append(row)
 
     def rewind(self, step: int) -> None:

@@ -163,3 +163,18 @@ def test_a_number_of_heads_beats_a_preset_of_channels_per_head():
     assert configure(dataset="celeba", num_heads=8).head_dim == 0
     assert configure(dataset="folder", path_to_data="x", base_channels=24).head_dim == 8    # narrower: as far as it divides
     assert configure(dataset="celeba", recipe="celebahq128", num_heads=4).head_dim == 0
+
+
+@pytest.mark.parametrize("text", [
+    "[" * 100_000, '{"config": ' * 5000, '{"init_from": 3}', '{"dataset": {}}', '{"config": {"path_to_data": [1]}}'])
+def test_a_config_file_of_any_content_is_used_or_refused(tmp_path, text):
+    """Nested without end, or values of another kind: one error that says so, before any work."""
+    path = tmp_path / "config.json"
+    path.write_text(text)
+    with pytest.raises(UserError):
+        configure(config=str(path))
+
+
+def test_an_empty_choice_is_none():
+    """--dataset "" and --mode "" are the same as leaving them out."""
+    assert diffuser.requested({"dataset": "", "mode": "", "epochs": 3}) == {"epochs": 3, "iterations": 0, "train_minutes": 0.0}

@@ -1,5 +1,6 @@
 """diffuser_lib/files.py: writes that survive, locks between real processes, scripts that end with a clear line."""
 
+import argparse
 import errno
 import io
 import json
@@ -733,3 +734,11 @@ def test_the_file_needs_neither_torch_nor_the_project():
     process = start(program, stdout=subprocess.PIPE)
     out, _ = process.communicate(timeout=60)
     assert out == "[]\n"
+
+
+@pytest.mark.parametrize("path", ["a\0b", "a\ud800b"])
+def test_a_path_that_no_file_can_have_is_one_line(tmp_path, capsys, path):
+    """A character 0, or half a character, in a path: bad input, not a surprise."""
+    status = run_script("test", argparse.Namespace, lambda options: write_json(tmp_path / path, {}))
+    error = capsys.readouterr().err
+    assert status == 2 and error.count("\n") == 1 and "a path holds characters" in error

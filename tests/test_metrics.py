@@ -98,6 +98,13 @@ def test_a_run_that_goes_back_rewinds_the_file(path):
     assert rows(path) == [dict(step="10", loss="3")]
 
 
+def test_a_step_that_is_no_number_is_left_out(path):
+    """A row with thousands of digits where the step was, or with other signs, is none of ours."""
+    written(path, 1, 2).close()
+    path.write_text(path.read_text() + "9" * 5000 + ",1\n²,1\n-3,1\n")
+    assert [row["step"] for row in MetricsFile(path, 2).rows] == ["1", "2"]
+
+
 def test_new_columns_appear(path):
     """Numbers that an older version or an earlier part of the run did not have: a column more, empty before; one that is
     no longer there stays, empty from now on."""

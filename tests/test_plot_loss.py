@@ -559,3 +559,13 @@ def test_ctrl_d_at_the_prompt(three_runs):
     """Ctrl-D is the end of input, as in a pipe."""
     code, text = at_terminal(three_runs, b"\x04")
     assert code == 2 and "Traceback" not in text and "command line" in text
+
+
+def test_a_folder_whose_name_is_no_unicode_is_drawn(tmp_path):
+    """Names of any bytes: a label with question marks, not a traceback."""
+    folder = tmp_path / os.fsdecode(b"run\xff\xfe")
+    folder.mkdir()
+    for epoch in (1, 2):
+        (folder / f"epoch_{epoch}_loss_0.{epoch}.png").write_bytes(b"")
+    assert plot_loss.label_runs([folder]) == ["run??"]
+    assert plot_loss.main([str(folder), "--no-show"]) == 0 and (folder / "loss.png").exists()

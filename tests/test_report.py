@@ -3,6 +3,7 @@
 import base64
 import csv
 import json
+import math
 import os
 import re
 import shutil
@@ -665,3 +666,8 @@ def test_hostile_names_run_nothing(view, tmp_path):
     report.write_report(folder)
     page = view(folder)
     assert page.evaluate("typeof broken") == "undefined" and page.locator("h1").inner_text() == folder.name
+
+
+def test_times_that_are_no_times_are_unknown():
+    """Seconds that add up to infinity do not stop a report."""
+    assert report.duration(math.inf) == report.duration(math.nan) == "unknown" and report.duration(67) == "1 min 7 s"
