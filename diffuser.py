@@ -548,6 +548,8 @@ def check(cfg: Config) -> None:
         raise UserError(f"--guidance_interval {cfg.guidance_interval} begins above its end")
     if cfg.steps and cfg.steps > cfg.timesteps:
         raise UserError(f"--steps {cfg.steps} is more than the {cfg.timesteps} timesteps of the schedule")
+    if cfg.experiment_name == "." or ".." in Path(cfg.experiment_name).parts:
+        raise UserError(f"--experiment_name {cfg.experiment_name} is no name for a folder below --working_directory")
     if cfg.dataset:
         _, height, width = image_shape(cfg)
         check_image_size(height, width, len(cfg.channel_mults), cfg.patch_size)
@@ -2394,6 +2396,8 @@ def run_lock(cfg: Config) -> Iterator[None]:
     """
     checkpoint = checkpoint_path(cfg, 0)
     place = checkpoint.parents[1] if cfg.experiment_name else checkpoint
+    if cfg.experiment_name and place.is_file():
+        raise UserError(f"{place} is a file: give this run another --experiment_name")
     advice = "Wait for it, stop it, or give this run an --experiment_name of its own."
     with (hold_lock(place, "--working_directory", advice),
           hold_lock(samples_path(cfg), "--generated_directory", advice)):

@@ -11,6 +11,11 @@ sliding average, and is saved as loss.png. `python report.py DIR` makes a page w
 
 from __future__ import annotations
 
+import signal
+
+if __name__ == "__main__" and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+    signal.signal(signal.SIGINT, signal.SIG_DFL)                 # Ctrl-C during the imports: no traceback
+
 import argparse
 import io
 import math

@@ -237,7 +237,7 @@ def cache_is_whole(index: Path, shape: Shape) -> bool:
     try:
         count = len(json.loads(index.read_text())["labels"])
         return count * math.prod(shape) == os.path.getsize(index.with_suffix(".bin"))
-    except (OSError, ValueError, KeyError, TypeError):
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
         return False
 
 

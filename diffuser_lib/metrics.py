@@ -264,7 +264,8 @@ class MetricsLogger:
         self.start_time = time.perf_counter()
         self.run_id = os.urandom(8).hex()
         if step:
-            with suppress(OSError, ValueError, TypeError, KeyError):             # written by other hands, or by half
+            # It may be written by other hands, or by half.
+            with suppress(OSError, ValueError, TypeError, KeyError, RecursionError):
                 known = json.loads(self.about.read_text())
                 self.run_id = str(known["run_id"])               # trackers go on under it
                 self.start_time -= float(known["seconds"])

@@ -195,8 +195,11 @@ def speaks_first() -> bool:
     """Whether this process is to say why it fails: of several the first, because of which the others fail."""
     if world_size() == 1:
         return True
-    if not dist.is_initialized():
-        return os.environ.get("LOCAL_RANK", "0") == "0"          # all have the same flags, and data
+    if not dist.is_initialized():                                # all have the same flags, and data
+        first = os.environ.get("LOCAL_RANK", "0") == "0"
+        if not first:
+            time.sleep(3)                                        # torchrun ends the first one when this one ends
+        return first
     with suppress(Exception):                                    # unless the store has gone as well
         store = dist.distributed_c10d._get_default_store()
         return store.add("failed", 1) == 1

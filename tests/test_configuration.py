@@ -178,3 +178,11 @@ def test_a_config_file_of_any_content_is_used_or_refused(tmp_path, text):
 def test_an_empty_choice_is_none():
     """--dataset "" and --mode "" are the same as leaving them out."""
     assert diffuser.requested({"dataset": "", "mode": "", "epochs": 3}) == {"epochs": 3, "iterations": 0, "train_minutes": 0.0}
+
+
+@pytest.mark.parametrize("name", [".", "..", "../x", "a/../../x"])
+def test_an_experiment_stays_below_its_folder(name):
+    """Its name is that of a folder below --working_directory: others would take checkpoints of other runs along."""
+    with pytest.raises(UserError, match="--experiment_name"):
+        configure(dataset="digits", experiment_name=name)
+    assert configure(dataset="digits", experiment_name="a/b.c").experiment_name == "a/b.c"

@@ -248,6 +248,21 @@ def test_metrics_and_grids_on_a_full_disk(folder, monkeypatch, capsys):
     assert len(list(folder.rglob("epoch_*.png"))) == 1 and capsys.readouterr().err.count("No space left") == 4
 
 
+def test_a_file_in_the_place_of_an_experiment_is_told_at_once(folder, capsys):
+    """Before any work, not when the first checkpoint is to be written."""
+    (folder / "checkpoints").mkdir()
+    (folder / "checkpoints" / "taken").write_text("")
+    assert diffuser.main([*DIGITS, "--iterations", "1", "--experiment_name", "taken"]) == 2
+    assert "--experiment_name" in capsys.readouterr().err and not list(folder.rglob("metrics.csv"))
+
+
+def test_a_config_json_of_rubbish_is_no_obstacle(folder):
+    """What stands in a run's config.json does not keep it from going on."""
+    train(tiny_training())
+    next(folder.rglob("config.json")).write_text("[" * 100_000)
+    assert load_checkpoint(train(tiny_training(iterations=6)))["step"] == 6
+
+
 def test_a_place_that_cannot_be_written_is_told_at_once(folder, capsys):
     """A file where a folder should be: one line that names the flag, exit 2, before any work."""
     (folder / "taken").write_text("")
