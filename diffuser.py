@@ -65,9 +65,11 @@ import os
 import pickle
 import platform
 import re
+import shutil
 import statistics
 import sys
 import tempfile
+import textwrap
 import time
 import warnings
 import zipfile
@@ -152,8 +154,7 @@ class Config:
         "", "what to do", choices="COMMANDS", per_run=True, common=True, group="run",
         ask="train a model, or draw with one")
     dataset: str = opt(
-        "", "what to train on", choices="DATASETS", architectural=True, common=True,
-        ask="digits is shipped and trains in a minute or two")
+        "", "what to train on", choices="DATASETS", architectural=True, common=True)
     recipe: str = opt(
         "", "a whole configuration; best: what is best for the dataset today", choices="RECIPES", per_run=True,
         common=True)
@@ -185,11 +186,11 @@ class Config:
     timesteps: int = opt(
         1000, "diffusion steps T", "--num_timesteps", "--num_diffusion_timesteps", lo=2, hi=100_000,
         architectural=True, common=True, group="diffusion",
-        ask="more steps: finer noise levels; 500 to 1000 is usual")
+        ask="more are finer noise levels; 500 to 1000 are usual")
     schedule_type: str = opt(
         "linear", "noise schedule", "--schedule", choices="SCHEDULES",
         synonyms={"l": "linear", "cos": "cosine", "DNS": "dns"}, architectural=True, common=True,
-        ask="cosine is gentler on small images")
+        ask="how fast an image turns into noise")
     beta_start: float = opt(
         1e-4, "first beta (linear, dns)", "--schedule_low", lo=1e-9, hi=0.999, architectural=True,
         ask="variance of the first step")
@@ -219,7 +220,7 @@ class Config:
     num_res_blocks: int = opt(2, "residual blocks per level", lo=1, hi=16, architectural=True)
     use_attention: bool = opt(
         True, "self-attention at --attention_levels and in the bottleneck", architectural=True,
-        ask="better structure for some time")
+        ask="better structure, more time")
     attention_levels: tuple[int, ...] = opt(
         (), "levels with attention, 0 the finest", "--attention_resolutions", lo=0, hi=16, architectural=True,
         common=True)
@@ -232,7 +233,7 @@ class Config:
     head_dim: int = opt(0, "channels per head; 0: use --num_heads", lo=0, hi=4096, architectural=True)
     emb_dim: int = opt(
         128, "embedding size; the conditioning vector has 4 x emb_dim entries", lo=1, hi=4096, architectural=True,
-        common=True, ask="128 does for most")
+        common=True, ask="numbers that say which timestep and class it is")
     dropout: float = opt(0.0, "dropout in the residual blocks", lo=0, hi=0.99, common=True)
     patch_size: int = opt(
         1, "side of the squares of pixels that the network takes as one: 2 is up to four times faster", lo=1, hi=16,
@@ -253,8 +254,7 @@ class Config:
         choices=("scale_shift", "add", "concat"), architectural=True)
 
     epochs: int = opt(
-        100, "passes over the data", lo=1, hi=10**7, common=True, group="training",
-        ask="one pass over the images each")
+        100, "passes over the data", lo=1, hi=10**7, common=True, group="training")
     iterations: int = opt(0, "optimizer steps; 0: use --epochs", "--num_training_steps", lo=0, hi=10**9, common=True)
     train_minutes: float = opt(
         0.0, "train for about that long; iterations are set by timing a few steps; 0: use --epochs", lo=0, hi=10**6,
@@ -264,7 +264,7 @@ class Config:
     gradient_accumulation_steps: int = opt(1, "micro-batches of batch_size that make one step", lo=1, hi=10**4)
     learning_rate: float = opt(
         1e-4, "highest learning rate", "--lr", lo=1e-12, hi=10, common=True,
-        ask="1e-4 is safe, 1e-3 is fast for small networks")
+        ask="too high diverges, too low takes for ever; wide networks want less")
     optimizer: str = opt("adamw", "optimizer", choices="OPTIMIZERS")
     weight_decay: float = opt(1e-4, "weight decay", lo=0, hi=10)
     lr_schedule: str = opt("onecycle", "learning rate over time", choices="LR_SCHEDULES")
@@ -370,7 +370,9 @@ FIELDS = {f.name: f for f in dataclasses.fields(Config)}
 TYPES = {name: value_type(hint) for name, hint in get_type_hints(Config).items()}
 PER_RUN = {name for name, spec in FIELDS.items() if spec.metadata["per_run"]}
 ARCHITECTURAL = {name for name, spec in FIELDS.items() if spec.metadata["architectural"]}
-LENGTHS = ("epochs", "iterations", "train_minutes")              # the ways to say how long a run is; one counts
+# The ways to say how long a run is, of which one counts, and their units for people.
+LENGTH_UNITS = {"epochs": "epochs", "iterations": "steps", "train_minutes": "minutes"}
+LENGTHS = tuple(LENGTH_UNITS)
 
 # The recommended settings of each dataset.
 PRESETS = {
@@ -1446,12 +1448,13 @@ class Moments:
 class DatasetSpec:
     """An entry of DATASETS.
 
-    load: (cfg, train) -> ImageData, the training or the test part; shape: the images' own (C, H, W); num_images: in
-    the training part (0: unknown); classes: their names; flip: whether a mirrored image is still a good one; has_test:
-    whether there is a test part.
+    load: (cfg, train) -> ImageData, the training or the test part; about: what they are, where one is asked to choose;
+    shape: the images' own (C, H, W); num_images: in the training part (0: unknown); classes: their names; flip: whether
+    a mirrored image is still a good one; has_test: whether there is a test part.
     """
 
     load: Callable[[Config, bool], ImageData]
+    about: str
     shape: tuple[int, int, int]
     num_images: int = 0
     classes: tuple[str, ...] = ()
@@ -1535,16 +1538,17 @@ def torchvision_dataset(name: str, cfg: Config, files: str, place: str, **option
 DIGITS = tuple("0123456789")
 CIFAR10 = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")
 
-CIFAR10_IMAGES = DatasetSpec(load_cifar10, (3, 32, 32), 50_000, CIFAR10, flip=True, has_test=True)
+CIFAR10_IMAGES = DatasetSpec(
+    load_cifar10, "photographs of ten kinds of things", (3, 32, 32), 50_000, CIFAR10, flip=True, has_test=True)
 
 # To add a dataset: write a load function and name it here; PRESETS may give it settings of its own.
 DATASETS = {
-    "digits": DatasetSpec(load_digits, (1, 8, 8), 1797, DIGITS),
-    "mnist": DatasetSpec(load_mnist, (1, 28, 28), 60_000, DIGITS, has_test=True),
+    "digits": DatasetSpec(load_digits, "small handwritten digits, part of the program", (1, 8, 8), 1797, DIGITS),
+    "mnist": DatasetSpec(load_mnist, "handwritten digits", (1, 28, 28), 60_000, DIGITS, has_test=True),
     "cifar10": CIFAR10_IMAGES,
-    "cifar10_optimized": CIFAR10_IMAGES,                         # another preset
-    "celeba": DatasetSpec(load_celeba, (3, 64, 64), 162_770, flip=True),
-    "folder": DatasetSpec(load_folder, (3, 64, 64), flip=True),
+    "cifar10_optimized": dataclasses.replace(CIFAR10_IMAGES, about="the same, with a smaller network"),
+    "celeba": DatasetSpec(load_celeba, "faces", (3, 64, 64), 162_770, flip=True),
+    "folder": DatasetSpec(load_folder, "pictures of your own, a folder or ZIP file", (3, 64, 64), flip=True),
 }
 
 
@@ -2166,26 +2170,82 @@ class Model:
         return self.diffusion.loss(self.network, x0.to(self.device), t.to(self.device), eps.to(self.device), y)
 
 
-def list_classes(class_names: list[str]) -> str:
-    """The classes with their numbers, for people."""
-    return ", ".join(name if name == str(i) else f"{i} {name}" for i, name in enumerate(class_names))
+def list_classes(class_names: list[str], most: int = 30) -> str:
+    """The classes with their numbers, for people; of many, the first."""
+    shown = [name if name == str(i) else f"{i} {name}" for i, name in enumerate(class_names[:most])]
+    if len(class_names) > most:
+        shown.append(f"... {len(class_names):,} in all")
+    return ", ".join(shown)
 
 
 def parse_classes(classes: str | list, class_names: list[str]) -> list[int]:
-    """Class numbers from names or numbers: a list, or text such as "cat, 3" or "all". Raises UserError."""
-    if isinstance(classes, str):
-        classes = [part.strip() for part in classes.split(",") if part.strip()]
-        if classes == ["all"]:
-            classes = class_names
+    """Class numbers from names, unambiguous beginnings of names, or numbers. Raises UserError.
+
+    classes: a list of these, or text such as "cat, 3", "3-5 7" or "all". Names go before numbers.
+    """
     if not class_names:
         raise UserError("this model was trained without classes: leave --classes out")
+    if isinstance(classes, str):
+        numbers = parse_class_list(classes, class_names)
+    else:
+        numbers = [parse_class(str(c), class_names) for c in classes]
+    if not numbers:
+        raise UserError(f"no class is named: choose from {list_classes(class_names)}")
+    return numbers
 
-    index = {str(i): i for i in range(len(class_names))}
-    index |= {name.lower(): i for i, name in enumerate(class_names)}
-    unknown = [str(c) for c in classes if str(c).lower() not in index]
-    if unknown or not classes:
-        raise UserError(f"unknown class {', '.join(unknown) or '(none)'}: choose from {list_classes(class_names)}")
-    return [index[str(c).lower()] for c in classes]
+
+def parse_class_list(text: str, class_names: list[str]) -> list[int]:
+    """Class numbers from text: classes and ranges of them between commas or spaces, or "all". Raises UserError."""
+    if text.strip().lower() == "all":                            # a class of that name can be chosen by its number
+        return list(range(len(class_names)))
+    numbers = []
+    for part in text.split(","):
+        if not part.strip():
+            continue
+        try:
+            numbers += parse_class_range(part.strip(), class_names)
+        except UserError:
+            words = part.split()
+            if len(words) == 1:
+                raise
+            for word in words:                                   # no name with spaces: several classes
+                numbers += parse_class_range(word, class_names)
+    return numbers
+
+
+def parse_class_range(text: str, class_names: list[str]) -> list[int]:
+    """Class numbers from one class, or from two with a dash between them. Raises UserError."""
+    try:
+        return [parse_class(text, class_names)]
+    except UserError:
+        ends = re.fullmatch(r"(\S+?)\s*-\s*(\S+)", text)
+        if not ends:
+            raise
+    first = parse_class(ends[1], class_names)
+    last = parse_class(ends[2], class_names)
+    if last < first:
+        raise UserError(f"classes {text}: the range ends before it begins")
+    return list(range(first, last + 1))
+
+
+def parse_class(text: str, class_names: list[str]) -> int:
+    """A class's number from its name, its number, or the beginning of its name. Raises UserError."""
+    text = text.lower()
+    names = [name.lower() for name in class_names]
+    if text in names:
+        return names.index(text)
+    numbers = [str(i) for i in range(len(names))]
+    if text in numbers:
+        return int(text)
+
+    beginning = [i for i, name in enumerate(names) if name.startswith(text)]
+    if len(beginning) == 1 and not text.isdecimal():             # a number means a number
+        return beginning[0]
+    if len(beginning) > 1:
+        several = ", ".join(class_names[i] for i in beginning[:5])
+        raise UserError(f"class {text} could be {several}: write more of the name, or its number")
+    hint = did_you_mean(text, names) or f": choose from {list_classes(class_names)}"
+    raise UserError(f"unknown class {text[:60]}{hint}")
 
 
 def draw_with_bar(model: Model, labels: list[int], cfg: Config, first: int = 0) -> Iterator[Tensor]:
@@ -2360,6 +2420,12 @@ def checkpoint_path(cfg: Config, step: int) -> Path:
     if cfg.experiment_name:
         return Path(cfg.working_directory, cfg.experiment_name, f"checkpoint_{step}", "model.pt")
     return Path(cfg.working_directory, f"diffusion_checkpoint_{cfg.dataset}_{network_name(cfg)}.pt")
+
+
+def run_title(config: dict) -> str:
+    """What a run is called, by the configuration in its checkpoint: its name and its dataset."""
+    name = config.get("experiment_name")
+    return f"{name} ({config['dataset']})" if name else config["dataset"]
 
 
 def samples_path(cfg: Config) -> Path:
@@ -3608,7 +3674,7 @@ def ask(question: str, flag: str, parse: Callable[[str], object], default: str =
     shown = f" [{default}]" if default else ""
     while True:
         try:
-            answer = input(f"{question}{shown}: ").strip()
+            answer = input(wrap(f"{question}{shown}: ")).strip()
         except (EOFError, RuntimeError):                         # RuntimeError: there is no input at all
             print()
             raise UserError(f"input ended at a question: answer it with {flag}, or all with --yes") from None
@@ -3617,16 +3683,44 @@ def ask(question: str, flag: str, parse: Callable[[str], object], default: str =
         try:
             return parse(answer or default)
         except UserError as error:
-            print(error)
+            print(wrap(str(error)))
+
+
+def wrap(text: str) -> str:
+    """Text for the terminal, broken between words; its last space is kept, for a question."""
+    width = min(shutil.get_terminal_size().columns, 120)
+    lines = [textwrap.fill(line, width, break_on_hyphens=False) for line in text.split("\n")]
+    return "\n".join(lines) + " " * text.endswith(" ")
+
+
+def choose(text: str, choices: tuple) -> str:
+    """The one of the choices that is meant: by name, by number from 1 on, or by the beginning of its name.
+
+    Raises UserError.
+    """
+    names = [str(choice) for choice in choices]
+    if text in names:
+        return text
+    numbers = [str(i) for i in range(1, len(names) + 1)]
+    if text in numbers:
+        return names[numbers.index(text)]
+    beginning = [name for name in names if text and name.startswith(text.lower())]
+    if len(beginning) == 1:
+        return beginning[0]
+    hint = did_you_mean(text.lower(), names) or f": choose from {', '.join(names)}, by name or number"
+    raise UserError(f"{text[:60] or 'nothing'} is none of the choices{hint}")
 
 
 def ask_option(name: str, asked: dict, default) -> dict:
     """`asked` with the answer for one option added. An answer that contradicts the rest is asked for again."""
+    choices = allowed_values(name)
     hint = FIELDS[name].metadata["ask"]
-    if allowed_values(name):
-        hint = f"{hint}; {', '.join(allowed_values(name))}"
+    if choices:
+        hint += "; " + ", ".join(f"{i} {choice}" for i, choice in enumerate(choices, 1))
 
     def parse(text: str) -> dict:
+        if choices:
+            text = choose(FIELDS[name].metadata["synonyms"].get(text, text), choices)
         answers = {**asked, name: parse_value(name, text)}
         if name != "mode":
             configure(**answers)
@@ -3667,22 +3761,90 @@ def run_training(asked: dict) -> None:
 
 
 def ask_training(asked: dict) -> dict:
-    """Ask for the dataset, then for every option that has a question and is open; returns all that is asked."""
+    """Ask for the data, the settings to begin with and the length; for all other settings only where that is wanted.
+
+    Returns all that is asked for. Raises UserError.
+    """
     if asked.get("yes"):
         return {**asked, "dataset": "digits"}
-    asked = requested(ask_option("dataset", asked, "digits"))                # a recipe may know it
-    if asked["dataset"] == "folder" and "path_to_data" not in asked:
-        question = "path_to_data (a folder or ZIP file of images)"
-        asked = {**asked, "path_to_data": ask(question, "--path_to_data", parse_image_path)}
+    asked = requested(ask_data(asked))                           # a recipe may know it
+    if asked["dataset"] == "folder":
+        if "path_to_data" not in asked:
+            question = "path_to_data (a folder or ZIP file of images)"
+            asked = {**asked, "path_to_data": ask(question, "--path_to_data", parse_image_path)}
+    elif BEST.get(asked["dataset"]) and "recipe" not in asked:
+        asked = ask_recipe(asked)
+    if not any(asked.get(name) for name in LENGTHS):
+        asked = ask_length(asked)
 
-    for name in FIELDS:
-        if not FIELDS[name].metadata["ask"] or name in ("mode", "dataset") or name in asked:
-            continue
-        cfg = complete(asked)
-        if name == "epochs" and (cfg.iterations or cfg.train_minutes):
-            continue                                             # the length is given otherwise
-        asked = ask_option(name, asked, getattr(cfg, name))
+    yes = ask("change other settings? (y or n)", "--yes", partial(parse_value, "yes"), "n")
+    for name in FIELDS if yes else ():
+        if FIELDS[name].metadata["ask"] and name not in asked:
+            cfg = complete(asked)
+            if has_effect(name, cfg):
+                asked = ask_option(name, asked, getattr(cfg, name))
     return requested(asked)
+
+
+def ask_data(asked: dict) -> dict:
+    """`asked` with the dataset added, and with its path where somebody gives the path of a folder at once."""
+    for i, (name, spec) in enumerate(DATASETS.items(), 1):
+        size = f", {spec.num_images:,} of {spec.shape[1]}x{spec.shape[2]}" if spec.num_images else ""
+        print(f"{i:3}  {name:18} {spec.about}{size}")
+
+    def parse(text: str) -> dict:
+        if text not in DATASETS and os.path.exists(text):
+            return {**asked, "dataset": "folder", "path_to_data": parse_image_path(text)}
+        answers = {**asked, "dataset": choose(text, tuple(DATASETS))}
+        configure(**answers)
+        return answers
+
+    return ask("what to train on (a number, a name, or a path)", "--dataset", parse, "digits")
+
+
+def ask_recipe(asked: dict) -> dict:
+    """`asked` with --recipe best added, if that is wanted rather than the preset."""
+    def parse(text: str) -> dict:
+        if choose(text, ("preset", "best")) == "preset":
+            return asked
+        return requested({**asked, "recipe": "best"})
+
+    question = "settings (preset: the documented ones; best: those that draw best today)"
+    return ask(question, "--recipe", parse, "preset")
+
+
+def ask_length(asked: dict) -> dict:
+    """`asked` with the length of the run added. A number alone has the unit of the default."""
+    cfg = complete(asked)
+    name = next(name for name in ("iterations", "train_minutes", "epochs") if getattr(cfg, name))
+    default = f"{getattr(cfg, name):g} {LENGTH_UNITS[name]}"
+
+    def parse(text: str) -> dict:
+        answer = re.fullmatch(r"([\d.]+)\s*([a-z]*)", text.lower())
+        if not answer:
+            raise UserError("how long: such as 20 epochs, 5 minutes or 10000 steps")
+        option = name
+        if answer[2]:
+            unit = choose(answer[2], tuple(LENGTH_UNITS.values()))
+            option = next(key for key, value in LENGTH_UNITS.items() if value == unit)
+        length = parse_value(option, answer[1])
+        if not length:
+            raise UserError("how long: more than 0")
+        answers = {**asked, option: length}
+        configure(**answers)
+        return answers
+
+    return ask("how long (minutes, epochs or steps)", "--train_minutes, --epochs or --iterations", parse, default)
+
+
+def has_effect(name: str, cfg: Config) -> bool:
+    """Whether a setting that is asked for changes anything, beside the others."""
+    if name == "sample_every":
+        return not cfg.checkpoint_rate
+    if name in ("beta_start", "beta_end"):                       # a schedule that makes something else of other betas
+        schedule = SCHEDULES[cfg.schedule_type]
+        return not torch.equal(schedule(10, 1e-4, 0.02, 0.008), schedule(10, 2e-4, 0.03, 0.008))
+    return True
 
 
 def parse_image_path(text: str) -> str:
@@ -3774,7 +3936,7 @@ def run_inference(asked: dict) -> None:
     model = build_model(state, cfg)
     if wants_labels and not model.class_names:
         raise UserError(f"--use_labels: {path} was trained without classes")
-    print(f"{path}: {cfg.dataset}, epoch {state['epoch']:.4g}")
+    print(f"{path}: {run_title(state['config'])}, epoch {state['epoch']:.4g}")
     print(f"{cfg.sampler}, {sampling_steps(cfg)} steps, {model.device}")
 
     if cfg.dry_run:
@@ -3794,27 +3956,29 @@ def run_inference(asked: dict) -> None:
 def choose_checkpoint(asked: dict) -> Path | None:
     """The checkpoint that the user picks from those below the working directory, None to quit.
 
-    --yes takes the newest. Raises UserError where there is none.
+    --experiment_name and --dataset leave those of their runs; --yes takes the newest. Raises UserError where there is
+    none.
     """
     home = Path(asked.get("working_directory") or "checkpoints")
     found = []
     for path in newest_first(home.glob("**/*.pt")):
         try:
-            state = load_checkpoint(path, peek=True)
+            found.append((path, load_checkpoint(path, peek=True)))
         except UserError as error:
             warn(f"passed over: {error}")
-            continue
-        if asked.get("dataset") in (None, state["config"]["dataset"]):
-            found.append((path, state))
     if not found:
         raise UserError(f"no checkpoint in {home}: train first (python diffuser.py --mode train), or give --model_path")
+
+    for option in ("experiment_name", "dataset"):
+        if asked.get(option):
+            found = of_that_run(found, option, asked[option], home)
     if len(found) == 1 or asked.get("yes"):
         path, _ = found[0]
         return path
 
     for i, (path, state) in enumerate(found, 1):
         loss = f"loss {state['loss_history'][-1][1]:.4f}" if state["loss_history"] else "no loss yet"
-        print(f"{i:3}  {state['config']['dataset']}, epoch {state['epoch']:.4g}, {loss}  {path}")
+        print(f"{i:3}  {run_title(state['config'])}, epoch {state['epoch']:.4g}, {loss}  {path}")
 
     def parse(text: str) -> Path:
         if text not in map(str, range(1, len(found) + 1)):
@@ -3825,6 +3989,17 @@ def choose_checkpoint(asked: dict) -> Path | None:
     return ask("which checkpoint (the newest is first; q quits)", "--model_path", parse, "1", can_quit=True)
 
 
+def of_that_run(found: list[tuple[Path, dict]], option: str, wanted: str, home: Path) -> list[tuple[Path, dict]]:
+    """The checkpoints of which a setting has the value that is wanted. Raises UserError, naming the values there are,
+    where there is none."""
+    chosen = [(path, state) for path, state in found if state["config"].get(option) == wanted]
+    if chosen:
+        return chosen
+    there = sorted({state["config"].get(option) for _, state in found} - {"", None})
+    others = f"there are {', '.join(there)}" if there else "the runs there have no name"
+    raise UserError(f"--{option} {wanted}: {home} has no checkpoint of it{did_you_mean(wanted, there)}; {others}")
+
+
 def interactive_sampling(model: Model, cfg: Config, path: Path) -> None:
     """Ask for classes and numbers of images, draw, save and show, until the user quits."""
     if model.class_names:
@@ -3833,7 +4008,7 @@ def interactive_sampling(model: Model, cfg: Config, path: Path) -> None:
     while True:
         numbers = []
         if model.class_names:
-            question = "classes (names or numbers, separated by commas; all; -1 or q quits)"
+            question = "which classes (names or numbers, such as 3, 5 or 3-5; all; -1 or q quits)"
             numbers = ask(question, "--classes", partial(parse_classes, class_names=model.class_names), can_quit=True)
             if numbers is None:
                 return

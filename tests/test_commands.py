@@ -226,7 +226,7 @@ def test_unconditional_models(folder, capsys):
 def test_conversation_through_a_pipe(trained, folder):
     """Choose a checkpoint, draw twice, with wrong answers in between, and quit."""
     diffuser.train(tiny_training(experiment_name="other"))
-    answers = "9\nx\n2\n11\nthree\n3, 7\n0\n2\nall\n1\n-1\n"
+    answers = "9\nx\n2\n11\nthree\n3 7\n0\n2\nall\n1\n-1\n"
     done = cli("--mode", "inference", "--steps", 2, "--yes", "false", cwd=folder, stdin=answers)
     assert done.returncode == 0, done.stderr
     assert "digits, epoch" in done.stdout and "a number from 1 to 2" in done.stdout
@@ -236,17 +236,112 @@ def test_conversation_through_a_pipe(trained, folder):
 
 
 def test_training_conversation_through_a_pipe(folder):
-    """--mode train asks for the dataset and then for each setting; a wrong answer is asked again."""
-    asked = [n for n, s in diffuser.FIELDS.items() if s.metadata["ask"] and n not in ("mode", "dataset")]
-    given = {"epochs": "1", "batch_size": "600", "timesteps": "many\n30", "schedule_type": "linear", "emb_dim": "8", "base_channels": "8"}
-    answers = "\n".join(["imagenet", "digits", *(given.get(n, "") for n in asked)])
+    """--mode train asks for data and length, then for other settings on request; a wrong answer is asked again."""
+    settings = [n for n, s in diffuser.FIELDS.items() if s.metadata["ask"] and n != "mode"]
+    given = {"batch_size": "600", "timesteps": "many\n30", "schedule_type": "l", "emb_dim": "8", "base_channels": "8"}
+    answers = "\n".join(["imagenet", "digit", "soon", "1 epoch", "y", *(given.get(n, "") for n in settings)])
     done = cli("--mode", "train", "--channel_mults", "1,2", "--num_res_blocks", "1", "--preview_steps", "2", cwd=folder,
                stdin=f"{answers}\n")
     assert done.returncode == 0, done.stdout + done.stderr
-    assert "--dataset is one of digits" in done.stdout and "--timesteps wants a whole number" in done.stdout
+    assert "imagenet is none of the choices" in done.stdout and "--timesteps wants a whole number" in done.stdout
+    assert "20 epochs" in done.stdout and "such as 20 epochs" in done.stdout
     config = json.loads(next(folder.rglob("config.json")).read_text())["config"]
     assert (config["timesteps"], config["emb_dim"], config["epochs"], config["batch_size"]) == (30, 8, 1, 600)
+    assert config["schedule_type"] == "linear"
     assert config["learning_rate"] == diffuser.PRESETS["digits"]["learning_rate"]  # Enter took the preset's
+
+
+def answer(monkeypatch, *answers):
+    """Answer questions one after the other; gives the list of what was asked."""
+    left = iter(answers)
+    questions = []
+
+    def reply(question):
+        questions.append(question)
+        return next(left)
+
+    monkeypatch.setattr("builtins.input", reply)
+    return questions
+
+
+@pytest.mark.parametrize("data, settings", [("digits", []), ("mnist", [""]), ("6", ["pictures"]), ("pictures", [])])
+def test_three_questions_at_most_before_the_rest(image_folder, folder, monkeypatch, data, settings):
+    """Data, folder or settings to begin with, length; then whether anything else is to be changed, and no more."""
+    questions = answer(monkeypatch, data, *settings, "", "n")
+    asked = diffuser.ask_training({"mode": "train"})
+    assert len(questions) == 3 + len(settings)
+    if "pictures" in (data, *settings):
+        assert (asked["dataset"], asked["path_to_data"]) == ("folder", "pictures")
+    else:
+        assert asked["dataset"] == data
+
+
+@pytest.mark.parametrize("text, chosen", [
+    ("digits", "digits"), ("2", "mnist"), ("mn", "mnist"), ("MNIST", "mnist"), ("ce", "celeba"), ("cifar10", "cifar10")])
+def test_choices_by_name_number_and_beginning(text, chosen):
+    """A choice is meant by its name, its number in the list, or a beginning that no other has."""
+    assert diffuser.choose(text, tuple(diffuser.DATASETS)) == chosen
+
+
+@pytest.mark.parametrize("text, words", [
+    ("c", "choose from digits"), ("0", "choose from"), ("minst", "did you mean mnist?"), ("", "nothing is none"),
+    ("9" * 5000, "choose from")])
+def test_what_is_no_choice(text, words):
+    """What means no choice, or several, is told with the nearest or all of them."""
+    with pytest.raises(diffuser.UserError) as error:
+        diffuser.choose(text, tuple(diffuser.DATASETS))
+    assert words in str(error.value) and len(str(error.value)) < 200
+
+
+@pytest.mark.parametrize("text, length", [
+    ("", dict(epochs=20)), ("7", dict(epochs=7)), ("5 minutes", dict(train_minutes=5.0)), ("0.5min", dict(train_minutes=0.5)),
+    ("200 s", dict(iterations=200)), ("3 epoch", dict(epochs=3))])
+def test_lengths_in_any_unit(monkeypatch, text, length):
+    """A length has a unit or takes that of the default."""
+    answer(monkeypatch, text)
+    asked = diffuser.ask_length({"dataset": "digits"})
+    assert asked == {"dataset": "digits", **length}
+
+
+def test_nothing_is_asked_that_has_no_effect(monkeypatch):
+    """Betas are not asked for after a schedule that has its own."""
+    def questions(schedule):
+        asked = answer(monkeypatch, "digits", "", "y", "", schedule, *[""] * 20)
+        diffuser.ask_training({"mode": "train"})
+        return "".join(asked)
+
+    assert "beta_start" in questions("linear") and "beta_start" not in questions("cosine")
+
+
+def test_questions_break_between_words(monkeypatch):
+    """At 80 columns no question or hint is broken inside a word."""
+    monkeypatch.setenv("COLUMNS", "80")
+    asked = answer(monkeypatch, "digits", "", "y", *[""] * 20)
+    diffuser.ask_training({"mode": "train"})
+    lines = "\n".join(asked).split("\n")
+    assert max(map(len, lines)) <= 80 and any(len(line) > 60 for line in lines)
+
+
+def test_the_experiment_selects_what_is_drawn_from(folder, monkeypatch, capsys):
+    """--experiment_name draws from that run, not the newest; the menu and the run's title show names."""
+    for name in ("emoji", "emoji2"):
+        diffuser.train(tiny_training(experiment_name=name))
+    flags = ["--mode", "inference", "--device", "cpu", "--steps", "2", "--num_images", "2"]
+    assert main([*flags, "--experiment_name", "emoji", "--yes", "--save_dir", "out"]) == 0
+    assert "checkpoints/emoji/" in json.loads((folder / "out/samples.json").read_text())["checkpoint"]
+    assert "emoji (digits), epoch" in capsys.readouterr().out
+
+    answer(monkeypatch, "q")
+    assert main(flags) == 0
+    assert "emoji2 (digits), epoch" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("name, words", [("nosuch", "there are emoji"), ("emojy", "did you mean emoji?")])
+def test_an_unknown_experiment_lists_those_there_are(folder, capsys, name, words):
+    """Nothing is drawn from another run than the one that is named."""
+    diffuser.train(tiny_training(experiment_name="emoji"))
+    error = fails(capsys, "--mode", "inference", "--experiment_name", name, "--yes")
+    assert words in error and name in error
 
 
 @pytest.mark.parametrize("arguments, flag", [
@@ -265,8 +360,7 @@ def test_end_of_input_in_a_conversation(trained, folder):
 
 def test_enter_at_every_question(folder):
     """Enter takes the default everywhere, the dataset included."""
-    asked = sum(bool(s.metadata["ask"]) for s in diffuser.FIELDS.values())
-    done = cli("--iterations", 1, "--base_channels", 8, "--channel_mults", "1,2", "--preview_steps", 1, cwd=folder, stdin="\n" * asked)
+    done = cli("--iterations", 1, "--base_channels", 8, "--channel_mults", "1,2", "--preview_steps", 1, cwd=folder, stdin="\n" * 4)
     assert done.returncode == 0 and len(list(folder.rglob("*digits*.pt"))) == 1, done.stderr
 
 
@@ -319,8 +413,8 @@ def terminal(command, cwd, steps, timeout=60):
 def test_conversation_in_a_terminal(trained, folder):
     """The same questions with a person at a terminal: an answer, a wrong one, quit."""
     command = [sys.executable, str(ROOT / "diffuser.py"), "--mode", "inference", "--steps", "2"]
-    output, status = terminal(command, folder, [("classes (names", b"elephant\n"), ("unknown class", b"5\n"),
-                                                ("how many", b"2\n"), ("classes (names", b"q\n")])
+    output, status = terminal(command, folder, [("classes (names or", b"elephant\n"), ("unknown class", b"5\n"),
+                                                ("how many", b"2\n"), ("classes (names or", b"q\n")])
     assert status == 0 and len(os.listdir(folder / "samples/inference_digits_1/images")) == 2
 
 
@@ -335,7 +429,7 @@ def test_the_choice_of_a_checkpoint(trained, monkeypatch, capsys):
 
 
 @pytest.mark.parametrize("arguments, question", [
-    ([], "mode"), (["--mode", "train"], "dataset"), (["--mode", "inference"], "classes (names")])
+    ([], "mode"), (["--mode", "train"], "what to train on"), (["--mode", "inference"], "classes (names or")])
 @pytest.mark.parametrize("key, code", [(b"\x03", 130), (b"\x04", 2)])
 def test_ctrl_c_and_ctrl_d_at_a_question(trained, folder, arguments, question, key, code):
     """Ctrl-C leaves with 130 and Ctrl-D with 2, without a traceback."""

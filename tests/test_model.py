@@ -96,11 +96,33 @@ def test_classes_by_name_and_number(asked, numbers):
     assert diffuser.parse_classes(asked, ["a", "b", "c"]) == numbers
 
 
-@pytest.mark.parametrize("asked, words", [("dog", "unknown class dog: choose from 0 a"), ("", "none"), ("3", "3")])
+@pytest.mark.parametrize("asked, words", [("dog", "unknown class dog: choose from 0 a"), ("", "no class is named"), ("3", "3"), ("c-a", "ends before"), ("a-x", "unknown class")])
 def test_unknown_classes_are_refused_with_the_known_ones(asked, words):
     """A class that does not exist is an error that lists those that do."""
     with pytest.raises(diffuser.UserError, match=words):
         diffuser.parse_classes(asked, ["a", "b", "c"])
+
+
+@pytest.mark.parametrize("asked, names, numbers", [
+    ("3-5", list("0123456789"), [3, 4, 5]), ("3 5", list("0123456789"), [3, 5]), ("0-1, 7 9", list("0123456789"), [0, 1, 7, 9]),
+    ("bird-deer", ["bird", "cat", "deer"], [0, 1, 2]), ("de", ["bird", "cat", "deer"], [2]),
+    ("golden retriever, cat", ["cat", "golden retriever"], [1, 0]), ("cat dog", ["cat", "dog", "cat dog"], [2]),
+    ("1", ["q", "all", "a, b"], [1]), ("2", ["q", "all", "a, b"], [2]), ("0", ["q", "all"], [0]), ("all", ["q", "all"], [0, 1]),
+    ("t-shirt", ["t-shirt", "hat"], [0]), ("7", ["3", "5", "7"], [2]), ("3-7", ["3", "5", "7"], [0, 1, 2])])
+def test_ranges_beginnings_and_odd_names_of_classes(asked, names, numbers):
+    """Ranges, spaces and beginnings choose classes; what reads as something else is chosen by number."""
+    assert diffuser.parse_classes(asked, names) == numbers
+
+
+def test_a_beginning_of_several_classes_names_them():
+    """An ambiguous beginning is refused with what it could be."""
+    with pytest.raises(diffuser.UserError, match="could be dog, dolphin"):
+        diffuser.parse_classes("do", ["cat", "dog", "dolphin"])
+
+
+def test_a_thousand_classes_are_not_listed_whole():
+    """A list of very many classes ends after the first."""
+    assert len(diffuser.list_classes([f"class {i}" for i in range(1000)])) < 600
 
 
 def test_denoising_strip_runs_from_noise_to_image(folder):
