@@ -222,3 +222,57 @@ def test_memory_use_is_read_from_the_system(monkeypatch):
     assert 2**20 < diffuser.free_memory(CPU) <= 2**60
     monkeypatch.setattr(diffuser.Path, "read_text", lambda self: (_ for _ in ()).throw(OSError()))
     assert diffuser.free_memory(CPU) == 2**60
+
+
+def test_small_networks_run_on_one_thread(monkeypatch):
+    """Digits' steps are too small for threads that wait for each other; larger ones take all there are."""
+    monkeypatch.setattr(diffuser, "ALL_THREADS", 2)
+    before = torch.get_num_threads()
+    try:
+        diffuser.use_threads(diffuser.configure(dataset="digits"), (1, 8, 8), 10)
+        assert torch.get_num_threads() == 1
+        diffuser.use_threads(diffuser.configure(dataset="mnist"), (1, 28, 28), 10)
+        assert torch.get_num_threads() == 2
+    finally:
+        torch.set_num_threads(before)
+
+
+def test_training_and_drawing_use_that_rule(folder, monkeypatch):
+    """Both a run and a model that draws settle their threads."""
+    seen = []
+    monkeypatch.setattr(diffuser, "use_threads", lambda cfg, shape, classes: seen.append((cfg.dataset, shape, classes)))
+    diffuser.load(diffuser.train(tiny_training()), device="cpu")
+    assert seen == [("digits", (1, 8, 8), 10)] * 2
+
+
+def test_multiply_adds_are_those_of_a_closed_form():
+    """A network's multiply-adds, counted by hand for one convolution and as torch counts them for all."""
+    from torch.utils.flop_counter import FlopCounterMode
+
+    cfg = diffuser.configure(dataset="digits", use_attention=False)
+    network = diffuser.build_unet(cfg, 1, 10)
+    with FlopCounterMode(display=False) as counter:
+        network(torch.zeros(1, 1, 8, 8), torch.zeros(1, dtype=torch.long), torch.zeros(1, dtype=torch.long))
+    assert 2 * diffuser.multiply_adds(cfg, (1, 8, 8), 10) == counter.get_total_flops()
+
+
+def fake_clock(monkeypatch, wall, cpu):
+    """Let the next looks at the clocks read these seconds."""
+    walls, cpus = iter(wall), iter(cpu)
+    monkeypatch.setattr(diffuser.time, "perf_counter", lambda: next(walls))
+    monkeypatch.setattr(diffuser.time, "process_time", lambda: next(cpus))
+
+
+@pytest.mark.parametrize("threads, cpu, told", [(2, 19.0, False), (2, 13.0, True), (1, 5.0, False)])
+def test_cores_that_others_hold_are_told(monkeypatch, threads, cpu, told):
+    """Threads that get much less than all of their time are told, with how to give the run fewer of them."""
+    fake_clock(monkeypatch, [0.0, 10.0, 10.0], [0.0, cpu, cpu])
+    advice = diffuser.CoreWatch(threads).look()
+    assert bool(advice) is told and (not told or ("OMP_NUM_THREADS=1" in advice and "65%" in advice))
+
+
+def test_cores_are_told_of_once(monkeypatch):
+    """The advice comes once in a run, and not before there is enough to look at."""
+    fake_clock(monkeypatch, [0.0, 5.0, 12.0, 12.0, 40.0], [0.0, 12.0, 12.0, 12.0])
+    watch = diffuser.CoreWatch(2)
+    assert [bool(watch.look()) for _ in range(3)] == [False, True, False]
