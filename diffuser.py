@@ -65,6 +65,7 @@ import os
 import pickle
 import platform
 import re
+import shlex
 import shutil
 import statistics
 import sys
@@ -308,7 +309,9 @@ class Config:
         0, "timesteps between the pictures of a denoising strip beside each grid; 0: one strip, at the end", lo=0,
         hi=100_000)
     preview_steps: int = opt(20, "sampling steps of the grids drawn in training", lo=1, hi=100_000)
-    log_every: int = opt(50, "steps between rows of metrics.csv", "--log_rate", lo=1, hi=10**9)
+    log_every: int = opt(
+        20, "steps between rows of metrics.csv; each is the mean over them, the last also over those left over",
+        "--log_rate", lo=1, hi=10**9)
     resume: str = opt(
         "auto", "auto: go on from the run's checkpoint; never: start over", choices=("auto", "never"),
         per_run=True, common=True)
@@ -692,6 +695,45 @@ def complete(asked: dict, checkpoint: dict | None = None) -> Config:
     cfg = Config(**{**preset, **known})
     check(cfg)
     return cfg
+
+
+# Of the options about a single invocation, those that a command needs to do the same again.
+REPEATED = {"path_to_data", "data_dir", "init_from", "experiment_name", "device", "num_gpus", "precision", "compile",
+            "channels_last", "deterministic"}
+
+
+def chosen_options(cfg: Config) -> dict:
+    """The options of a run that differ from what its dataset has without any flag."""
+    spec = DATASETS[cfg.dataset]
+    channels, *size = spec.shape
+    of_the_images = dict(flip=spec.flip, use_labels=bool(spec.classes) or cfg.dataset == "folder", channels=channels,
+                         img_size=tuple(size))
+    plain = {**PRESETS.get(cfg.dataset, {}), **of_the_images}
+
+    chosen = {}
+    for name, field_ in FIELDS.items():
+        value = getattr(cfg, name)
+        if name == "dataset" or (name in PER_RUN and name not in REPEATED):
+            continue
+        if value is None and name in of_the_images:              # what the images are
+            continue
+        if value != plain.get(name, field_.default):
+            chosen[name] = value
+    return chosen
+
+
+def repeating_command(cfg: Config) -> str:
+    """The command line that trains like this."""
+    chosen = chosen_options(cfg)
+    if cfg.iterations:                                           # it counts, the other lengths do not
+        chosen.pop("epochs", None)
+        chosen.pop("train_minutes", None)
+
+    words = ["python", "diffuser.py", "--mode", "train", "--dataset", cfg.dataset]
+    for name, value in chosen.items():
+        text = "auto" if value is None else format_value(name, value)
+        words += [f"--{name}={text}"] if text.startswith("-") else [f"--{name}", text]
+    return shlex.join(words)
 
 
 def with_tuples(values: dict) -> dict:
@@ -2975,6 +3017,7 @@ class Trainer:
         self.optimizer = OPTIMIZERS[cfg.optimizer](self.network.parameters(), weight_decay=cfg.weight_decay,
                                                    fused=self.device.type in ("cpu", "cuda"))
         self.grad_norm = torch.zeros((), device=self.device)
+        self.lr = 0.0                                            # of the last step
         self.guard = Guard()
         self.start_over()
         if state:
@@ -3019,6 +3062,7 @@ class Trainer:
 
         # Update weights and their average.
         self.apply_gradients(skip)
+        self.lr = self.lr_schedule.get_last_lr()[0]
         self.lr_schedule.step()
         self.progress.step += 1
         self.ema.update(self.network, self.step)
@@ -3231,11 +3275,13 @@ class Trainer:
 
     def state(self) -> dict:
         """The content of a checkpoint of this run. Called by all processes, for the sums of each."""
-        numbers = {**self.progress.entries(), "meter": self.gathered_losses()}
+        sums = self.gathered_losses()
+        numbers = {**self.progress.entries(), "meter": sums}
         return new_checkpoint(
             **numbers, config=dataclasses.asdict(self.cfg), epoch=self.epoch, shape=list(self.shape),
             class_names=self.data.class_names, data=self.data.digest(), moments=vars(self.moments),
-            good=self.guard.is_healthy(self.progress), arithmetic=vars(self.compute), model=self.network.state_dict(),
+            good=self.guard.is_healthy(self.progress, sums[0]), arithmetic=vars(self.compute),
+            model=self.network.state_dict(),
             ema=self.ema.network.state_dict() if self.cfg.use_ema else None, optimizer=self.optimizer.state_dict(),
             scaler=self.scaler.state_dict(),
             lr_schedule=dict(name=self.cfg.lr_schedule, step=self.step, total_steps=self.total))
@@ -3287,8 +3333,15 @@ class Guard:
                 return n
         return 0
 
-    def is_healthy(self, progress: Progress) -> bool:
-        """Whether the loss is finite and in its range, so that a checkpoint made now is worth going back to."""
+    def is_healthy(self, progress: Progress, since_log: Tensor) -> bool:
+        """Whether the loss is finite and in its range, so that a checkpoint made now is worth going back to.
+
+        since_log: the sums of losses and counts since the last row, [4, 2], which are judged like a row.
+        """
+        loss = mean_loss(since_log.tolist())
+        if math.isfinite(loss):
+            rows = [*progress.loss_history, [progress.step, loss]]
+            progress = dataclasses.replace(progress, loss_history=rows)
         return self.count_loss_outliers(progress) == 0 and not progress.nonfinite_steps[0]
 
     def diagnose(self, trainer: Trainer, logged: bool) -> str:
@@ -3347,6 +3400,8 @@ class Monitor:
         self.trainer = trainer
         self.logger = logger
         self.folder = folder
+        self.timed_steps = 0                                     # since the last row
+        self.timed_seconds = 0.0
         self.restart_clock()
 
     def restart_clock(self) -> None:
@@ -3354,11 +3409,16 @@ class Monitor:
         self.clock_step = self.trainer.step
         self.clock_time = time.perf_counter()
 
+    def stop_clock(self) -> None:
+        """Count the steps and the time up to here. The device has finished its work."""
+        self.timed_steps += self.trainer.step - self.clock_step
+        self.timed_seconds += time.perf_counter() - self.clock_time
+
     def log(self, evaluated: bool) -> float:
         """Write a row of metrics, with the validation loss where `evaluated`; returns the epoch's mean loss."""
         trainer = self.trainer
         since_log, since_epoch = trainer.gathered_losses().tolist()
-        now = time.perf_counter()
+        self.stop_clock()
         loss = mean_loss(since_log)
         trainer.progress.loss_history.append([trainer.step, loss])
         trainer.progress.loss_sums[0] = 0
@@ -3366,8 +3426,7 @@ class Monitor:
         if self.logger:
             # To add a metric, name it here: metrics.csv, the trackers and the report then have it.
             quartiles = [mean_loss([row]) for row in since_log]
-            seconds = now - self.clock_time
-            images = (trainer.step - self.clock_step) * trainer.size
+            images = self.timed_steps * trainer.size
             values = dict(
                 step=trainer.step,
                 epoch=round(trainer.epoch, 4),
@@ -3377,26 +3436,38 @@ class Monitor:
                 loss_q3=quartiles[2],
                 loss_q4=quartiles[3],
                 val_loss=self.validate() if evaluated else "",
-                lr=trainer.lr_schedule.get_last_lr()[0],
+                lr=trainer.lr,
                 grad_norm=trainer.grad_norm.item(),
-                images_per_second=images / seconds,
-                seconds=seconds,
+                images_per_second=images / self.timed_seconds,
+                seconds=self.timed_seconds,
                 skipped_steps=int(trainer.progress.nonfinite_steps[2]),
             )
             rounded = {name: round_digits(value) for name, value in values.items()}
             self.logger.log(dict(rounded, epoch=values["epoch"]))
+        self.timed_steps = 0
+        self.timed_seconds = 0.0
         self.restart_clock()
         return mean_loss(since_epoch)
 
+    def epoch_loss(self) -> float:
+        """The mean loss since the epoch began. Called by all processes; waits for the device."""
+        return mean_loss(self.trainer.gathered_losses()[1].tolist())
+
     @torch.no_grad()
     def validate(self) -> float | str:
-        """Mean loss over the held-out images, with the same noise and evenly spread timesteps every time."""
+        """Mean loss over the held-out images, with the same noise and timesteps every time.
+
+        Timesteps are spread evenly over the density that training draws from, as in Trainer.step_noise, so that both
+        losses estimate the same quantity.
+        """
         trainer = self.trainer
         n = len(trainer.val_indices)
         if n == 0:
             return ""
         random = generator(trainer.cfg.seed, STREAM_VALIDATION)
-        t = torch.arange(n) * trainer.diffusion.T // n
+        spread = (torch.arange(n) + 0.5) / n
+        t = trainer.diffusion.timesteps(spread.to(trainer.device)).cpu()
+        t = t[torch.randperm(n, generator=random)]               # images may be sorted by class
         total = 0.0
         with trainer.compute.autocast():
             for piece in torch.arange(n).split(trainer.cfg.batch_size):
@@ -3427,6 +3498,28 @@ class Monitor:
             every_step = dataclasses.replace(cfg, steps=cfg.timesteps)
             save_strip(trainer.model, labels[:rows], every_step, self.folder / f"step_{trainer.step}.png")
         return path
+
+    def draw_real(self) -> None:
+        """real.png: images of the training data, by class as in the grids of samples, to compare those with."""
+        trainer = self.trainer
+        path = self.folder / "real.png"
+        if path.exists():                                        # drawn before the run was resumed
+            return
+        classes = list(range(min(trainer.null_class, 10)))
+        rows = trainer.cfg.num_generations or (4 if classes else 16)
+        indices = trainer.batches.indices
+        labels = trainer.data.labels[indices]
+
+        # Evenly chosen in each class; white where a class has fewer than a column holds.
+        columns = []
+        for c in classes or [0]:
+            own = indices[labels == c] if classes else indices
+            some = own[torch.arange(min(rows, len(own))) * len(own) // rows] if len(own) > rows else own
+            white = torch.full((rows, *trainer.shape), 255, dtype=torch.uint8)
+            white[: len(some)] = trainer.data.images[some]
+            columns.append(white)
+        images = torch.stack(columns, 1).flatten(0, 1)
+        save_grid(images, path, [trainer.data.class_names[c] for c in classes])
 
     def show_grid(self, loss: float) -> None:
         """Draw a grid of samples and say where it is."""
@@ -3526,7 +3619,8 @@ def steps_for_minutes(cfg: Config, devices: Devices, state: dict | None,
 
     per_epoch = trainer.batches.steps_per_epoch
     between_grids = cfg.checkpoint_rate or cfg.sample_every * per_epoch
-    each = step + validation / per_epoch + grid / between_grids
+    between_validations = max(cfg.log_every, min(between_grids, per_epoch))
+    each = step + validation / between_validations + grid / between_grids
     left = deadline - time.perf_counter() - validation - grid
     steps = max(1, devices.processes.broadcast(int(left / each)))
     devices.processes.print0(f"{step * 1000:.3g} ms a step: {steps:,} steps fit into {cfg.train_minutes:g} minutes")
@@ -3572,6 +3666,8 @@ def train_locked(cfg: Config, devices: Devices, signals: Signals) -> Path:
 
     logger = start_logger(trainer, folder) if processes.is_main else None
     monitor = Monitor(trainer, logger, folder)
+    if processes.is_main:
+        warn_on_oserror(str(folder / "real.png"), monitor.draw_real)
     hide_bar = None if processes.is_main else True                   # None: where there is no terminal
     try:
         # Before this Ctrl-C ends the process at once: there is nothing to save yet.
@@ -3581,7 +3677,7 @@ def train_locked(cfg: Config, devices: Devices, signals: Signals) -> Path:
             path = training_loop(trainer, monitor, signals, bar, Pace(trainer, deadline), path)
     finally:
         if logger:
-            logger.close(dataclasses.asdict(trainer.cfg))
+            logger.close(dataclasses.asdict(trainer.cfg), run_facts(trainer))
     if logger and cfg.report:
         monitor.write_report()
     return path
@@ -3620,7 +3716,8 @@ def start_logger(trainer: Trainer, folder: Path) -> MetricsLogger:
     """What the run reports to: its folder and the trackers asked for."""
     cfg = trainer.cfg
     options = dataclasses.asdict(cfg)
-    logger = MetricsLogger(folder, options, trainer.step, trainer.devices.machine_info(trainer.compute))
+    machine = trainer.devices.machine_info(trainer.compute)
+    logger = MetricsLogger(folder, options, trainer.step, machine, run_facts(trainer))
     if cfg.use_tensorboard:
         logger.start_tracker("tensorboard", lambda: TensorBoard(folder, options, trainer.step))
     if cfg.use_wandb:
@@ -3630,19 +3727,30 @@ def start_logger(trainer: Trainer, folder: Path) -> MetricsLogger:
     return logger
 
 
+def run_facts(trainer: Trainer) -> dict:
+    """What config.json says of a run beside its options: what was chosen, how to repeat it, sizes."""
+    cfg = trainer.cfg
+    return dict(chosen=chosen_options(cfg), command=repeating_command(cfg),
+                parameters=sum(p.numel() for p in trainer.network.parameters()), images=len(trainer.batches.indices),
+                shape=list(trainer.shape), classes=len(trainer.data.class_names))
+
+
 @dataclass
 class Due:
     """What is due after a step."""
 
     log: bool = False
+    validate: bool = False                                       # in that row
     grid: bool = False
     save: bool = False
     epoch_ends: bool = False
 
 
-def what_is_due(cfg: Config, step: int, per_epoch: int, last: bool) -> Due:
-    """By the cadences of the settings, in steps or in epochs; `last`: the run ends with this step."""
+def what_is_due(cfg: Config, step: int, per_epoch: int, total: int, last_row: int) -> Due:
+    """By the cadences of the settings, in steps or in epochs. total: steps of the run; last_row: where the last row of
+    metrics stands, 0 before the first."""
     due = Due()
+    last = step >= total
     epochs, rest = divmod(step, per_epoch)
     due.epoch_ends = rest == 0
     if cfg.checkpoint_rate:
@@ -3652,7 +3760,18 @@ def what_is_due(cfg: Config, step: int, per_epoch: int, last: bool) -> Due:
         due.save = epochs % cfg.checkpoint_every == 0
     if last:
         due.grid = due.save = True
-    due.log = due.grid or due.epoch_ends or step % cfg.log_every == 0
+
+    # A row is a mean over log_every steps, whatever else is due, so that rows can be compared. The last one takes in
+    # the steps that would be left.
+    full = step - last_row >= cfg.log_every
+    due.log = last or (full and total - step >= cfg.log_every)
+
+    # The first row after an epoch or a checkpoint has the validation loss.
+    cadences = [per_epoch]
+    if cfg.checkpoint_rate:
+        cadences.append(cfg.checkpoint_rate)
+    passed = any(step // every > last_row // every for every in cadences)
+    due.validate = due.log and (last or passed)
     return due
 
 
@@ -3675,14 +3794,18 @@ def training_loop(trainer: Trainer, monitor: Monitor, signals: Signals, bar: tqd
 
         # What is due: by the step, by a signal, at the end.
         done = trainer.step >= trainer.total
-        due = what_is_due(cfg, trainer.step, per_epoch, last=done)
+        history = trainer.progress.loss_history
+        last_row = history[-1][0] if history else 0
+        due = what_is_due(cfg, trainer.step, per_epoch, trainer.total, last_row)
         stop_signal, save_wanted = signals.poll(trainer.step)
         if stop_signal or save_wanted:
             due.save = True
 
         # A row of metrics; back to a good checkpoint where the run has diverged.
         if due.log:
-            loss = monitor.log(evaluated=due.grid or due.epoch_ends)
+            loss = monitor.log(evaluated=due.validate)
+        elif due.grid:
+            loss = monitor.epoch_loss()
         if due.log or due.save:
             reason = trainer.guard.diagnose(trainer, logged=due.log)
             if reason:
@@ -3700,7 +3823,7 @@ def training_loop(trainer: Trainer, monitor: Monitor, signals: Signals, bar: tqd
             bar.total = trainer.total
             bar.n = trainer.step - 1
             bar.update()
-            if due.log:
+            if due.log or due.grid:
                 bar.set_description(f"epoch {trainer.epoch:.4g}/{trainer.total / per_epoch:.4g} loss {loss:.4f}")
 
         if due.log:
@@ -3719,6 +3842,8 @@ def training_loop(trainer: Trainer, monitor: Monitor, signals: Signals, bar: tqd
             trainer.set_total_steps(trainer.step + max(1, left))
 
         # Save and draw.
+        if due.grid or due.save:
+            monitor.stop_clock()
         if due.save:
             path = checkpoint_path(cfg, trainer.step)
             state = trainer.state()

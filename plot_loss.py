@@ -2,11 +2,13 @@
 """Plot the loss history of one or more training runs.
 
     python plot_loss.py DIR [DIR ...]     draw these runs, overlaid
-    python plot_loss.py                   list the runs found here and ask which to draw
+    python plot_loss.py                   choose in a file dialog or, without a display, from a list of the runs here
+    python plot_loss.py --list            choose from the list
 
 A run writes epoch and mean loss into the names of its sample grids (epoch_50_loss_0.1234.png), so the folder of
-samples is all this needs: no checkpoint, no log file, no torch. The figure has two panels, the raw loss and its
-sliding average, and is saved as loss.png. `python report.py DIR` makes a page with everything a run left.
+samples is all this needs: no checkpoint, no log file, no torch. Where the folder holds metrics.csv, the numbers are
+those of its rows, and the validation loss and the learning rate are drawn as well. The figure shows the raw loss and
+its sliding average first; it is saved as loss.png. `python report.py DIR` makes a page with everything a run left.
 """
 
 from __future__ import annotations
@@ -17,12 +19,14 @@ if __name__ == "__main__" and signal.getsignal(signal.SIGINT) is signal.default_
     signal.signal(signal.SIGINT, signal.SIG_DFL)                 # Ctrl-C during the imports: no traceback
 
 import argparse
+import csv
 import io
 import math
 import os
 import re
 import sys
-from bisect import bisect_right
+import warnings
+from bisect import bisect_left, bisect_right
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from statistics import fmean
@@ -43,6 +47,10 @@ SAMPLE_NAME = re.compile(rf"epoch_(?P<epoch>\d+(?:\.\d+)?)_loss_(?P<loss>{NUMBER
 COLOURS = ["#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000"]
 
 Point = tuple[float, float]                                      # (epoch, loss)
+Row = dict[str, str]                                             # of metrics.csv: {column: text}
+Curves = list[tuple[str, list[Point]]]                           # (label, points) of each run
+
+TOO_LARGE = 1e100                                                # the arithmetic of axes overflows somewhere above
 
 # ---- Numbers: what the names say ---------------------------------------------------------------
 
@@ -62,6 +70,45 @@ def parse_losses(directory: str | Path) -> list[Point]:
     return [(float(grid["epoch"]), float(grid["loss"])) for grid in find_grids(directory)]
 
 
+def read_metrics(folder: str | Path) -> list[Row]:
+    """The whole rows of metrics.csv; none where it cannot be read."""
+    try:
+        text = Path(folder, "metrics.csv").read_text(encoding="utf-8", errors="replace")
+        whole = text[: text.rfind("\n") + 1]                     # a row without its end may lack digits
+        rows = list(csv.DictReader(io.StringIO(whole)))
+    except (OSError, csv.Error):
+        return []
+
+    # The key None holds what is beyond the columns, the value None stands where cells lack.
+    return [row for row in rows if "loss" in row and None not in row and None not in row.values()]
+
+
+def number(value: object) -> float:
+    """The value as a number, nan where it is none."""
+    try:
+        return float(value)
+    except (TypeError, ValueError, OverflowError):
+        return math.nan
+
+
+def axis_name(rows: list[Row]) -> str:
+    """The column that values are drawn over; older runs have no epochs."""
+    if rows and "epoch" not in rows[0]:
+        return "step"
+    return "epoch"
+
+
+def series(rows: list[Row], column: str) -> list[Point]:
+    """(epoch or step, value) of the rows that have a value in the column, non-finite ones too."""
+    axis = axis_name(rows)
+    points = []
+    for row in rows:
+        x = number(row.get(axis))
+        if row.get(column) and math.isfinite(x):
+            points.append((x, number(row[column])))
+    return points
+
+
 def finite(points: Iterable[Point]) -> list[Point]:
     """The points whose loss is neither nan nor infinite."""
     return [(epoch, loss) for epoch, loss in points if math.isfinite(loss)]
@@ -76,7 +123,9 @@ def sliding_average(points: Sequence[Point], window: float) -> list[Point]:
     for epoch in epochs:
         # Rounded, because 10.1 - 10 falls just below 0.1 and would let the point at 0.1 in.
         before = round(epoch - window, 9)
-        recent = losses[bisect_right(epochs, before):bisect_right(epochs, epoch)]
+        # Where the window is too small to be told from nothing, the epoch itself is in it all the same.
+        first = min(bisect_right(epochs, before), bisect_left(epochs, epoch))
+        recent = losses[first:bisect_right(epochs, epoch)]
         averages.append((epoch, fmean(recent)))
     return averages
 
@@ -91,14 +140,23 @@ def wants_log_axis(points: Iterable[Point]) -> bool:
     return max(losses) > 20 * min(losses)
 
 
+def require_drawable(label: str, points: Iterable[Point]) -> None:
+    """Raise ValueError for a point that no axis can hold."""
+    for x, y in points:
+        if abs(x) > TOO_LARGE:
+            raise ValueError(f"no axis holds an epoch or step of {x:.4g}, as {label} has")
+        if abs(y) > TOO_LARGE:
+            raise ValueError(f"no axis holds the value {y:.4g} that {label} has at {x:.10g}")
+
+
 def point_text(point: Point) -> str:
     """A point in words."""
     epoch, loss = point
     return f"{loss:.4g} at epoch {epoch:.10g}"
 
 
-def summary(name: object, points: Sequence[Point]) -> str:
-    """One run in a few lines of text: points, range, best and final loss."""
+def summary(name: object, points: Sequence[Point], validation: Sequence[Point] = ()) -> str:
+    """One run in a few lines of text: points, range, best and final loss, the same of the validation loss."""
     first_epoch = points[0][0]
     last_epoch = points[-1][0]
     lines = [f"{name}", f"  points  {len(points)}, epoch {first_epoch:.10g} to {last_epoch:.10g}"]
@@ -110,6 +168,12 @@ def summary(name: object, points: Sequence[Point]) -> str:
         lines.append(f"  loss    {best[1]:.4g} to {highest:.4g}")
         lines.append(f"  best    {point_text(best)}")
     lines.append(f"  final   {point_text(points[-1])}")
+    if validation:
+        lines.append("  validation")
+        held_out = finite(validation)
+        if held_out:
+            lines.append(f"  best    {point_text(min(held_out, key=lambda point: point[1]))}")
+        lines.append(f"  final   {point_text(validation[-1])}")
 
     left_out = len(points) - len(numbers)
     if left_out:
@@ -130,20 +194,29 @@ def find_runs(samples_dir: str | Path) -> list[Path]:
     return [newest[sample] for sample in newest_first(newest)]
 
 
-def load_run(directory: Path) -> list[Point]:
-    """The points of one run. Raises UserError where there are none."""
+def load_run(directory: Path) -> dict[str, list[Point]]:
+    """The points of one run by column of metrics.csv or, without that file, the loss in the names of its grids.
+
+    Raises UserError where there are none.
+    """
+    rows = read_metrics(directory)
+    if axis_name(rows) == "epoch":
+        curves = {column: series(rows, column) for column in ("loss", "val_loss", "lr")}
+        if curves["loss"]:
+            return curves
+
     try:
         points = parse_losses(directory)
     except OSError as error:
         raise UserError(f"cannot read {directory}: {error.strerror}; "
                         "give the folder that a run put its samples in") from error
     if points:
-        return points
+        return {"loss": points}
 
     runs = find_runs(directory)
     example = f", such as {runs[0]}" if runs else ""
-    raise UserError(f"there is no run in {directory}: it holds no file named like epoch_50_loss_0.1234.png; "
-                    f"give a run's sample folder{example}")
+    raise UserError(f"there is no run in {directory}: it holds no metrics.csv with losses and no file named like "
+                    f"epoch_50_loss_0.1234.png; give a run's sample folder{example}")
 
 
 def parse_answer(answer: str, count: int) -> list[int] | None:
@@ -188,8 +261,11 @@ def choose_runs(runs: list[Path], script: str) -> list[Path]:
         print(f"Not understood: {answer!r}. Give numbers from 1 to {len(runs)}, for example 1,2.")
 
 
-def choose_in_dialog() -> list[Path] | None:
-    """The run picked in a file dialog, empty where it is closed; None without tkinter or a display."""
+def choose_in_dialog(samples_dir: str | Path) -> list[Path] | None:
+    """The run picked in a file dialog, empty where it is closed; None without tkinter or a display.
+
+    samples_dir: where the dialog begins, if it is there.
+    """
     try:
         from tkinter import TclError, Tk, filedialog
     except ImportError:
@@ -200,21 +276,24 @@ def choose_in_dialog() -> list[Path] | None:
         return None
 
     root.withdraw()                                              # the dialog alone, without an empty main window
-    picked = filedialog.askdirectory(title="Folder with a run's samples")
+    start = samples_dir if os.path.isdir(samples_dir) else "."
+    picked = filedialog.askdirectory(title="Folder with a run's samples", initialdir=start)
     root.destroy()
     return [Path(picked)] if picked else []
 
 
-def ask_for_runs(samples_dir: str, windows: bool, script: str) -> list[Path]:
+def ask_for_runs(samples_dir: str, windows: bool, script: str, dialog_first: bool = False) -> list[Path]:
     """The runs that the user picks from a list or, where none is found, in a dialog; empty means quit.
 
-    windows: whether a dialog may open; script: the name of the program that asks. Raises UserError.
+    windows: whether a dialog may open; dialog_first: whether it comes before the list; script: the name of the program
+    that asks. Raises UserError.
     """
     runs = find_runs(samples_dir)
-    if runs:
+    picked = None
+    if windows and (dialog_first or not runs):
+        picked = choose_in_dialog(samples_dir)
+    if picked is None and runs:
         return choose_runs(runs, script)
-
-    picked = choose_in_dialog() if windows else None
     if picked is None:
         raise UserError(f"no sample folders in {samples_dir} or at ./samples_*; give a directory on the command line: "
                         f"python {script}.py DIR")
@@ -246,8 +325,9 @@ def label_runs(directories: Iterable[Path]) -> list[str]:
     return labels
 
 
-def draw_panel(axes, curves: Iterable[tuple[str, Sequence[Point]]], title: str, log: bool) -> None:
-    """Draw (label, points) of each curve into one panel. log: whether the axis of losses is logarithmic."""
+def draw_panel(axes, curves: Iterable[tuple[str, Sequence[Point]]], title: str, log: bool,
+               ylabel: str = "loss") -> None:
+    """Draw (label, points) of each curve into one panel. log: whether the axis of values is logarithmic."""
     from matplotlib.ticker import LogLocator
 
     for label, points in curves:
@@ -255,7 +335,7 @@ def draw_panel(axes, curves: Iterable[tuple[str, Sequence[Point]]], title: str, 
         losses = [loss for _, loss in points]
         marker = "o" if len(points) < 15 else ""
         axes.plot(epochs, losses, marker=marker, markersize=4, label=label)
-    axes.set(title=title, xlabel="epoch", ylabel="loss")
+    axes.set(title=title, xlabel="epoch", ylabel=ylabel)
 
     if log:
         axes.set_yscale("log")
@@ -270,25 +350,83 @@ def draw_panel(axes, curves: Iterable[tuple[str, Sequence[Point]]], title: str, 
     axes.spines[["top", "right"]].set_visible(False)
 
 
-def draw_figure(runs: Sequence[tuple[str, Sequence[Point]]], window: float):
-    """A matplotlib figure of (label, points) of each run: left the losses, right their sliding averages."""
+def arrange(figure) -> None:
+    """Lay out the panels and the legend of a figure in two columns or, where it is narrow, in one."""
+    from matplotlib.gridspec import GridSpec
+
+    # Panels; the last one is wide where it would stand alone.
+    columns = 2 if figure.get_figwidth() >= 7 else 1
+    rows = math.ceil(len(figure.axes) / columns)
+    grid = GridSpec(rows, columns, figure=figure)
+    for place, axes in enumerate(figure.axes):
+        row, column = divmod(place, columns)
+        alone = axes is figure.axes[-1] and column == 0
+        axes.set_subplotspec(grid[row, :] if alone else grid[row, column])
+
+    # One legend for all of them, whose names are shortened to what fits; a letter is about 0.09 inches wide.
+    lines = figure.axes[0].lines
+    longest = max(len(line.get_label()) for line in lines)
+    room = int(figure.get_figwidth() / 0.09)
+    ncols = 2 if 2 * (longest + 8) <= room else 1
+    labels = [shorten(line.get_label(), max(9, room // ncols - 8)) for line in lines]
+    for legend in figure.legends:
+        legend.remove()
+    figure.legend(lines, labels, loc="outside lower center", ncols=ncols, frameon=False)
+
+
+def shorten(label: str, most: int) -> str:
+    """The label in at most so many letters, its middle left out: runs differ at both ends."""
+    if len(label) <= most:
+        return label
+    end = (most - 1) // 2
+    return label[: most - 1 - end] + "…" + label[len(label) - end :]
+
+
+def draw_figure(runs: Curves, window: float, validation: Curves = (), rates: Curves = ()):
+    """A matplotlib figure: the losses of each run, (label, points), their sliding averages and, where there are any,
+    validation losses and learning rates. Raises ValueError for a value that no axis can hold."""
     import matplotlib.pyplot as plt
 
+    # The curves of each panel; a run has the same colour and line in all of them.
     raw = []
     smooth = []
     everything = []
     for label, points in runs:
         numbers = finite(points)
+        require_drawable(label, numbers)
         raw.append((label, numbers))
         smooth.append((label, sliding_average(numbers, window)))
         everything += points
+    held_out = select(runs, validation)
+    for _, points in held_out:
+        everything += points
     log = wants_log_axis(everything)
+    lr = select(runs, rates)
 
-    figure, panels = plt.subplots(1, 2, figsize=(12, 5 + 0.1 * len(runs)), layout="constrained")
-    draw_panel(panels[0], raw, "raw loss", log)
-    draw_panel(panels[1], smooth, f"sliding average over {window:g} epochs", log)
-    figure.legend(handles=panels[0].lines, loc="outside lower center", ncols=2, frameon=False)
+    # Draw, losses on axes that can be compared. A panel that no run has numbers for is left out.
+    count = 2 + bool(validation) + bool(rates)
+    figure = plt.figure(figsize=(12, (5 if count == 2 else 8) + 0.1 * len(runs)), layout="constrained")
+    first = figure.add_subplot()
+    draw_panel(first, raw, "raw loss", log)
+    draw_panel(figure.add_subplot(sharey=first), smooth, f"sliding average over {window:g} epochs", log)
+    if validation:
+        draw_panel(figure.add_subplot(sharey=first), held_out, "validation loss", log)
+    if rates:
+        draw_panel(figure.add_subplot(), lr, "learning rate", False, "learning rate")
+    arrange(figure)
+    figure.canvas.mpl_connect("resize_event", lambda event: arrange(figure))
     return figure
+
+
+def select(runs: Curves, curves: Curves) -> Curves:
+    """The finite points of each run in `curves`, none for a run that is not there, in the order of `runs`."""
+    known = dict(curves)
+    chosen = []
+    for label, _ in runs:
+        numbers = finite(known.get(label, []))
+        require_drawable(label, numbers)
+        chosen.append((label, numbers))
+    return chosen
 
 
 def encode(figure, save: Path) -> bytes:
@@ -304,12 +442,14 @@ def encode(figure, save: Path) -> bytes:
     return file.getvalue()
 
 
-def plot(runs: Sequence[tuple[str, Sequence[Point]]], save: Path, window: float = 10, show: bool = False) -> None:
+def plot(runs: Curves, save: Path, window: float = 10, show: bool = False, validation: Curves = (),
+         rates: Curves = ()) -> None:
     """Draw (label, points) of each run to a file, in the format that its ending names; then show it where asked.
 
-    window: epochs in the sliding average. An old file is replaced when the new one is whole or, on failure, left as it
-    is. Raises OSError where the file cannot be written, UserError for an ending that is no format, ValueError or
-    OverflowError where a loss is too large for an axis or an average, RuntimeError for .pgf without LaTeX.
+    window: epochs in the sliding average; validation, rates: (label, points) of the runs that have them. An old file is
+    replaced when the new one is whole or, on failure, left as it is. Raises OSError where the file cannot be written,
+    UserError for an ending that is no format, ValueError where a loss is too large for an axis, RuntimeError for .pgf
+    without LaTeX.
     """
     import matplotlib
 
@@ -321,7 +461,7 @@ def plot(runs: Sequence[tuple[str, Sequence[Point]]], save: Path, window: float 
     style = {"axes.prop_cycle": plt.cycler(ls=["-", "--", ":"]) * plt.cycler(color=COLOURS),
              "text.parse_math": False}                           # a $ in a folder's name is just a $
     with plt.rc_context(style):
-        figure = draw_figure(runs, window)
+        figure = draw_figure(runs, window, validation, rates)
 
         # Save. In memory first, so that whatever a format's writer does, only whole files reach the disk.
         picture = encode(figure, save)
@@ -329,7 +469,9 @@ def plot(runs: Sequence[tuple[str, Sequence[Point]]], save: Path, window: float 
 
         # Show, unless there is no toolkit to show it with: the backend is agg then.
         if show and matplotlib.get_backend().lower() != "agg":
-            plt.show()
+            with warnings.catch_warnings():                      # of a window that is too small for its panels
+                warnings.filterwarnings("ignore", message="constrained_layout")
+                plt.show()
         plt.close(figure)
 
 
@@ -344,6 +486,7 @@ def build_parser() -> Parser:
     add("--save", type=Path, metavar="FILE", help="figure, .png, .pdf, .svg, ... (default: loss.png, in DIR if one)")
     add("--window", type=float, default=10, help="epochs in the sliding average (default: 10)")
     add("--no-show", action="store_true", help="open no window")
+    add("--list", action="store_true", help="choose from a list of runs, not in a file dialog")
     add("--samples_dir", default="samples", help="where to look for runs (default: samples)")
     add("--html", action="store_true", help=argparse.SUPPRESS)   # report.py has taken its place
     add_debug(parser)
@@ -369,24 +512,30 @@ def work(options: argparse.Namespace) -> None:
 
     # Choose; quitting at the question is no error.
     windows = can_open_windows() and not options.no_show
-    directories = options.directories or ask_for_runs(options.samples_dir, windows, "plot_loss")
+    directories = options.directories
+    if not directories:
+        directories = ask_for_runs(options.samples_dir, windows, "plot_loss", dialog_first=not options.list)
     runs = {directory: load_run(directory) for directory in directories}
     if not runs:
         return
 
     # Summarize.
-    for directory, points in runs.items():
-        print(summary(directory, points))
+    for directory, curves in runs.items():
+        print(summary(directory, curves["loss"], curves.get("val_loss", ())))
 
     # Draw.
     save = figure_path(options.save, list(runs))
-    curves = list(zip(label_runs(runs), runs.values()))
+    columns = {"loss": [], "val_loss": [], "lr": []}
+    for label, curves in zip(label_runs(runs), runs.values()):
+        for column, points in curves.items():
+            if points:
+                columns[column].append((label, points))
     try:
-        plot(curves, save, options.window, show=windows)
+        plot(columns["loss"], save, options.window, windows, columns["val_loss"], columns["lr"])
     except OSError as error:
         raise UserError(f"cannot write {save}: {error.strerror or error}; name another file with --save") from error
-    except (ValueError, OverflowError) as error:                 # a loss of 1e308
-        raise UserError(f"cannot draw {save}: no axis holds these losses ({first_line(error)})") from error
+    except ValueError as error:                                  # a loss of 1e308
+        raise UserError(f"cannot draw {save}: {first_line(error)}") from error
     except RuntimeError as error:                                # .pgf without LaTeX
         raise UserError(f"cannot draw {save}: {first_line(error)}; name another file with --save") from error
     print(f"saved {save}")

@@ -251,14 +251,16 @@ def machine_load() -> dict[str, float]:
 class MetricsLogger:
     """metrics.csv, config.json and the trackers of a run, for rank 0.
 
-    folder: the run's; config: its options; step: where it goes on; machine: what it runs on, for people.
+    folder: the run's; config: its options; step: where it goes on; machine: what it runs on, for people; facts: what
+    else config.json says of the run.
     """
 
-    def __init__(self, folder: Path, config: dict, step: int, machine: dict[str, str]):
+    def __init__(self, folder: Path, config: dict, step: int, machine: dict[str, str], facts: dict | None = None):
         self.folder = folder
         self.csv = MetricsFile(folder / "metrics.csv", step)
         self.about = folder / "config.json"
         self.machine = machine
+        self.facts = facts or {}
         self.trackers: dict[str, TensorBoard | WeightsAndBiases] = {}
 
         self.start_time = time.perf_counter()
@@ -270,6 +272,7 @@ class MetricsLogger:
                 self.run_id = str(known["run_id"])               # trackers go on under it
                 self.start_time -= float(known["seconds"])
         self.write_config(config)
+        machine_load()                                           # percents count from here
 
     def start_tracker(self, name: str, start: Callable[[], TensorBoard | WeightsAndBiases]) -> None:
         """Add the tracker that start() makes; one that cannot start is told, and the run goes on without it."""
@@ -278,20 +281,24 @@ class MetricsLogger:
         except Exception as error:
             hint = f"pip install {name}" if isinstance(error, ImportError) else first_line(error)
             warn(f"no {name}: {hint}; training goes on without it")
-        machine_load()                                           # percents count from here
 
     def write_config(self, config: dict) -> None:
         """config.json: what repeats the run, what it ran on, and for how long so far."""
-        content = dict(config=config, torch=torch.__version__, run_id=self.run_id, machine=self.machine,
+        content = dict(self.facts, config=config, torch=torch.__version__, run_id=self.run_id, machine=self.machine,
                        seconds=round(time.perf_counter() - self.start_time, 1))
         warn_on_oserror(str(self.about), lambda: write_json(self.about, content))
 
     def log(self, values: dict[str, object]) -> None:
-        """A row of metrics.csv, and the same numbers to the trackers. values: step and others, "" for none."""
-        self.csv.add(values)
+        """A row of metrics.csv, and the same numbers to the trackers. values: step and others, "" for none.
+
+        What the machine is doing comes behind them.
+        """
+        load = {name: float(f"{value:.4g}") for name, value in machine_load().items()}
+        row = {**values, **load}
+        self.csv.add(row)
         if self.trackers:
-            numbers = {name: value for name, value in values.items() if name != "step" and value != ""}
-            self.track(values["step"], {**numbers, **machine_load()})
+            numbers = {name: value for name, value in row.items() if name != "step" and value != ""}
+            self.track(values["step"], numbers)
 
     def track(self, step: int, values: dict) -> None:
         """Numbers and pictures (paths) to the trackers alone."""
@@ -310,10 +317,13 @@ class MetricsLogger:
         """Forget the rows after a step."""
         self.csv.rewind(step)
 
-    def close(self, config: dict) -> None:
-        """Write the configuration as it ended, and let go of trackers and files."""
+    def close(self, config: dict, facts: dict | None = None) -> None:
+        """Write the configuration and the facts as they ended, and let go of trackers and files."""
+        if facts is not None:
+            self.facts = facts
         self.write_config(config)
         if self.trackers:
-            final = self.csv.final()
+            # The load of the machine at the last row is no result of the run.
+            final = {name: value for name, value in self.csv.final().items() if not name.startswith("machine/")}
             self.each_tracker(lambda tracker: tracker.finish(final))
         self.csv.close()
