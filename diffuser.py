@@ -298,9 +298,11 @@ class Config:
     working_directory: str = opt("checkpoints", "where checkpoints go", per_run=True, common=True)
     generated_directory: str = opt(
         "samples", "where sample grids, metrics.csv and config.json go", per_run=True, common=True)
-    sample_every: int = opt(
-        1, "epochs between sample grids", lo=1, hi=10**7, common=True, ask="a grid shows how far training is")
-    checkpoint_every: int = opt(1, "epochs between checkpoints", lo=1, hi=10**7, common=True)
+    sample_every: int | None = opt(
+        None, "epochs between sample grids (default: 1, more where they would take over a twentieth of the time)", lo=1,
+        hi=10**7, common=True, ask="a grid shows how far training is; auto: one, more where epochs are short")
+    checkpoint_every: int | None = opt(
+        None, "epochs between checkpoints (default: as for grids)", lo=1, hi=10**7, common=True)
     checkpoint_rate: int = opt(
         0, "steps between checkpoints, each with a grid; 0: go by epochs", "--evaluation_interval", lo=0, hi=10**9)
     num_keep_checkpoints: int = opt(1, "checkpoints to keep", lo=1, hi=10**6, common=True)
@@ -398,10 +400,80 @@ PRESETS = {
     "celeba": dict(
         timesteps=1000, schedule_type="cosine", batch_size=8, learning_rate=1e-4, emb_dim=256, base_channels=64,
         channel_mults=(1, 2, 2, 4), attention_levels=(2,), head_dim=64, epochs=50),
-    "folder": dict(
-        timesteps=1000, batch_size=32, learning_rate=1e-4, emb_dim=128, base_channels=64, channel_mults=(1, 2, 2, 4),
-        attention_levels=(2,), head_dim=64, epochs=100),
+    "folder": dict(                                              # and folder_preset, by what is asked for
+        timesteps=1000, schedule_type="cosine", prediction="x0", time_sampling="logit_normal", emb_dim=128, head_dim=64,
+        ema_decay=0.9995, guidance_scale=0.5),
 }
+
+
+@dataclass(frozen=True)
+class FolderNetwork:
+    """What suits a folder of pictures where training takes up to so many `minutes` of a CPU.
+
+    side: of the images, where none is asked for; tokens: what the network's finest level has of them, side by side.
+    """
+
+    minutes: float
+    side: int
+    tokens: int
+    base_channels: int
+    channel_mults: tuple[float, ...]
+    batch_size: int
+
+
+# Found on sets of 300 to 3,000 pictures in three minutes of two CPU cores: see benchmarks/README.md. In that time the
+# coarsest patches win by far, because they let the network see each picture thirty times. Longer rows keep that number
+# up: each has about four times the arithmetic per image of the one before.
+FOLDER_NETWORKS = (
+    FolderNetwork(10, 32, 8, 64, (1, 2), 16),
+    FolderNetwork(60, 64, 16, 64, (1, 2), 16),
+    FolderNetwork(600, 64, 32, 64, (1, 2, 2), 32),
+    FolderNetwork(math.inf, 64, 32, 128, (1, 2, 2), 64),
+)
+FOLDER_MINUTES = 3.0                                             # of training, where no length is asked for
+ACCELERATOR = 30                                                 # times as fast as two CPU cores, roughly
+
+
+def folder_preset(known: dict) -> dict:
+    """The preset of the folder dataset: by the time that training may take, what computes, and the images' size.
+
+    known: the settings that are settled already.
+    """
+    preset = dict(PRESETS["folder"])
+    if not any(known.get(name) for name in LENGTHS):
+        preset["train_minutes"] = FOLDER_MINUTES
+
+    # A run by epochs or steps counts as one of an hour.
+    minutes = preset.get("train_minutes") or known.get("train_minutes") or 60
+    if known.get("device", "auto") != "cpu" and (torch.cuda.is_available() or torch.backends.mps.is_available()):
+        minutes *= ACCELERATOR
+    row = next(row for row in FOLDER_NETWORKS if minutes <= row.minutes)
+
+    preset["img_size"] = (row.side, row.side)
+    preset["base_channels"] = row.base_channels
+    preset["channel_mults"] = row.channel_mults
+    preset["batch_size"] = row.batch_size
+    settings = {**preset, **known}
+    levels = len(settings["channel_mults"])
+    preset["attention_levels"] = (max(0, levels - 1),)           # the coarsest
+    preset["learning_rate"] = 2e-3 * min(1.0, 64 / max(1, settings["base_channels"]))
+
+    # Patches: as large as leaves that many of them, if they divide the image.
+    height, width = settings["img_size"] or DATASETS["folder"].shape[1:]
+    patch_size = 1
+    while 2 * patch_size * row.tokens <= min(height, width) and patch_size < 16:
+        patch_size *= 2
+    while patch_size > 1 and (height % (patch_size * 2 ** (levels - 1)) or width % (patch_size * 2 ** (levels - 1))):
+        patch_size //= 2
+    preset["patch_size"] = patch_size
+    return preset
+
+
+def preset_of(known: dict) -> dict:
+    """The preset of the dataset among the settings that are known; empty without one."""
+    if known.get("dataset") == "folder":
+        return folder_preset(known)
+    return dict(PRESETS.get(known.get("dataset", ""), {}))
 
 # --recipe best: what benchmarks/ found best for a dataset; see its README for the experiments.
 BEST = {
@@ -416,15 +488,20 @@ BEST = {
         ema_decay=0.9995, train_minutes=20.0, guidance_scale=0.2),
 }
 
+# What DDPM's training does (2006.11239), where datasets have other settings.
+DDPM = dict(
+    timesteps=1000, schedule_type="linear", beta_start=1e-4, beta_end=0.02, prediction="eps", time_sampling="uniform",
+    patch_size=1, ema_decay=0.9999, guidance_scale=0.0)
+
 # Whole configurations. ho2020 is DDPM's CIFAR-10 network and training (Ho et al. 2020, appendix B).
 RECIPES = {
     "ho2020": dict(
-        base_channels=128, channel_mults=(1, 2, 2, 2), num_res_blocks=2, attention_levels=(1,), num_heads=1,
-        emb_dim=128, dropout=0.1, norm_groups=32, conditioning="add", use_labels=False, timesteps=1000,
-        schedule_type="linear", beta_start=1e-4, beta_end=0.02, optimizer="adam", weight_decay=0.0, learning_rate=2e-4,
-        lr_schedule="constant", warmup_steps=5000, batch_size=128, ema_decay=0.9999, iterations=800_000),
+        DDPM, base_channels=128, channel_mults=(1, 2, 2, 2), num_res_blocks=2, attention_levels=(1,), num_heads=1,
+        emb_dim=128, dropout=0.1, norm_groups=32, conditioning="add", use_labels=False,
+        optimizer="adam", weight_decay=0.0, learning_rate=2e-4, lr_schedule="constant", warmup_steps=5000,
+        batch_size=128, iterations=800_000),
     "celebahq128": dict(
-        img_size=(128, 128), channels=3, base_channels=96, channel_mults=(1, 2, 3, 4), emb_dim=96,
+        DDPM, img_size=(128, 128), channels=3, base_channels=96, channel_mults=(1, 2, 3, 4), emb_dim=96,
         attention_levels=(1, 2, 3), head_dim=32, batch_size=16, learning_rate=1e-4, warmup_steps=5000,
         lr_schedule="cosine", weight_decay=1e-4, max_grad_norm=1.0, iterations=100_000, checkpoint_rate=5000,
         num_keep_checkpoints=2, num_generations=5, plot_freq_interval=100),
@@ -680,7 +757,7 @@ def complete(asked: dict, checkpoint: dict | None = None) -> Config:
     known = {**with_tuples(inherited), **asked}
 
     # 5. The preset, where it fits what is known by now.
-    preset = dict(PRESETS.get(known.get("dataset", ""), {}))
+    preset = preset_of(known)
     if "channel_mults" in asked and "attention_levels" in preset:                # only levels that are still there
         levels = range(len(asked["channel_mults"]))
         preset["attention_levels"] = tuple(level for level in preset["attention_levels"] if level in levels)
@@ -708,7 +785,7 @@ def chosen_options(cfg: Config) -> dict:
     channels, *size = spec.shape
     of_the_images = dict(flip=spec.flip, use_labels=bool(spec.classes) or cfg.dataset == "folder", channels=channels,
                          img_size=tuple(size))
-    plain = {**PRESETS.get(cfg.dataset, {}), **of_the_images}
+    plain = {**preset_of(dict(dataset=cfg.dataset)), **of_the_images}
 
     chosen = {}
     for name, field_ in FIELDS.items():
@@ -3618,7 +3695,9 @@ def steps_for_minutes(cfg: Config, devices: Devices, state: dict | None,
         grid = measure(lambda: monitor.draw_grid(0.0))
 
     per_epoch = trainer.batches.steps_per_epoch
-    between_grids = cfg.checkpoint_rate or cfg.sample_every * per_epoch
+    between_grids = cfg.checkpoint_rate or (cfg.sample_every or 1) * per_epoch
+    if not cfg.checkpoint_rate and cfg.sample_every is None:
+        between_grids = max(between_grids, Cadence.pause(grid) / step)
     between_validations = max(cfg.log_every, min(between_grids, per_epoch))
     each = step + validation / between_validations + grid / between_grids
     left = deadline - time.perf_counter() - validation - grid
@@ -3746,6 +3825,36 @@ class Due:
     epoch_ends: bool = False
 
 
+class Cadence:
+    """Says when it is time again for what takes a while, a grid or a checkpoint, where nobody has said how often.
+
+    By the clock: epochs of small sets of images are over in a moment.
+    """
+
+    SHARE = 1 / 20                                               # of a run's time, at most
+    PAUSE = 15.0                                                 # seconds, at least
+
+    def __init__(self):
+        self.due_at = time.perf_counter() + self.PAUSE
+
+    @classmethod
+    def pause(cls, seconds: float) -> float:
+        """Seconds until the next one, after one that took so long."""
+        return max(cls.PAUSE, seconds / cls.SHARE)
+
+    def is_time(self, processes: Processes) -> bool:
+        """Whether it is; all processes of a run get the same answer."""
+        return bool(processes.broadcast(int(time.perf_counter() >= self.due_at)))
+
+    @contextmanager
+    def measure(self) -> Iterator[None]:
+        """Do it in this context: its time settles when the next one is due."""
+        before = time.perf_counter()
+        yield
+        now = time.perf_counter()
+        self.due_at = now + self.pause(now - before)
+
+
 def what_is_due(cfg: Config, step: int, per_epoch: int, total: int, last_row: int) -> Due:
     """By the cadences of the settings, in steps or in epochs. total: steps of the run; last_row: where the last row of
     metrics stands, 0 before the first."""
@@ -3756,8 +3865,8 @@ def what_is_due(cfg: Config, step: int, per_epoch: int, total: int, last_row: in
     if cfg.checkpoint_rate:
         due.grid = due.save = step % cfg.checkpoint_rate == 0
     elif due.epoch_ends:
-        due.grid = epochs % cfg.sample_every == 0
-        due.save = epochs % cfg.checkpoint_every == 0
+        due.grid = epochs % (cfg.sample_every or 1) == 0
+        due.save = epochs % (cfg.checkpoint_every or 1) == 0
     if last:
         due.grid = due.save = True
 
@@ -3789,6 +3898,8 @@ def training_loop(trainer: Trainer, monitor: Monitor, signals: Signals, bar: tqd
     done = trainer.step >= trainer.total
     save_succeeded = True
     cores = CoreWatch(torch.get_num_threads() if trainer.device.type == "cpu" else 1)
+    grids = Cadence()
+    saves = Cadence()
     while not done:
         trainer.train_step()
 
@@ -3797,6 +3908,11 @@ def training_loop(trainer: Trainer, monitor: Monitor, signals: Signals, bar: tqd
         history = trainer.progress.loss_history
         last_row = history[-1][0] if history else 0
         due = what_is_due(cfg, trainer.step, per_epoch, trainer.total, last_row)
+        by_epochs = due.epoch_ends and not done and not cfg.checkpoint_rate
+        if due.grid and by_epochs and cfg.sample_every is None:
+            due.grid = grids.is_time(processes)
+        if due.save and by_epochs and cfg.checkpoint_every is None:
+            due.save = saves.is_time(processes)
         stop_signal, save_wanted = signals.poll(trainer.step)
         if stop_signal or save_wanted:
             due.save = True
@@ -3848,14 +3964,16 @@ def training_loop(trainer: Trainer, monitor: Monitor, signals: Signals, bar: tqd
             path = checkpoint_path(cfg, trainer.step)
             state = trainer.state()
             if processes.is_main:
-                save_succeeded = warn_on_oserror(f"checkpoint {path}", partial(save_checkpoint, state, cfg))
+                with saves.measure():
+                    save_succeeded = warn_on_oserror(f"checkpoint {path}", partial(save_checkpoint, state, cfg))
             save_succeeded = bool(processes.broadcast(int(save_succeeded)))
             if save_succeeded and state["good"]:
                 last_good = path
             if save_succeeded and save_wanted:
                 processes.print0(f"saved {path} at step {trainer.step}, as asked for by a signal")
         if due.grid and processes.is_main:
-            warn_on_oserror(f"a grid of samples in {monitor.folder}", partial(monitor.show_grid, loss))
+            with grids.measure():
+                warn_on_oserror(f"a grid of samples in {monitor.folder}", partial(monitor.show_grid, loss))
         if due.grid or due.save:
             monitor.restart_clock()
 

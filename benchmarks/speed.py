@@ -54,7 +54,9 @@ NETWORKS = {
     "mnist": dict(diffuser.PRESETS["mnist"], img_size=(28, 28), channels=1, conditioning="add"),
     "ho2020": dict(diffuser.RECIPES["ho2020"], img_size=(32, 32), channels=3),
     "ho2020_heads8": dict(diffuser.RECIPES["ho2020"], img_size=(32, 32), channels=3, head_dim=8),
-    "64x64": dict(diffuser.PRESETS["folder"], img_size=(64, 64), channels=3, conditioning="add"),
+    "64x64": dict(
+        diffuser.DDPM, base_channels=64, channel_mults=(1, 2, 2, 4), attention_levels=(2,), head_dim=64, emb_dim=128,
+        batch_size=32, learning_rate=1e-4, img_size=(64, 64), channels=3, conditioning="add"),
     "tiny": dict(diffuser.PRESETS["digits"], img_size=(8, 8), channels=1, conditioning="add"),
 }
 

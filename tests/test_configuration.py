@@ -90,12 +90,69 @@ def test_recommended_settings_are_the_documented_ones():
     """The recommended hyperparameters stay the defaults of their datasets."""
     table = {"mnist": (500, "linear", 1e-5, 0.01, 128, 1e-3, 32), "cifar10": (500, "linear", 1e-5, 0.012, 32, 1e-4, 128),
              "cifar10_optimized": (500, "linear", 1e-5, 0.012, 128, 1e-4, 128),
-             "celeba": (1000, "cosine", 1e-4, 0.02, 8, 1e-4, 256), "folder": (1000, "linear", 1e-4, 0.02, 32, 1e-4, 128)}
+             "celeba": (1000, "cosine", 1e-4, 0.02, 8, 1e-4, 256)}
     for dataset, row in table.items():
         cfg = configure(dataset=dataset)
         assert row == (cfg.timesteps, cfg.schedule_type, cfg.beta_start, cfg.beta_end, cfg.batch_size, cfg.learning_rate,
                        cfg.emb_dim)
     assert configure(dataset="cifar10").num_heads == 8 and configure(dataset="cifar10_optimized").num_heads == 4
+
+
+@pytest.fixture
+def on_a_cpu(monkeypatch):
+    """A machine without an accelerator."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: False)
+
+
+def test_a_folder_alone_trains_for_minutes_on_small_images(on_a_cpu):
+    """With no flag but the path a run is as long as one can wait for, and its network suits that time."""
+    cfg = configure(path_to_data="x")
+    assert (cfg.train_minutes, cfg.img_size, cfg.patch_size, cfg.prediction) == (3.0, (32, 32), 4, "x0")
+    assert cfg.time_sampling == "logit_normal" and cfg.schedule_type == "cosine"
+
+
+@pytest.mark.parametrize("minutes, tokens, channels", [(3, 8, 64), (10, 8, 64), (30, 16, 64), (120, 32, 64), (1000, 32, 128)])
+@pytest.mark.parametrize("size", [64, 128])
+def test_a_folders_network_grows_with_the_minutes(on_a_cpu, minutes, tokens, channels, size):
+    """The longer the training, the finer and wider the network, whatever the size of the images."""
+    cfg = configure(path_to_data="x", train_minutes=minutes, img_size=size)
+    assert (size // cfg.patch_size, cfg.base_channels) == (tokens, channels)
+
+
+def test_a_folders_network_is_larger_on_an_accelerator(monkeypatch):
+    """A GPU does in a minute what a CPU does in many; --device cpu is a CPU all the same."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    assert configure(path_to_data="x").img_size == (64, 64)
+    assert configure(path_to_data="x", device="cpu").img_size == (32, 32)
+
+
+@pytest.mark.parametrize("size, patch_size", [((48, 64), 4), ((50, 70), 1), ((36, 36), 2), ((8, 8), 1), ((512, 512), 16)])
+def test_a_folders_patches_divide_the_image(on_a_cpu, size, patch_size):
+    """Whatever size is asked for, the patches that go with it leave images that the levels can halve."""
+    assert configure(path_to_data="x", img_size=size).patch_size == patch_size
+
+
+def test_a_folders_learning_rate_falls_with_the_width(on_a_cpu):
+    """Wider networks get less, and no more is given to narrow ones."""
+    rates = [configure(path_to_data="x", base_channels=channels).learning_rate for channels in (32, 64, 128, 256)]
+    assert rates == [2e-3, 2e-3, 1e-3, 5e-4]
+
+
+def test_any_length_asked_for_replaces_a_folders_minutes(on_a_cpu):
+    """Epochs and steps count where they are given, and flags beat the preset."""
+    for length in (dict(epochs=3), dict(iterations=7), dict(recipe="celebahq128")):
+        assert configure(path_to_data="x", **length).train_minutes == 0
+    assert configure(path_to_data="x", patch_size=1, base_channels=32, prediction="v").patch_size == 1
+
+
+@pytest.mark.parametrize("recipe", ["ho2020", "celebahq128"])
+def test_recipes_of_ddpm_mean_the_same_for_every_dataset(recipe):
+    """A recipe leaves nothing of the method to the dataset's preset."""
+    for dataset in ("mnist", "cifar10", "celeba", "folder"):
+        cfg = configure(dataset=dataset, recipe=recipe, img_size=64)
+        assert (cfg.timesteps, cfg.schedule_type, cfg.beta_start, cfg.beta_end) == (1000, "linear", 1e-4, 0.02)
+        assert (cfg.prediction, cfg.time_sampling, cfg.patch_size, cfg.ema_decay) == ("eps", "uniform", 1, 0.9999)
 
 
 @pytest.mark.parametrize("dataset", sorted(diffuser.BEST))

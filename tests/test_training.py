@@ -10,6 +10,7 @@ import signal
 import subprocess
 import sys
 import time
+import types
 import weakref
 
 import pytest
@@ -445,3 +446,33 @@ def test_a_short_run_draws_recognisable_digits(folder):
 def test_the_demo_draws_the_digits_asked_for(folder, seed):
     """After the demo's training at least 95% of 500 digits are of the class asked for."""
     assert accuracy(diffuser.train(diffuser.configure(dataset="digits", seed=seed))) >= 0.95
+
+
+def test_short_epochs_do_not_draw_and_save_all_the_time(folder, monkeypatch):
+    """Epochs of one step leave a grid and a checkpoint at the end, not after each of them; where it is asked for, each."""
+    saved = []
+    save = diffuser.save_checkpoint
+    monkeypatch.setattr(diffuser, "save_checkpoint", lambda state, cfg: saved.append(state["step"]) or save(state, cfg))
+    monkeypatch.setattr(diffuser.Cadence, "PAUSE", 1e6)                      # however slow the machine is
+    short = dict(iterations=0, epochs=6, batch_size=1750, val_fraction=0.0, sample_every=None, checkpoint_every=None)
+    train(tiny_training(**short))
+    assert saved == [6] and len(list(folder.glob("samples/*/epoch_*.png"))) == 1
+
+    saved.clear()
+    train(tiny_training(**{**short, "sample_every": 2, "checkpoint_every": 3}, experiment_name="each"))
+    assert saved == [3, 6] and len(list(folder.glob("samples/samples_each*/epoch_*.png"))) == 3
+
+
+def test_grids_take_a_twentieth_of_the_time(monkeypatch):
+    """After a grid of four seconds the next one is due in eighty, after a quick one in fifteen."""
+    now = [0.0]
+    monkeypatch.setattr(diffuser.time, "perf_counter", lambda: now[0])
+    cadence = diffuser.Cadence()
+    processes = types.SimpleNamespace(broadcast=lambda number: number)
+    for seconds, pause in ((4.0, 80.0), (0.1, 15.0)):
+        with cadence.measure():
+            now[0] += seconds
+        now[0] += pause - 1
+        assert not cadence.is_time(processes)
+        now[0] += 1
+        assert cadence.is_time(processes)
