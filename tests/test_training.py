@@ -476,3 +476,23 @@ def test_grids_take_a_twentieth_of_the_time(monkeypatch):
         assert not cadence.is_time(processes)
         now[0] += 1
         assert cadence.is_time(processes)
+
+
+@pytest.mark.slow
+def test_a_folder_of_pictures_needs_no_flag_but_its_path(folder):
+    """Two minutes on a thousand pictures in class folders, every other setting the program's own: new pictures whose
+    nearest real one is of the class asked for."""
+    data = diffuser.load_data(diffuser.configure(dataset="digits"))
+    for i, (image, label) in enumerate(zip(data.images[:1000], data.labels[:1000].tolist())):
+        place = folder / "pictures" / str(label)
+        place.mkdir(parents=True, exist_ok=True)
+        diffuser.to_pil(image).resize((32, 32), Image.Resampling.BICUBIC).convert("RGB").save(place / f"{i}.png")
+
+    path = train(diffuser.configure(path_to_data="pictures", train_minutes=2.0))
+    model = diffuser.load(path)
+    labels = torch.arange(200) % 10
+    drawn = model.generate([str(i) for i in range(10)], num_images=200).float()
+    real = diffuser.load_data(model.config).images.float()
+    nearest = torch.cdist(drawn.flatten(1), real.flatten(1)).argmin(1)
+    right = diffuser.load_data(model.config).labels[nearest] == labels
+    assert right.float().mean() > 0.8
