@@ -111,6 +111,7 @@ from diffuser_lib.images import (
     cached_images,
     file_name,
     from_uint8,
+    open_image,
     require_images,
     save_grid,
     save_png,
@@ -4348,7 +4349,7 @@ def interactive_sampling(model: Model, cfg: Config, path: Path) -> None:
         folder = save_images(model, cfg, numbers, count, path, drawn)
         drawn += count
         if sys.stdout.isatty() and has_display():
-            Image.open(folder / "grid.png").show()
+            open_image(folder / "grid.png").show()
 
 
 def has_display() -> bool:

@@ -25,7 +25,7 @@ from functools import partial
 from pathlib import Path
 
 import torch
-from PIL import Image, ImageOps
+from PIL import ImageOps
 from torch import Tensor
 
 import diffuser
@@ -39,7 +39,16 @@ from diffuser_lib.files import (
     unused_path,
     write_json,
 )
-from diffuser_lib.images import DecodedImages, Shape, from_uint8, save_grid, save_png, to_uint8
+from diffuser_lib.images import (
+    DecodedImages,
+    Shape,
+    from_uint8,
+    open_image,
+    save_grid,
+    save_png,
+    strict_pillow,
+    to_uint8,
+)
 
 # ---- The edits ---------------------------------------------------------------------------------
 # Pure functions over the samplers of diffuser.py.
@@ -155,7 +164,7 @@ def read_picture(path: str, shape: Shape, background: str = "white") -> Tensor:
         raise UserError(f"{path}: there is no such picture")
 
     try:
-        decoded = DecodedImages([(Image.open(path), 0)], shape, background)[0]
+        decoded = DecodedImages([(open_image(path), 0)], shape, background)[0]
     except Exception as error:                                   # Pillow raises many kinds
         decoded = first_line(error)
     if isinstance(decoded, str):                                 # the reason
@@ -167,7 +176,8 @@ def read_picture(path: str, shape: Shape, background: str = "white") -> Tensor:
 
 def upright_size(path: str) -> tuple[int, int]:
     """Width and height of a picture as it is looked at, whichever way it is stored."""
-    return ImageOps.exif_transpose(Image.open(path)).size
+    with strict_pillow():
+        return ImageOps.exif_transpose(open_image(path)).size
 
 
 def read_mask(path: str, picture: str, shape: Shape) -> Tensor:

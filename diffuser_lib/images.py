@@ -1,7 +1,7 @@
 """Image files in and out: folders, ZIP files, decoding, a cache of bytes; pictures and grids.
 
 Numbers     ImageData, to_uint8, from_uint8: uint8 [N, C, H, W] outside, float in [-1, 1] inside a network
-In          ImageFiles: the images of a folder or ZIP file; DecodedImages: as arrays of one shape
+In          open_image; ImageFiles: the images of a folder or ZIP file; DecodedImages: as arrays of one shape
 Cache       cached_images: decoded once, then memory-mapped
 Out         to_pil, save_png, save_grid, file_name
 
@@ -20,19 +20,21 @@ import re
 import shutil
 import warnings
 import zipfile
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
+from typing import BinaryIO
 
 import numpy as np
 import torch
-from PIL import Image, ImageDraw, ImageFont, ImageOps
+from PIL import Image, ImageDraw, ImageFont, ImageOps, UnidentifiedImageError
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
-from diffuser_lib.files import UserError, first_line, write_atomically, write_json
+from diffuser_lib.files import UserError, first_line, warn, write_atomically, write_json
 
 Shape = tuple[int, int, int]                                     # (C, H, W)
 
@@ -69,8 +71,30 @@ def to_uint8(x: Tensor) -> Tensor:
 # ---- In ----------------------------------------------------------------------------------------
 
 ENDINGS = (".png", ".jpg", ".jpeg", ".bmp", ".gif", ".webp")
+FORMATS = ("PNG", "JPEG", "BMP", "GIF", "WEBP")                  # Pillow goes by content, and knows many more
 GREY_MODES = ("1", "L", "LA", "I", "I;16", "I;16B", "F")         # of Pillow
 MAX_UNPACKED = 2**28                                             # bytes of one entry of a ZIP file
+
+
+@contextmanager
+def strict_pillow() -> Iterator[None]:
+    """What Pillow warns of never reaches the terminal: too many pixels are an error, other flaws are let pass."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")                          # damaged EXIF, a strange MPO
+        warnings.simplefilter("error", Image.DecompressionBombWarning)
+        yield
+
+
+def open_image(file: str | Path | BinaryIO) -> Image.Image:
+    """A picture in one of FORMATS, its pixels not yet read; other formats, some of which start programs, are refused.
+
+    Raises ValueError for those, and for damaged files what Pillow raises, errors of many kinds.
+    """
+    try:
+        with strict_pillow():
+            return Image.open(file, formats=FORMATS)
+    except UnidentifiedImageError:                               # its message names an object in memory
+        raise ValueError(f"its content is no {', '.join(FORMATS)} picture") from None
 
 
 @lru_cache(maxsize=1)
@@ -79,16 +103,63 @@ def open_zip(path: Path, process: int) -> zipfile.ZipFile:
     return zipfile.ZipFile(path)
 
 
+def entries_overlap(entries: list[zipfile.ZipInfo]) -> bool:
+    """Whether entries of a ZIP file share bytes: a small file could then unpack to any size."""
+    end = 0
+    for entry in sorted(entries, key=lambda entry: entry.header_offset):
+        if entry.header_offset < end:
+            return True
+        header = zipfile.sizeFileHeader + len(entry.orig_filename)           # at least
+        end = entry.header_offset + header + entry.compress_size
+    return False
+
+
 def require_images(path: str, flag: str) -> None:
     """Raise UserError unless there is something at the path; `flag` is the option that gave it."""
     if not path:
         raise UserError(f"{flag} is needed: a folder or ZIP file of images")
     if not os.path.exists(path):
         raise UserError(f"{flag} {path}: there is no such folder or ZIP file")
+    if not os.path.isdir(path) and not os.path.isfile(path):     # opening a pipe would wait forever
+        raise UserError(f"{flag} {path} is a pipe, socket or device: give a folder or ZIP file of images")
+
+
+def walk_once(root: Path) -> Iterator[tuple[str, list[str]]]:
+    """(folder, names of what is in it but folders) for all folders below the root, through links, each folder once.
+
+    What is really there comes before what a link leads to; links back up are left out. A folder that cannot be read is
+    told.
+    """
+    def report(error: OSError) -> None:
+        warn_once(f"left out: {error.filename} cannot be read ({error.strerror})")
+
+    seen = set()                                                 # links may lead round in circles
+    starts = [str(root)]
+    while starts:
+        for folder, subfolders, names in os.walk(starts.pop(0), onerror=report):
+            status = os.stat(folder)
+            if (status.st_dev, status.st_ino) in seen:
+                subfolders.clear()
+                continue
+            seen.add((status.st_dev, status.st_ino))
+            yield folder, names
+
+            subfolders[:] = sorted(name for name in subfolders if not name.startswith("."))
+            for name in subfolders:
+                path = os.path.join(folder, name)
+                back_up = Path(folder).resolve().is_relative_to(os.path.realpath(path))
+                if os.path.islink(path) and not back_up:         # os.walk itself does not follow it
+                    starts.append(path)
+
+
+@lru_cache
+def warn_once(text: str) -> None:
+    """Print a line on stderr, the first time only: a set of images may be looked at several times."""
+    warn(text)
 
 
 class ImageFiles(Dataset):
-    """The images below a folder or in a ZIP file, in order of name: item i is (PIL image, label).
+    """The images below a folder or in a ZIP file, in order of name: item i is (PIL image, label). Links are followed.
 
     The folder that directly holds an image names its class; one folder alone makes no classes. flag: the option that
     gave the path, for messages. Raises UserError where there is no image.
@@ -111,12 +182,19 @@ class ImageFiles(Dataset):
     def list_names(self, flag: str) -> list[str]:
         """All files, as paths relative to the folder or inside the ZIP file."""
         if self.path.is_dir():
-            return [p.relative_to(self.path).as_posix() for p in self.path.rglob("*") if p.is_file()]
+            found = []
+            for folder, names in walk_once(self.path):
+                found += [Path(folder, name) for name in names]
+            return [path.relative_to(self.path).as_posix() for path in found if os.path.exists(path)]
         try:
             with zipfile.ZipFile(self.path) as archive:
-                return archive.namelist()
+                entries = archive.infolist()
         except Exception as error:                               # zipfile raises many kinds here
             raise UserError(f"{flag} {self.path} is no whole ZIP file ({first_line(error)})") from error
+        if entries_overlap(entries):
+            raise UserError(f"{flag} {self.path} is refused: its entries overlap, as in a ZIP file made to fill the "
+                            "memory. Pack the images anew")
+        return list({entry.filename for entry in entries})       # a name that is there twice means the last one
 
     @staticmethod
     def is_image(name: str) -> bool:
@@ -137,12 +215,15 @@ class ImageFiles(Dataset):
 
     def __getitem__(self, i: int) -> tuple[Image.Image, int]:
         if self.path.is_dir():
-            return Image.open(self.path / self.names[i]), self.labels[i]
+            path = self.path / self.names[i]
+            if not path.is_file():                               # opening it might wait forever
+                raise ValueError("it is a pipe, socket or device")
+            return open_image(path), self.labels[i]
 
         archive = open_zip(self.path, os.getpid())
         if archive.getinfo(self.names[i]).file_size > MAX_UNPACKED:
             raise ValueError("it unpacks to more than 256 MiB")
-        return Image.open(io.BytesIO(archive.read(self.names[i]))), self.labels[i]
+        return open_image(io.BytesIO(archive.read(self.names[i]))), self.labels[i]
 
     def guess_channels(self, looks: int = 32) -> int:
         """1 if all of a few images spread over the set are grey, else 3."""
@@ -151,8 +232,9 @@ class ImageFiles(Dataset):
                 image, _ = self[i]
             except Exception:                                    # unreadable: skipped later, and listed
                 continue
-            if image.mode not in GREY_MODES:
-                return 3
+            with image:
+                if image.mode not in GREY_MODES:
+                    return 3
         return 1
 
     def fingerprint(self) -> tuple[str, str]:
@@ -178,10 +260,10 @@ class DecodedImages(Dataset):
 
     def __getitem__(self, i: int) -> tuple[np.ndarray, int] | str:
         try:
-            with warnings.catch_warnings():                      # more pixels than Pillow takes for an honest image
-                warnings.simplefilter("error", Image.DecompressionBombWarning)
+            with strict_pillow():
                 image, label = self.source[i]
-            return self.decode(image), label if isinstance(label, int) else 0
+                pixels = self.decode(image)
+            return pixels, label if isinstance(label, int) else 0
         except Exception as error:                               # broken files raise errors of every kind
             return first_line(error)
 

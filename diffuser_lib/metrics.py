@@ -128,7 +128,7 @@ class TensorBoard:
     def log(self, step: int, values: dict) -> None:
         for name, value in values.items():
             if isinstance(value, Path):
-                with Image.open(value) as picture:
+                with Image.open(value, formats=("PNG",)) as picture:
                     pixels = np.asarray(picture.convert("RGB"))
                 self.writer.add_image(name, pixels, step, dataformats="HWC")
             else:

@@ -180,6 +180,14 @@ def test_a_transparent_mask_is_white_where_it_is_painted(tmp_path):
     assert found[0, 0, 5:].min() == 1 and found[0, 0, :5].max() == 0
 
 
+def test_postscript_called_a_picture_is_refused(tmp_path, monkeypatch):
+    """Pillow goes by content and would start Ghostscript."""
+    monkeypatch.setattr("PIL.EpsImagePlugin.Ghostscript", lambda *arguments, **options: pytest.fail("it was started"))
+    Image.new("RGB", (8, 8)).save(tmp_path / "x.png", "EPS")
+    with pytest.raises(UserError, match=r"x.png cannot be read as a picture .its content is no PNG"):
+        edit.read_picture(str(tmp_path / "x.png"), (3, 8, 8))
+
+
 def test_the_image_does_not_depend_on_how_many_are_made(trained, monkeypatch):
     """Image i of three is image i of two."""
     folder, path = trained

@@ -1,8 +1,10 @@
 """diffuser_lib/images.py: pictures of every kind and every kind of damage, classes from folders, the cache, grids."""
 
+import copy
 import io
 import json
 import os
+import socket
 import struct
 import subprocess
 import sys
@@ -25,6 +27,7 @@ from diffuser_lib.images import (
     cached_images,
     file_name,
     from_uint8,
+    open_image,
     require_images,
     save_grid,
     to_pil,
@@ -223,6 +226,181 @@ def test_a_fingerprint_follows_the_files(image_folder):
     assert len(set(seen)) == 5
 
 
+@pytest.mark.parametrize("names", [("cat", "dog"), ("inner/cat", "inner/dog")])
+def test_folders_behind_links_are_classes_too(image_folder, tmp_path, names):
+    """A folder of links to the classes, as people make it to choose some of many, equals the folder itself."""
+    for name in names:
+        (tmp_path / "links" / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / "links" / name).symlink_to(image_folder / Path(name).name)
+    source = ImageFiles(str(tmp_path / "links"), "--images")
+    assert source.class_names == ["cat", "dog"]
+    assert source.labels == [0] * 6 + [1] * 6
+    assert torch.equal(load(tmp_path / "links", tmp_path).images, load(image_folder, tmp_path).images)
+
+
+def test_links_in_circles_come_to_an_end(image_folder, capsys):
+    """Each folder is read once and under its own name, whatever leads back to it; nothing beside the folder is taken."""
+    Image.new("L", (4, 4)).save(image_folder.parent / "beside.png")
+    (image_folder / "a").symlink_to(image_folder / "dog")
+    (image_folder / "cat" / "self").symlink_to(".")
+    (image_folder / "cat" / "up").symlink_to("../..")
+    (image_folder / "dog" / "round").symlink_to(image_folder / "cat")
+    (image_folder / "zz").symlink_to("zz")
+    source = ImageFiles(str(image_folder), "--images")
+    assert source.class_names == ["cat", "dog"]
+    assert len(source) == 12
+
+
+def test_what_is_hidden_is_not_walked_through(image_folder, monkeypatch):
+    """A .git beside the images may hold a million files."""
+    (image_folder / ".git" / "objects").mkdir(parents=True)
+    walked = [os.path.basename(folder) for folder, _ in images.walk_once(image_folder)]
+    assert walked == ["pictures", "cat", "dog"]
+
+
+def test_a_folder_that_cannot_be_read_is_told_once(image_folder, monkeypatch, capsys):
+    """Else a class would silently be missing."""
+    real_scandir = os.scandir
+
+    def scandir(path):
+        if os.path.basename(path) == "dog":
+            raise PermissionError(13, "Permission denied", str(path))
+        return real_scandir(path)
+
+    monkeypatch.setattr(os, "scandir", scandir)
+    for _ in range(2):
+        assert len(ImageFiles(str(image_folder), "--images")) == 6
+    assert capsys.readouterr().err == f"left out: {image_folder / 'dog'} cannot be read (Permission denied)\n"
+
+
+@pytest.mark.parametrize("path", ["pipe", "socket", "/dev/zero"])
+def test_what_is_no_file_is_never_opened(tmp_path, path):
+    """A pipe would wait for a writer, a device has no end: refused in one line, as the path itself."""
+    os.mkfifo(tmp_path / "pipe")
+    with socket.socket(socket.AF_UNIX) as server:
+        os.chdir(tmp_path)                                       # names of sockets are short
+        server.bind("socket")
+        with pytest.raises(UserError, match=f"--images {path} is a pipe, socket or device"):
+            ImageFiles(path, "--images")
+
+
+def test_a_pipe_among_the_images_is_skipped(image_folder, tmp_path, capsys):
+    """With the name of an image, it is one that cannot be read: listed, and never opened."""
+    os.mkfifo(image_folder / "cat" / "0000.png")
+    data = load(image_folder, tmp_path, (3, 8, 8))
+    assert len(data.images) == 12
+    assert "cat/0000.png: it is a pipe, socket or device" in capsys.readouterr().out
+    assert ImageFiles(str(image_folder), "--images").guess_channels() == 3
+
+
+def overlapping_zip(path, entries):
+    """A ZIP file whose index names the one picture in it as often as asked for."""
+    with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive:
+        archive.writestr("0.png", png(Image.new("L", (64, 64))))
+        for i in range(1, entries):
+            twin = copy.copy(archive.filelist[0])
+            twin.filename = twin.orig_filename = f"{i}.png"
+            archive.filelist.append(twin)
+            archive.NameToInfo[twin.filename] = twin
+
+
+def test_a_zip_file_whose_entries_overlap_is_refused(tmp_path):
+    """A few bytes named a million times: one line, before anything is unpacked."""
+    overlapping_zip(tmp_path / "bomb.zip", 1000)
+    with pytest.raises(UserError, match=r"--images .*bomb.zip is refused: its entries overlap"):
+        ImageFiles(str(tmp_path / "bomb.zip"), "--images")
+
+
+def test_entries_one_inside_another_overlap(tmp_path):
+    """Not only those that begin at the same place."""
+    inner = zipfile.ZipInfo("a.png")
+    outer = zipfile.ZipInfo("b.png")
+    outer.header_offset, outer.compress_size = 0, 1000
+    inner.header_offset, inner.compress_size = 500, 10
+    assert images.entries_overlap([inner, outer])
+    inner.header_offset = 1000 + 30 + len("b.png")
+    assert not images.entries_overlap([inner, outer])
+
+
+def test_honest_zip_files_do_not_overlap(tmp_path):
+    """Packed in one go, added to later, written to a stream, with names of any script."""
+    with zipfile.ZipFile(tmp_path / "a.zip", "w", zipfile.ZIP_DEFLATED) as archive:
+        for i in range(20):
+            archive.writestr(f"käse 日本/{i}.png", png(Image.new("L", (8, 8), i)))
+    with zipfile.ZipFile(tmp_path / "a.zip", "a") as archive:
+        archive.writestr("dog/0.png", png(Image.new("L", (8, 8))))
+    assert len(ImageFiles(str(tmp_path / "a.zip"), "--images")) == 21
+
+    class Pipe(io.BytesIO):
+        def seekable(self):
+            return False
+
+    stream = Pipe()
+    with zipfile.ZipFile(stream, "w", zipfile.ZIP_DEFLATED) as archive:
+        for i in range(3):
+            archive.writestr(f"{i}.png", png(Image.new("L", (8, 8), i)))
+    (tmp_path / "b.zip").write_bytes(stream.getvalue())
+    assert len(ImageFiles(str(tmp_path / "b.zip"), "--images")) == 3
+
+
+def test_a_name_that_is_there_twice_counts_once(tmp_path):
+    """In a ZIP file the last of its entries is meant, as unzip has it."""
+    with pytest.warns(UserWarning, match="Duplicate"), zipfile.ZipFile(tmp_path / "twice.zip", "w") as archive:
+        for brightness in (10, 200):
+            archive.writestr("a.png", png(Image.new("L", (8, 8), brightness)))
+    data = load(tmp_path / "twice.zip", tmp_path, (1, 8, 8))
+    assert data.images.unique().tolist() == [200]
+    assert len(data.images) == 1
+
+
+# ---- In: formats -------------------------------------------------------------------------------
+
+
+def postscript():
+    """The content of an EPS file, which Pillow hands to Ghostscript where it may."""
+    file = io.BytesIO()
+    Image.new("RGB", (8, 8)).save(file, "EPS")
+    return file.getvalue()
+
+
+@pytest.mark.parametrize("packed", [False, True])
+def test_content_of_other_formats_is_refused(tmp_path, packed, monkeypatch):
+    """PostScript under the name of a PNG file starts no interpreter, in a folder and in a ZIP file."""
+    monkeypatch.setattr("PIL.EpsImagePlugin.Ghostscript", lambda *arguments, **options: pytest.fail("it was started"))
+    (tmp_path / "p").mkdir()
+    (tmp_path / "p" / "x.png").write_bytes(postscript())
+    path = tmp_path / "p"
+    if packed:
+        path = tmp_path / "p.zip"
+        with zipfile.ZipFile(path, "w") as archive:
+            archive.write(tmp_path / "p" / "x.png", "x.png")
+    source = ImageFiles(str(path), "--images")
+    assert DecodedImages(source, (3, 8, 8))[0] == "its content is no PNG, JPEG, BMP, GIF, WEBP picture"
+
+
+def test_photographs_of_phones_are_read(tmp_path):
+    """A JPEG file that holds a second picture, which Pillow calls MPO."""
+    photo = Image.new("RGB", (32, 32), (200, 10, 10))
+    photo.save(tmp_path / "photo.jpg", "MPO", save_all=True, append_images=[Image.new("RGB", (16, 16))])
+    assert open_image(tmp_path / "photo.jpg").format == "MPO"
+    pixels, _ = DecodedImages(ImageFiles(str(tmp_path), "--images"), (3, 8, 8))[0]
+    assert pixels[0].min() > 180
+
+
+def test_what_pillow_warns_of_never_reaches_the_terminal(tmp_path, recwarn):
+    """Damaged EXIF is let pass; too many pixels are a reason, also where only the kind of a picture is looked at."""
+    exif = Image.Exif()
+    exif[0x0112] = 1
+    Image.new("RGB", (8, 8)).save(tmp_path / "a.jpg", exif=exif.tobytes()[:20])
+    (tmp_path / "b.png").write_bytes(png(Image.new("1", (10_000, 10_000))))
+    source = ImageFiles(str(tmp_path), "--images")
+    assert source.guess_channels() == 3
+    decoded = DecodedImages(source, (3, 8, 8))
+    assert decoded[0][0].shape == (3, 8, 8)
+    assert "exceeds limit" in decoded[1]
+    assert [str(warning.message) for warning in recwarn] == []
+
+
 # ---- In: decoding ------------------------------------------------------------------------------
 
 
@@ -410,7 +588,7 @@ def test_unreadable_images_are_listed(image_folder, tmp_path, capsys):
     assert "broken.png" in capsys.readouterr().out
     listing, = (tmp_path / "cache").glob("*.unreadable.txt")
     text = listing.read_text()
-    assert text.startswith("cat/broken.png: cannot identify image file")
+    assert text.startswith("cat/broken.png: its content is no PNG, JPEG, BMP, GIF, WEBP picture")
     assert text.count("\n") == 1
 
     for i in range(3):
