@@ -2450,16 +2450,22 @@ def draw_with_bar(model: Model, labels: list[int], cfg: Config, first: int = 0) 
 
 
 def save_strip(model: Model, labels: list[int], cfg: Config, path: Path, first: int = 0) -> None:
-    """The way from noise to image: a row per label, columns every plot_freq_interval timesteps (or ten in all)."""
+    """The way from noise to image: a row per label, columns every plot_freq_interval timesteps (or ten in all).
+
+    Above each column stands the timestep that is left, counted as in DDPM: the image is x_0.
+    """
     every = cfg.plot_freq_interval or max(1, cfg.timesteps // 10)
-    final = sampling_grid(cfg, model.diffusion.alpha_bar)[-1]
+    ts = sampling_grid(cfg, model.diffusion.alpha_bar)
+    left = {t: t_next + 1 for t, t_next in zip(ts, [*ts[1:], -1])}
     frames = []
+    headings = []
     shown = cfg.timesteps + every                                            # the timestep of the last frame
     for t, x, _ in model.sample(labels, cfg, first):
-        if shown - t >= every or t == final:
+        if shown - t >= every or t == ts[-1]:
             frames.append(to_uint8(x))
+            headings.append(f"t = {left[t]}")
             shown = t
-    save_grid(torch.stack(frames, 1).flatten(0, 1), path, [], columns=len(frames))
+    save_grid(torch.stack(frames, 1).flatten(0, 1), path, headings, columns=len(frames))
 
 
 # ---- 9  Checkpoints ----------------------------------------------------------------------------

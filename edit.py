@@ -211,6 +211,7 @@ class EditContext:
         self.model = model
         self.cfg = model.config
         self.count = count
+        self.numbers = [str(i) for i in range(count)]            # as in the names of the files
 
         self.alpha_bar = model.diffusion.alpha_bar               # float64 [T]
         self.ts = diffuser.sampling_grid(self.cfg, self.alpha_bar)
@@ -259,10 +260,22 @@ def parse_seeds(text: str) -> tuple[int, int]:
     return seeds[0], seeds[1]
 
 
-def run_interpolate(context: EditContext, args: argparse.Namespace) -> tuple[Tensor, list[Tensor]]:
+@dataclass(frozen=True)
+class Edited:
+    """What a command makes. x: [N, C, H, W] in [-1, 1]; headings: one for each image.
+
+    sources: what they were made from, uint8 [1, C, H, W] each, by what it is called.
+    """
+
+    x: Tensor
+    headings: list[str]
+    sources: dict[str, Tensor]
+
+
+def run_interpolate(context: EditContext, args: argparse.Namespace) -> Edited:
     """Images on the way from one seed's to another's, and from one class to another where two are given.
 
-    Returns them, [N, C, H, W] in [-1, 1], and what they were made from: nothing. Raises UserError.
+    Raises UserError.
     """
     require_deterministic(context.cfg)
     first_seed, second_seed = parse_seeds(args.seeds)
@@ -282,14 +295,14 @@ def run_interpolate(context: EditContext, args: argparse.Namespace) -> tuple[Ten
         xT = torch.lerp(xT, context.start(noise, second_labels), weights.view(-1, 1, 1, 1))
 
     *_, (_, x, _) = context.sampler(denoise, xT, context.ts, context.alpha_bar, context.draw_noise)
-    return x, []
+    headings = [f"{weight:.2g}" for weight in weights.tolist()]
+    headings[-1] = f"seed {second_seed}"
+    headings[0] = f"seed {first_seed}"                           # one image alone is the first
+    return Edited(x, headings, {})
 
 
-def run_vary(context: EditContext, args: argparse.Namespace) -> tuple[Tensor, list[Tensor]]:
-    """Variations of a picture.
-
-    Returns them, [N, C, H, W] in [-1, 1], and the picture, uint8 [1, C, H, W]. Raises UserError.
-    """
+def run_vary(context: EditContext, args: argparse.Namespace) -> Edited:
+    """Variations of a picture. Raises UserError."""
     if not 0 < args.strength <= 1:
         raise UserError(f"--strength is above 0 and at most 1, not {args.strength:g}")
 
@@ -297,15 +310,11 @@ def run_vary(context: EditContext, args: argparse.Namespace) -> tuple[Tensor, li
     x0 = context.repeat_picture(picture)
     denoise = context.denoiser(context.labels[0])
     x = vary(context.sampler, denoise, x0, args.strength, context.ts, context.alpha_bar, context.draw_noise)
-    return x, [picture]
+    return Edited(x, context.numbers, {"original": picture})
 
 
-def run_inpaint(context: EditContext, args: argparse.Namespace) -> tuple[Tensor, list[Tensor]]:
-    """A picture painted anew where a mask is white.
-
-    Returns the results, [N, C, H, W] in [-1, 1], and uint8 [1, C, H, W] each the picture, and the picture without what
-    was painted anew. Raises UserError.
-    """
+def run_inpaint(context: EditContext, args: argparse.Namespace) -> Edited:
+    """A picture painted anew where a mask is white. Raises UserError."""
     if args.jump_length < 1 or args.resamples < 1:
         raise UserError("--jump_length and --resamples are 1 or more")
 
@@ -319,14 +328,14 @@ def run_inpaint(context: EditContext, args: argparse.Namespace) -> tuple[Tensor,
 
     grey = torch.tensor(127, dtype=torch.uint8)
     hole = torch.where(mask > 0, grey, picture)
-    return x, [picture, hole]
+    return Edited(x, context.numbers, {"original": picture, "known part": hole})
 
 
 @dataclass(frozen=True)
 class Command:
     """A command: what it runs, what --help says of it, and the options of diffuser.py that it takes."""
 
-    run: Callable[[EditContext, argparse.Namespace], tuple[Tensor, list[Tensor]]]
+    run: Callable[[EditContext, argparse.Namespace], Edited]
     help: str
     options: tuple[str, ...]
     max_classes: int = 1
@@ -389,13 +398,14 @@ def edit(args: argparse.Namespace) -> str:
         raise UserError("--num_images lies between 1 and 100")
 
     context = EditContext(model, classes, args.num_images)
-    x, sources = command.run(context, args)
+    edited = command.run(context, args)
 
-    images = to_uint8(x)
+    images = to_uint8(edited.x)
     for i, image in enumerate(images):
         save_png(image, folder / "images" / f"{i:06}.png")
-    shown = torch.cat([*sources, images])
-    save_grid(shown, folder / "grid.png", [], columns=min(10, len(shown)))
+    shown = torch.cat([*edited.sources.values(), images])
+    headings = [*edited.sources, *edited.headings]
+    save_grid(shown, folder / "grid.png", headings, columns=min(10, len(shown)))
     settings = {name: value for name, value in vars(args).items() if name != "debug"}
     write_json(folder / "edit.json", settings)
     return f"{len(images)} images in {folder / 'images'}, grid {folder / 'grid.png'}"

@@ -43,7 +43,7 @@ from diffuser_lib.files import (
     write_atomically,
     write_json,
 )
-from diffuser_lib.images import DecodedImages, ImageData, ImageFiles, Shape, file_name, from_uint8
+from diffuser_lib.images import DecodedImages, ImageData, ImageFiles, Shape, file_names, from_uint8
 
 # ---- Images ------------------------------------------------------------------------------------
 
@@ -358,7 +358,7 @@ def load_or_train_classifier(reference: Reference, data_dir: str) -> Classifier:
 
 def labels_in_reference(generated: ImageData, class_names: list[str]) -> Tensor | None:
     """The labels of a folder of images by the reference's numbers, int64 [N]; None where it has other classes."""
-    numbers = {file_name(name): i for i, name in enumerate(class_names)}
+    numbers = {name: i for i, name in enumerate(file_names(class_names))}
     if not generated.class_names:
         return None
     if not set(generated.class_names) <= set(numbers):
@@ -621,7 +621,7 @@ def run(args: argparse.Namespace) -> None:
 
 def main(argv: list[str] | None = None) -> int:
     """Run the command line; returns the exit status."""
-    return run_script("evaluate", lambda: build_parser().parse_args(argv), run)
+    return run_script("evaluate", lambda: build_parser().parse_args(argv), run, diffuser.explain)
 
 
 if __name__ == "__main__":

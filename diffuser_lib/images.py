@@ -3,7 +3,7 @@
 Numbers     ImageData, to_uint8, from_uint8: uint8 [N, C, H, W] outside, float in [-1, 1] inside a network
 In          open_image; ImageFiles: the images of a folder or ZIP file; DecodedImages: as arrays of one shape
 Cache       cached_images: decoded once, then memory-mapped
-Out         to_pil, save_png, save_grid, file_name
+Out         to_pil, save_png, save_grid, file_names
 
 Needs torch, numpy, Pillow and tqdm.
 """
@@ -18,11 +18,13 @@ import math
 import os
 import re
 import shutil
+import unicodedata
 import warnings
 import zipfile
+from collections import Counter
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from pathlib import Path
 from typing import BinaryIO
@@ -391,42 +393,165 @@ def save_png(image: Tensor, path: Path) -> None:
     write_atomically(path, lambda file: picture.save(file, "PNG"), through_power_cuts=False)
 
 
-def save_grid(images: Tensor, path: Path, column_names: Sequence[str], columns: int = 0) -> None:
-    """uint8 [N, C, H, W] as one picture, row by row, a named column per class; small images are enlarged.
+TILE = 64                                                        # about as many pixels across as a small image gets
+GAP = 4                                                          # pixels between images
+BLOCK_GAP = 12                                                   # and between blocks of several columns
+LINE = 14                                                        # pixels of a line of a heading
 
-    columns: by default one per name, or as many as rows. Raises OSError.
+
+@dataclass(frozen=True)
+class GridLayout:
+    """Where images stand in a grid: in blocks of rows and columns, of which `across` stand side by side.
+
+    Image i is in block i % blocks. width, height: pixels of an image; head: pixels of the headings above blocks.
     """
-    columns = columns or len(column_names) or math.ceil(math.sqrt(len(images)))
-    rows = math.ceil(len(images) / columns)
-    zoom = max(1, round(64 / max(images.shape[2:])))
+
+    count: int
+    blocks: int
+    across: int
+    columns: int                                                 # in a block
+    width: int
+    height: int
+    head: int = 0
+
+    @property
+    def rows(self) -> int:
+        """In a block."""
+        return math.ceil(math.ceil(self.count / self.blocks) / self.columns)
+
+    @property
+    def bands(self) -> int:
+        """Rows of blocks."""
+        return math.ceil(self.blocks / self.across)
+
+    @property
+    def block_width(self) -> int:
+        return self.columns * (self.width + GAP) - GAP
+
+    def block_corner(self, block: int) -> tuple[int, int]:
+        """The left and upper edge of a block, heading and all."""
+        band, place = divmod(block, self.across)
+        gap = BLOCK_GAP if self.columns > 1 else GAP
+        pitch = self.head + self.rows * (self.height + GAP)
+        return GAP + place * (self.block_width + gap), band * (pitch + GAP)
+
+    def corner(self, i: int) -> tuple[int, int]:
+        """The left and upper edge of an image."""
+        left, top = self.block_corner(i % self.blocks)
+        row, column = divmod(i // self.blocks, self.columns)
+        return left + column * (self.width + GAP), top + self.head + GAP + row * (self.height + GAP)
+
+    @property
+    def size(self) -> tuple[int, int]:
+        """Width and height of the picture."""
+        left, _ = self.block_corner(self.across - 1)
+        _, top = self.block_corner(self.blocks - 1)
+        return left + self.block_width + GAP, top + self.head + self.rows * (self.height + GAP) + GAP
+
+    def flaw(self) -> tuple[float, int]:
+        """The smaller the better: far from square, empty places, many bands; of two alike the wider one is better."""
+        width, height = self.size
+        places = self.across * self.bands * self.columns * self.rows
+        flaw = abs(math.log(width / height)) + 2 * (1 - self.count / places) + 0.05 * (self.bands - 1)
+        return round(flaw, 3), -width
+
+
+def choose_layout(count: int, blocks: int, width: int, height: int, head: int, columns: int = 0) -> GridLayout:
+    """The layout nearest to a square; columns: so many images side by side."""
+    if columns:
+        across = min(blocks, columns)
+        return GridLayout(count, blocks, across, columns // across, width, height, head)
+
+    best = None
+    for across in range(1, blocks + 1):
+        for in_block in range(1, math.ceil(count / blocks) + 1):
+            layout = GridLayout(count, blocks, across, in_block, width, height, head)
+            if best is None or layout.flaw() < best.flaw():
+                best = layout
+    return best
+
+
+def heading_font(text: str) -> ImageFont.FreeTypeFont:
+    """Pillow's own font for plain English, one of the system's for other scripts, where there is one."""
+    for name in () if text.isascii() else ("DejaVuSans.ttf", "Arial Unicode.ttf", "arial.ttf"):
+        with suppress(OSError):
+            return ImageFont.truetype(name, 11)
+    return ImageFont.load_default(12)
+
+
+def fit_heading(text: str, width: int) -> tuple[list[str], ImageFont.FreeTypeFont]:
+    """The text as at most two lines of so many pixels, and its font. What is too long ends with three dots."""
+    text = " ".join(text.encode(errors="replace").decode().split())
+    font = heading_font(text)
+
+    # Two lines, where a space or a mark parts the words.
+    lines = [text]
+    if font.getlength(text) > width:
+        breaks = [match.end() for match in re.finditer(r"[\s_/.-]+", text)]
+        fitting = [end for end in breaks if font.getlength(text[:end].strip()) <= width]
+        if fitting:
+            lines = [text[: fitting[-1]].strip(), text[fitting[-1] :]]
+
+    for i, line in enumerate(lines):
+        if font.getlength(line) > width:
+            while line and font.getlength(f"{line}...") > width:
+                line = line[:-1]
+            lines[i] = f"{line}..."
+    return lines, font
+
+
+def save_grid(images: Tensor, path: Path, headings: Sequence[str] = (), columns: int = 0) -> None:
+    """uint8 [N, C, H, W] as one picture, nearly square; small images are enlarged by a whole factor and stay sharp.
+
+    headings: of the blocks of columns into which the images are dealt out in turn, such as the classes; one for each
+    image where there are as many. columns: how many stand side by side, where that is not to be chosen. Raises OSError.
+    """
+    headings = list(headings)[: len(images)]
+    blocks = max(1, len(headings))
+    zoom = max(1, TILE // max(images.shape[2:]))
     height = images.shape[2] * zoom
     width = images.shape[3] * zoom
-    gap = 4
-    head = 18 if column_names else 0
 
-    def corner(i: int) -> tuple[int, int]:
-        row, column = divmod(i, columns)
-        return gap + column * (width + gap), gap + head + row * (height + gap)
+    head = LINE + GAP if headings else 0
+    layout = choose_layout(len(images), blocks, width, height, head, columns)
+    texts = [fit_heading(heading, layout.block_width) for heading in headings]
+    if any(len(lines) > 1 for lines, _ in texts):
+        layout = replace(layout, head=head + LINE)
 
-    mode = "RGB" if images.shape[1] == 3 else "L"
-    size = (columns * (width + gap) + gap, rows * (height + gap) + gap + head)
-    grid = Image.new(mode, size, "white")
+    grid = Image.new("RGB" if images.shape[1] == 3 else "L", layout.size, "white")
     for i, image in enumerate(images):
-        tile = to_pil(image).resize((width, height), Image.Resampling.BICUBIC)
-        grid.paste(tile, corner(i))
+        tile = to_pil(image).resize((width, height), Image.Resampling.NEAREST)
+        grid.paste(tile, layout.corner(i))
 
     pen = ImageDraw.Draw(grid)
-    font = ImageFont.load_default(12)
-    for i, name in enumerate(column_names):
-        while len(name) > 1 and font.getlength(name) > width:
-            name = name[:-1]
-        left, _ = corner(i)
-        pen.text((left + width / 2, head - 6), name, "black", font, anchor="ms")
+    for block, (lines, font) in enumerate(texts):
+        left, top = layout.block_corner(block)
+        for i, line in enumerate(reversed(lines)):               # from the images upwards
+            baseline = top + layout.head - 6 - LINE * i
+            pen.text((left + layout.block_width / 2, baseline), line, "black", font, anchor="ms")
 
     write_atomically(path, lambda file: grid.save(file, "PNG"))
 
 
 def file_name(class_name: str) -> str:
     """A class's name in the names of files."""
-    return re.sub(r"[^\w.-]+", "_", class_name).strip(".")[:50] or "class"
+    composed = unicodedata.normalize("NFC", class_name)          # an accent and its letter as one
+    return re.sub(r"[^\w.-]+", "_", composed).strip(".")[:50] or "class"
 
+
+def file_names(class_names: Sequence[str]) -> list[str]:
+    """All classes' names in the names of files: no two alike, not even on a disk that takes A for a.
+
+    A name that is free stays as file_name has it; of those alike each gets its class's number.
+    """
+    names = [file_name(class_name) for class_name in class_names]
+    count = Counter(name.casefold() for name in names)
+    taken = set(count)
+    for i, name in enumerate(names):
+        if count[name.casefold()] == 1:
+            continue
+        while name.casefold() in taken:
+            name = f"{name}-{i}"
+        taken.add(name.casefold())
+        names[i] = name
+    return names

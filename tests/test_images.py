@@ -807,6 +807,89 @@ def test_small_images_are_enlarged(tmp_path):
     assert grid(tmp_path, flat(9, side=100)).size == (108, 108)
 
 
+def test_pixels_of_small_images_stay_sharp(tmp_path):
+    """Each becomes a square of its own value, never a blur, at a whole factor."""
+    pixels = torch.randint(0, 256, (1, 1, 8, 8), dtype=torch.uint8)
+    enlarged = pixels[0, 0].repeat_interleave(8, 0).repeat_interleave(8, 1)
+    assert np.array_equal(np.asarray(grid(tmp_path, pixels))[4:68, 4:68], enlarged.numpy())
+
+
+@pytest.mark.parametrize("shape", [(1, 8, 8), (1, 28, 28), (3, 64, 64), (3, 48, 64), (3, 96, 96)], ids=str)
+@pytest.mark.parametrize("count, classes", [
+    (1, 1), (100, 1), (100, 2), (100, 3), (100, 10), (100, 17), (100, 100), (100, 1000), (40, 10), (10, 10), (7, 0), (16, 0)])
+def test_a_grid_is_nearly_square(tmp_path, count, classes, shape):
+    """However many images and classes there are, and of whatever size: no ribbon, little of it empty."""
+    names = [f"class {i}" for i in range(classes)]
+    picture = grid(tmp_path, torch.zeros(count, *shape, dtype=torch.uint8), names)
+    assert 0.6 <= picture.width / picture.height <= 1.6
+    _, height, width = shape
+    zoom = max(1, 64 // max(height, width))
+    if count > 10:
+        assert count * height * width * zoom**2 > 0.55 * picture.width * picture.height
+
+
+def test_the_images_of_a_class_stand_together(tmp_path):
+    """Drawn in turn, each class becomes a block of neighbouring columns, in the order of its images."""
+    brightness = [100 * (i % 2) + i // 2 + 1 for i in range(100)]            # 1..50 and 101..150
+    picture = grid(tmp_path, flat(*brightness), ["left", "right"])
+    pixels = np.asarray(picture)
+    block = 5 * 68 + 8
+    assert picture.size == (2 * block - 4, 18 + 10 * 68 + 4)
+    for i in range(100):
+        row, column = divmod(i // 2, 5)
+        left = 4 + (i % 2) * block + 68 * column
+        top = 18 + 4 + 68 * row
+        assert (pixels[top : top + 64, left : left + 64] == brightness[i]).all()
+    head = ImageOps.invert(picture).crop((0, 0, picture.width, 18))
+    for i in range(2):
+        box = head.crop((i * block, 0, (i + 1) * block, 18)).getbbox()
+        assert abs((box[0] + box[2]) / 2 - (4 + 5 * 34)) <= 4                # in the middle above its block
+
+
+def test_blocks_go_on_below(tmp_path):
+    """A hundred classes of one image each: rows of them, each image with its name."""
+    picture = grid(tmp_path, flat(*range(100)), [str(i) for i in range(100)])
+    layout = images.choose_layout(100, 100, 64, 64, 18)
+    assert picture.size == layout.size
+    pixels = np.asarray(picture)
+    for i in range(100):
+        left, top = layout.corner(i)
+        assert (pixels[top : top + 64, left : left + 64] == i).all()
+        assert pixels[top - 18 : top - 4, left : left + 64].min() < 100
+
+
+@pytest.mark.parametrize("name, lines", [
+    ("cat", ["cat"]), ("bird of prey", ["bird of prey"]), ("a mouse in a house", ["a mouse in", "a house"]),
+    ("deer_with_antlers", ["deer_with_", "antlers"]), ("train/automobile", ["train/", "automobile"]),
+    ("incomprehensible", ["incompre..."]), ("very incomprehensible", ["very", "incompre..."]),
+    ("one\ntwo\tthree", ["one two", "three"]), ("", [""]), ("bad \udcff byte", ["bad ? byte"])])
+def test_long_names_take_two_lines_or_say_that_they_are_cut(name, lines):
+    """Between words where that helps; else three dots stand for what is missing."""
+    found, font = images.fit_heading(name, 64)
+    assert found == lines
+    assert all(font.getlength(line) <= 64 for line in found)
+
+
+def test_names_of_two_lines_lie_above_their_images(tmp_path):
+    """All headings of a grid are then as high, and short names stand next to the images."""
+    picture = grid(tmp_path, flat(0, 0), ["a mouse in a house", "cat"])
+    assert picture.size == (140, 32 + 68 + 4)
+    head = ImageOps.invert(picture).crop((0, 0, 140, 32))
+    long, short = (head.crop((68 * i, 0, 68 * i + 68, 32)).getbbox() for i in range(2))
+    assert long[1] < 12
+    assert short[1] > 14
+    assert long[3] <= 32
+    assert np.asarray(picture)[36:100, 4:68].max() == 0
+
+
+def test_names_of_any_script_are_drawn(tmp_path):
+    """Where the system has a font; else with Pillow's own, and no error."""
+    assert images.heading_font("cat").getname()[0] != "DejaVu Sans"
+    lines, _ = images.fit_heading("käse 日本", 200)
+    assert lines == ["käse 日本"]
+    grid(tmp_path, flat(0), ["käse 日本"])
+
+
 def test_a_column_has_the_name_of_its_class(tmp_path):
     """Names stand above their columns, and one too long is cut at the column's edge."""
     names = ["cat", "", "i" * 500]
@@ -845,6 +928,18 @@ def test_names_of_classes_lead_nowhere_as_names_of_files(name, expected):
     """No separator, no leading dot, no control character, no endless name; letters of any script stay."""
     assert file_name(name) == expected
     assert Path(file_name(name)).name == expected
+
+
+@pytest.mark.parametrize("names, expected", [
+    (["a b", "a_b", "c"], ["a_b-0", "a_b-1", "c"]), (["Cat", "cat", "dog"], ["Cat-0", "cat-1", "dog"]),
+    (["y" * 60 + "1", "y" * 60 + "2"], ["y" * 50 + "-0", "y" * 50 + "-1"]), (["a b", "a_b", "a_b-0"], ["a_b-0-0", "a_b-1", "a_b-0"]),
+    (["e\u0301", "\xe9"], ["\xe9-0", "\xe9-1"]), (["", ".", ".."], ["class-0", "class-1", "class-2"]), (["3", "7"], ["3", "7"])])
+def test_no_two_classes_have_the_same_file_name(names, expected):
+    """Also where a disk knows no case, and where long names are cut; a name that is alone stays as it is."""
+    found = images.file_names(names)
+    assert found == expected
+    assert len({name.casefold() for name in found}) == len(names)
+    assert all(Path(name).name == name for name in found)
 
 
 def test_names_in_a_zip_file_are_names_only(tmp_path):
