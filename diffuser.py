@@ -102,14 +102,14 @@ from diffuser_lib.files import (
     warn,
     warn_on_oserror,
     write_atomically,
-    write_json,
     zip_is_sound,
 )
 from diffuser_lib.images import (
     ImageData,
     ImageFiles,
+    PictureFolder,
     cached_images,
-    file_name,
+    file_names,
     from_uint8,
     open_image,
     require_images,
@@ -4260,7 +4260,7 @@ def run_inference(asked: dict) -> None:
         return
 
     # The settings of the checkpoint, and those asked for where they do not shape the network.
-    state = load_checkpoint(path)
+    state, source = load_with_digest(path)
     wants_labels = asked.pop("use_labels", None)
     check_compatible(path, asked, state["config"])
     asked.pop("dataset", None)
@@ -4282,9 +4282,30 @@ def run_inference(asked: dict) -> None:
         elif wants_labels is not False:
             numbers = list(range(len(model.class_names)))
         count = cfg.num_images or 10 * max(1, len(numbers))
-        save_images(model, cfg, numbers, count, path)
+        save_images(model, cfg, numbers, count, source)
     else:
-        interactive_sampling(model, cfg, path)
+        interactive_sampling(model, cfg, source)
+
+
+def load_with_digest(path: Path) -> tuple[dict, dict]:
+    """A checkpoint's content, and what names it for good: its path and SHA-256. Raises UserError.
+
+    Both are of one file, though a run may put its next checkpoint there at any time.
+    """
+    def stamp() -> tuple | None:
+        with suppress(OSError):
+            status = path.stat()
+            return status.st_ino, status.st_mtime_ns, status.st_size
+        return None
+
+    while True:
+        before = stamp()
+        digest = ""
+        with suppress(OSError):                                  # load_checkpoint says what is wrong
+            digest = hashlib.sha256(path.read_bytes()).hexdigest()
+        state = load_checkpoint(path)
+        if digest and stamp() in (before, None):                 # the same, or gone by now
+            return state, dict(checkpoint=str(path), sha256=digest)
 
 
 def choose_checkpoint(asked: dict) -> Path | None:
@@ -4334,7 +4355,7 @@ def of_that_run(found: list[tuple[Path, dict]], option: str, wanted: str, home: 
     raise UserError(f"--{option} {wanted}: {home} has no checkpoint of it{did_you_mean(wanted, there)}; {others}")
 
 
-def interactive_sampling(model: Model, cfg: Config, path: Path) -> None:
+def interactive_sampling(model: Model, cfg: Config, source: dict) -> None:
     """Ask for classes and numbers of images, draw, save and show, until the user quits."""
     if model.class_names:
         print(f"classes: {list_classes(model.class_names)}")
@@ -4352,7 +4373,7 @@ def interactive_sampling(model: Model, cfg: Config, path: Path) -> None:
             return
 
         count *= max(1, len(numbers))
-        folder = save_images(model, cfg, numbers, count, path, drawn)
+        folder = save_images(model, cfg, numbers, count, source, drawn)
         drawn += count
         if sys.stdout.isatty() and has_display():
             open_image(folder / "grid.png").show()
@@ -4365,41 +4386,67 @@ def has_display() -> bool:
     return bool(os.environ.get("DISPLAY") or os.environ.get("WAYLAND_DISPLAY"))
 
 
-def save_images(model: Model, cfg: Config, numbers: list[int], count: int, path: Path, first: int = 0) -> Path:
-    """Draw `count` images from number first on, of the classes `numbers` in turn, with the checkpoint at `path`.
+def save_images(model: Model, cfg: Config, numbers: list[int], count: int, source: dict, first: int = 0) -> Path:
+    """Draw `count` images from number first on, of the classes `numbers` in turn.
 
-    Returns the folder with images/, grid.png and samples.json: --save_dir, or a new one. Raises UserError where there
-    are images already.
+    source: path and hash of the checkpoint, as from load_with_digest. Returns the folder with images/, grid.png and
+    samples.json: --save_dir, or a new one. Where images of the same request are there, the others are drawn. Raises
+    UserError where there are other images, all of them, or another process that draws into the folder.
     """
     folder = Path(cfg.save_dir)
     if not cfg.save_dir:
         folder = unused_path(Path(cfg.generated_directory, f"inference_{cfg.dataset}_"))
-    images_folder = folder / "images"
-    if images_folder.exists() and any(images_folder.iterdir()):
-        raise UserError(f"{images_folder} already holds images: give another --save_dir or remove it")
-    images_folder.mkdir(parents=True, exist_ok=True)
-
-    # The images, each by its number and class.
     labels = model.labels(numbers, count)
-    names = [*map(file_name, model.class_names), "image"]
-    shown = []                                                   # of the first hundred
-    i = 0
-    for batch in draw_with_bar(model, labels, cfg, first):
-        shown.append(batch[: max(0, 100 - i)])
-        for image in batch:
-            save_png(image, images_folder / f"{first + i:06}_{names[labels[i]]}.png")
-            i += 1
-
-    # What shows them side by side, and what repeats them.
+    names = [*file_names(model.class_names), "image"]
     class_names = [model.class_names[n] for n in numbers]
-    save_grid(torch.cat(shown), folder / "grid.png", class_names)
-    if cfg.trajectory:
-        save_strip(model, labels[:10], cfg, folder / "trajectory.png", first)
-    digest = hashlib.sha256(path.read_bytes()).hexdigest()
-    write_json(folder / "samples.json", dict(checkpoint=str(path), sha256=digest, images=count, classes=class_names,
-                                             config=dataclasses.asdict(cfg)))
-    print(f"{count} images in {images_folder}, grid {folder / 'grid.png'}")
+    pictures = PictureFolder(
+        folder, "samples.json",
+        dict(source, images=count, first=first, classes=class_names, config=dataclasses.asdict(cfg)), drawing_request,
+        name=lambda i: f"{first + i:06}_{names[labels[i]]}.png", count=count, shape=model.shape,
+        last="trajectory.png" if cfg.trajectory else "grid.png")
+
+    with pictures.hold(how_to_go_on(cfg, folder, numbers, count, first)):
+        # The images, each by its number and class.
+        missing = pictures.missing()
+        there = count - sum(map(len, missing))
+        if there:
+            print(f"going on: {there} of {count} images are in {folder / 'images'}")
+        for run in missing:
+            i = run.start
+            for batch in draw_with_bar(model, labels[run.start : run.stop], cfg, first + run.start):
+                for image in batch:
+                    save_png(image, pictures.path(i))
+                    i += 1
+
+        # What shows them side by side: the first hundred.
+        shown = torch.stack([pictures.read(i) for i in range(min(count, 100))])
+        save_grid(shown, folder / "grid.png", class_names)
+        if cfg.trajectory:
+            save_strip(model, labels[:10], cfg, folder / "trajectory.png", first)
+    print(f"{count} images in {folder / 'images'}, grid {folder / 'grid.png'}")
     return folder
+
+
+def drawing_request(record: dict) -> tuple:
+    """What two samples.json have in common where they ask for the same images, but for rounding."""
+    ignored = (PER_RUN | {"sequential", "sample_batch_size"}) - {"guide_path"}
+    settings = {name: record["config"][name] for name in FIELDS if name not in ignored}
+    return record["sha256"], record["images"], record["first"], record["classes"], settings
+
+
+def how_to_go_on(cfg: Config, folder: Path, numbers: list[int], count: int, first: int) -> str:
+    """What to do where drawing broke off, as the end of a message; nothing where no command line draws the same."""
+    if first:
+        return ""
+    flags = []
+    if not cfg.save_dir:
+        flags.append(f"--save_dir {shlex.quote(str(folder))}")
+        if not cfg.num_images:
+            flags.append(f"--num_images {count}")
+        if numbers and not cfg.classes:
+            flags.append(f"--classes {','.join(map(str, numbers))}")
+    command = " ".join(["the same command", *(["with"] if flags else []), *flags])
+    return f".\nWhen that is mended, {command} goes on with the rest"
 
 
 # ---- 12  Command line --------------------------------------------------------------------------
@@ -4482,15 +4529,18 @@ def run_command(options: argparse.Namespace) -> None:
     leave()
 
 
-def explain(error: Exception) -> Exception | None:
-    """A clearer error for what torch says; None where another process of the run tells it."""
+def explain(error: Exception, remedy: str = "lower --batch_size or --sample_batch_size") -> Exception | None:
+    """A clearer error for what torch says; None where another process of the run tells it.
+
+    remedy: what to do where memory is too small.
+    """
     if not speaks_first():
         return None
     if is_lost(error):
         return UserError(f"another process has gone ({first_line(error)}); the same command goes on", code=1)
     no_memory = re.search("DefaultCPUAllocator: can't|MPS backend out of memory", str(error))
     if no_memory or isinstance(error, (torch.OutOfMemoryError, MemoryError)):
-        return UserError("out of memory: lower --batch_size or --sample_batch_size", code=1)
+        return UserError(f"out of memory: {remedy}", code=1)
     return error
 
 

@@ -37,10 +37,10 @@ from diffuser_lib.files import (
     first_line,
     run_script,
     unused_path,
-    write_json,
 )
 from diffuser_lib.images import (
     DecodedImages,
+    PictureFolder,
     Shape,
     from_uint8,
     open_image,
@@ -354,32 +354,38 @@ COMMANDS = {
 
 
 def choose_folder(args: argparse.Namespace) -> Path:
-    """Where the images go. Raises UserError where something is there."""
+    """Where the images go. Raises UserError where something is there that is no edit's."""
     if not args.save_dir:
         return unused_path(Path("samples", f"edit_{args.command}_"))
     folder = Path(args.save_dir)
-    if folder.exists() and any(folder.iterdir()):
+    if folder.exists() and any(folder.iterdir()) and not (folder / "edit.json").exists():
         raise UserError(f"{folder} is not empty: give another --save_dir")
     return folder
 
 
-def load_model(args: argparse.Namespace) -> diffuser.Model:
-    """The model in the checkpoint, to draw as the command line asks for. Raises UserError."""
+def edit_request(record: dict) -> dict:
+    """What two edit.json have in common where they ask for the same images."""
+    return {name: value for name, value in record.items() if name not in ("checkpoint", "save_dir")}
+
+
+def load_model(args: argparse.Namespace) -> tuple[diffuser.Model, dict]:
+    """The model in the checkpoint, to draw as the command line asks for, and what names it. Raises UserError."""
     overrides = {}
     for name in COMMANDS[args.command].options:
         value = getattr(args, name)
         if value is not None:
             overrides[name] = value
 
-    saved = diffuser.load_checkpoint(args.checkpoint, peek=True)["config"]
+    state, source = diffuser.load_with_digest(Path(args.checkpoint))
+    saved = state["config"]
     settings = overrides
     if args.command == "inpaint":                                # RePaint is ancestral sampling
         settings = dict(sampler="ddpm", steps=min(50, saved["timesteps"])) | overrides
-    model = diffuser.load(args.checkpoint, **settings)
+    model = diffuser.build_model(state, diffuser.configure(saved, **dict(device="auto") | settings))
 
     # A flag that the sampler does not take is refused, as in diffuser.py.
     diffuser.check_sampler_options(overrides, model.config)
-    return model
+    return model, source
 
 
 @torch.no_grad()
@@ -387,7 +393,7 @@ def edit(args: argparse.Namespace) -> str:
     """Do what the command line asks for; returns what to say of it. Raises UserError, OSError."""
     command = COMMANDS[args.command]
     folder = choose_folder(args)
-    model = load_model(args)
+    model, source = load_model(args)
 
     classes = []
     if args.classes:
@@ -397,17 +403,23 @@ def edit(args: argparse.Namespace) -> str:
     if not 1 <= args.num_images <= 100:                          # they are drawn in one batch
         raise UserError("--num_images lies between 1 and 100")
 
+    settings = {name: value for name, value in vars(args).items() if name != "debug"}
+    pictures = PictureFolder(folder, "edit.json", settings | source, edit_request, name=lambda i: f"{i:06}.png",
+                             count=args.num_images, shape=model.shape, last="grid.png")
+    pictures.require_open()
+
     context = EditContext(model, classes, args.num_images)
     edited = command.run(context, args)
 
     images = to_uint8(edited.x)
-    for i, image in enumerate(images):
-        save_png(image, folder / "images" / f"{i:06}.png")
-    shown = torch.cat([*edited.sources.values(), images])
-    headings = [*edited.sources, *edited.headings]
-    save_grid(shown, folder / "grid.png", headings, columns=min(10, len(shown)))
-    settings = {name: value for name, value in vars(args).items() if name != "debug"}
-    write_json(folder / "edit.json", settings)
+    again = "the same command" if args.save_dir else f"the same command with --save_dir {folder}"
+    with pictures.hold(f".\nWhen that is mended, {again} goes on with the rest"):
+        for run in pictures.missing():
+            for i in run:
+                save_png(images[i], pictures.path(i))
+        shown = torch.cat([*edited.sources.values(), images])
+        headings = [*edited.sources, *edited.headings]
+        save_grid(shown, folder / "grid.png", headings, columns=min(10, len(shown)))
     return f"{len(images)} images in {folder / 'images'}, grid {folder / 'grid.png'}"
 
 
@@ -458,7 +470,8 @@ def add_drawing_options(parser: argparse.ArgumentParser, command: Command) -> No
 
 def main(argv: list[str] | None = None) -> int:
     """Run the command line; returns the exit status."""
-    return run_script("edit", lambda: build_parser().parse_args(argv), lambda args: print(edit(args)))
+    return run_script("edit", lambda: build_parser().parse_args(argv), lambda args: print(edit(args)),
+                      partial(diffuser.explain, remedy="lower --num_images"))
 
 
 if __name__ == "__main__":

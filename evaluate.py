@@ -25,6 +25,7 @@ import math
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -621,7 +622,8 @@ def run(args: argparse.Namespace) -> None:
 
 def main(argv: list[str] | None = None) -> int:
     """Run the command line; returns the exit status."""
-    return run_script("evaluate", lambda: build_parser().parse_args(argv), run, diffuser.explain)
+    return run_script("evaluate", lambda: build_parser().parse_args(argv), run,
+                      partial(diffuser.explain, remedy="give fewer or smaller images, or close other programs"))
 
 
 if __name__ == "__main__":

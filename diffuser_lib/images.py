@@ -3,9 +3,9 @@
 Numbers     ImageData, to_uint8, from_uint8: uint8 [N, C, H, W] outside, float in [-1, 1] inside a network
 In          open_image; ImageFiles: the images of a folder or ZIP file; DecodedImages: as arrays of one shape
 Cache       cached_images: decoded once, then memory-mapped
-Out         to_pil, save_png, save_grid, file_names
+Out         to_pil, save_png, PictureFolder, save_grid, file_names
 
-Needs torch, numpy, Pillow and tqdm.
+Needs torch, numpy, Pillow and tqdm, and filelock for locks.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ import unicodedata
 import warnings
 import zipfile
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from functools import lru_cache
@@ -36,7 +36,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
-from diffuser_lib.files import UserError, first_line, warn, write_atomically, write_json
+from diffuser_lib.files import UserError, first_line, hold_lock, warn, write_atomically, write_json
 
 Shape = tuple[int, int, int]                                     # (C, H, W)
 
@@ -391,6 +391,90 @@ def save_png(image: Tensor, path: Path) -> None:
     """uint8 [C, H, W] as a PNG file, which is whole or not there, whatever interrupts. Raises OSError."""
     picture = to_pil(image)
     write_atomically(path, lambda file: picture.save(file, "PNG"), through_power_cuts=False)
+
+
+@dataclass(frozen=True)
+class PictureFolder:
+    """Where the pictures of one request go: folder/images/, with a record of the request beside it.
+
+    A request that broke off can go on: its record is written first, each picture is whole or not there, and a later
+    request of the same identity draws what is missing. record: JSON, written as record_name; identity: of a record,
+    what two requests for the same pictures have in common; name: the file of picture number i of `count`; last: the
+    file in the folder that is written last.
+    """
+
+    folder: Path
+    record_name: str
+    record: dict
+    identity: Callable[[dict], object]
+    name: Callable[[int], str]
+    count: int
+    shape: Shape
+    last: str
+
+    def path(self, i: int) -> Path:
+        return self.folder / "images" / self.name(i)
+
+    def read(self, i: int) -> Tensor | None:
+        """Picture i, uint8 [C, H, W]; None where it is not there, or is not whole after a power cut."""
+        try:
+            with open_image(self.path(i)) as picture:
+                pixels = np.array(picture)
+        except Exception:                                        # Pillow raises many kinds
+            return None
+        channels, height, width = self.shape
+        if pixels.dtype != np.uint8 or pixels.shape != ((height, width, channels) if channels > 1 else (height, width)):
+            return None
+        return torch.from_numpy(pixels.reshape(height, width, channels)).permute(2, 0, 1)
+
+    def missing(self) -> list[range]:
+        """The numbers of the pictures that are not there, neighbours together."""
+        runs = []
+        for i in range(self.count):
+            if self.read(i) is not None:
+                continue
+            if runs and runs[-1].stop == i:
+                runs[-1] = range(runs[-1].start, i + 1)
+            else:
+                runs.append(range(i, i + 1))
+        return runs
+
+    def is_same_request(self) -> bool:
+        """Whether the record in the folder asks for the same pictures."""
+        try:
+            there = json.loads((self.folder / self.record_name).read_text())
+            return self.identity(there) == self.identity(json.loads(json.dumps(self.record)))
+        except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):       # JSON of any kind
+            return False
+
+    def require_open(self) -> None:
+        """Raise UserError unless the folder is empty, or pictures of this very request are missing in it."""
+        images = self.folder / "images"
+        advice = "give another --save_dir or remove it"
+        if not images.is_dir() or not any(images.iterdir()):
+            return
+        if not self.is_same_request():
+            raise UserError(f"{images} already holds images of another request: {advice}")
+        if (self.folder / self.last).exists() and not self.missing():
+            raise UserError(f"{images} already holds images, all that are asked for: {advice}")
+
+    @contextmanager
+    def hold(self, go_on: str) -> Iterator[None]:
+        """Hold the folder while pictures are written into it; another process is refused.
+
+        go_on: what to say of going on, where the disk is full. Raises UserError.
+        """
+        images = self.folder / "images"
+        with hold_lock(images, "--save_dir", "wait until it has ended, or give another --save_dir", patience=0):
+            self.require_open()
+            try:
+                images.mkdir(exist_ok=True)
+                write_json(self.folder / self.record_name, self.record)
+                yield
+            except OSError as error:
+                kept = len(list(images.glob("[!.]*.png")))
+                raise UserError(f"{images}: {error.strerror or first_line(error)}; {kept} of {self.count} images are "
+                                f"there, whole{go_on}", code=1) from error
 
 
 TILE = 64                                                        # about as many pixels across as a small image gets

@@ -174,6 +174,149 @@ def test_inference_without_questions(trained, folder, capsys):
     assert "already holds images" in fails(capsys, *flags)                   # and nothing is overwritten
 
 
+def drawing(trained, *flags):
+    """A command line that draws twenty images of two classes into out/."""
+    return ["--mode", "inference", "--model_path", str(trained), "--classes", "3,7", "--num_images", "20", "--steps", "2",
+            "--sample_batch_size", "5", "--save_dir", "out", *flags]
+
+
+@pytest.fixture
+def small_disk(folder):
+    """out/ is a file system of sixteen pages, each of which holds a small picture; or a skip."""
+    place = folder / "out"
+    place.mkdir()
+    mount = ["mount", "-t", "tmpfs", "-o", "size=64k", "tmpfs", str(place)]
+    if not shutil.which("mount") or subprocess.run(mount, capture_output=True).returncode:
+        pytest.skip("mounting a small file system needs root")
+    yield place
+    subprocess.run(["umount", "-l", str(place)], check=True)
+
+
+def test_a_disk_that_is_full_while_drawing(trained, small_disk, capsys):
+    """One line with the place, the reason and what is kept, status 1; pictures are whole or not there; with room again the
+    same command draws the rest, which are those that it would have drawn."""
+    assert main(drawing(trained)) == 1
+    errors = capsys.readouterr().err
+    kept = sorted(os.listdir("out/images"))
+    assert 5 < len(kept) < 20
+    assert f"out/images: No space left on device; {len(kept)} of 20 images are there" in errors
+    assert "the same command goes on" in errors
+    assert len(errors.splitlines()) == 2
+    times = {name: os.stat(f"out/images/{name}").st_mtime_ns for name in kept}
+
+    subprocess.run(["mount", "-o", "remount,size=1m", str(small_disk)], check=True)
+    assert main(drawing(trained)) == 0
+    assert f"going on: {len(kept)} of 20" in capsys.readouterr().out
+    assert times == {name: os.stat(f"out/images/{name}").st_mtime_ns for name in kept}
+    shutil.rmtree("whole", ignore_errors=True)
+    assert main([*drawing(trained)[:-1], "whole"]) == 0
+    assert sorted(os.listdir("out/images")) == sorted(os.listdir("whole/images"))
+    for name in os.listdir("whole/images"):
+        one, other = (np.asarray(Image.open(f"{place}/images/{name}"), dtype=int) for place in ("out", "whole"))
+        assert np.abs(one - other).max() <= 1
+    assert (small_disk / "grid.png").exists()
+
+
+def test_drawing_goes_on_where_it_broke_off(trained, folder, capsys, monkeypatch):
+    """Missing pictures, one that a power cut left empty, a missing grid: the same command makes them and leaves the
+    others. Another seed, number of images, class or checkpoint is another request, which is refused."""
+    assert main(drawing(trained)) == 0
+    for name in ("000004_3.png", "000005_7.png", "000019_7.png"):
+        os.remove(f"out/images/{name}")
+    (folder / "out/images/000011_7.png").write_bytes(b"")
+    before = os.stat("out/images/000000_3.png").st_mtime_ns
+
+    drawn = []
+    real_draw = diffuser.Model.draw
+    monkeypatch.setattr(diffuser.Model, "draw", lambda model, labels, *more: drawn.append(labels) or real_draw(model, labels, *more))
+    for flags in (["--seed", "5"], ["--num_images", "21"], ["--classes", "7,3"], ["--steps", "3"]):
+        assert "holds images of another request" in fails(capsys, *drawing(trained), *flags)
+    assert main(drawing(trained, "--sample_batch_size", "1")) == 0
+    assert drawn == [[3, 7], [7], [7]]
+    assert os.stat("out/images/000000_3.png").st_mtime_ns == before
+    assert len(os.listdir("out/images")) == 20
+
+    os.remove("out/grid.png")
+    assert main(drawing(trained)) == 0 and (folder / "out/grid.png").exists()
+    assert "already holds images, all that are asked for" in fails(capsys, *drawing(trained))
+    trained.write_bytes(diffuser.train(tiny_training(iterations=6)).read_bytes())
+    os.remove("out/grid.png")
+    assert "holds images of another request" in fails(capsys, *drawing(trained))
+
+
+def test_how_to_go_on_without_a_folder_of_ones_own(trained, monkeypatch, capsys):
+    """The message has the flags that name folder, number and classes where they were not on the command line."""
+    def full(*arguments):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(diffuser, "save_png", full)
+    monkeypatch.setattr("sys.stdin", io.StringIO("3\n4\n"))
+    assert main(["--mode", "inference", "--steps", "2", "--device", "cpu"]) == 1
+    assert "with --save_dir samples/inference_digits_1 --num_images 4 --classes 3 goes on" in capsys.readouterr().err
+
+
+def test_a_checkpoint_that_is_replaced_while_drawing(trained, folder, monkeypatch, capsys):
+    """samples.json has the hash of what was read, though a run has gone on since, or the file is no longer there."""
+    digest = hashlib.sha256(trained.read_bytes()).hexdigest()
+    real_draw = diffuser.draw_with_bar
+
+    def draw(*arguments):
+        trained.rename("gone.pt")
+        return real_draw(*arguments)
+
+    monkeypatch.setattr(diffuser, "draw_with_bar", draw)
+    assert main(drawing(trained)) == 0
+    assert json.loads((folder / "out/samples.json").read_text())["sha256"] == digest
+
+
+def test_the_hash_is_that_of_what_was_read(trained, folder, monkeypatch):
+    """A checkpoint that is replaced between hashing and reading is read again."""
+    new = diffuser.train(tiny_training(experiment_name="e", iterations=6)).read_bytes()
+    real_load, calls = diffuser.load_checkpoint, []
+
+    def load(path):
+        calls.append(path)
+        if len(calls) == 1:
+            (folder / "new.pt").write_bytes(new)
+            os.replace(folder / "new.pt", trained)
+        return real_load(path)
+
+    monkeypatch.setattr(diffuser, "load_checkpoint", load)
+    state, source = diffuser.load_with_digest(trained)
+    assert state["step"] == 6
+    assert source == dict(checkpoint=str(trained), sha256=hashlib.sha256(new).hexdigest())
+    assert len(calls) == 2
+
+
+def test_a_second_command_that_draws_into_the_same_folder_is_refused(trained, folder, monkeypatch, capsys):
+    """At once, with a line that names the first; that one is undisturbed."""
+    codes = []
+    real_draw = diffuser.draw_with_bar
+
+    def draw(*arguments):
+        monkeypatch.setattr(diffuser, "draw_with_bar", real_draw)
+        done = cli(*drawing(trained), cwd=folder)
+        codes.append(done.returncode)
+        assert f"in use by process {os.getpid()}" in done.stderr and "another --save_dir" in done.stderr
+        return real_draw(*arguments)
+
+    monkeypatch.setattr(diffuser, "draw_with_bar", draw)
+    assert main(drawing(trained)) == 0
+    assert codes == [2]
+    assert len(os.listdir("out/images")) == 20
+
+
+def test_two_classes_that_are_alike_as_file_names(folder, monkeypatch):
+    """`a b` and `a_b` stay apart in the names of the files."""
+    for i, name in enumerate(("a b", "a_b")):
+        (folder / "pictures" / name).mkdir(parents=True)
+        for k in range(4):
+            Image.new("L", (8, 8), 100 * i + k).save(folder / "pictures" / name / f"{k}.png")
+    path = diffuser.train(tiny_training(dataset="folder", path_to_data="pictures", img_size=(8, 8), batch_size=4))
+    assert main(["--mode", "inference", "--model_path", str(path), "--num_images", "2", "--steps", "2", "--save_dir", "out"]) == 0
+    assert sorted(os.listdir("out/images")) == ["000000_a_b-0.png", "000001_a_b-1.png"]
+
+
 def test_autoguidance_through_the_command_line(trained, folder, capsys):
     """--guide_path guides away from a weaker model, with other images than without; one that does not fit is refused."""
     assert main([*TRAIN, "--emb_dim", "4"]) == 0

@@ -1,5 +1,6 @@
 """edit.py: slerp, SDEdit and RePaint against closed forms and against what the model draws."""
 
+import hashlib
 import json
 import math
 
@@ -269,12 +270,81 @@ def test_what_is_written_is_whole_or_not_there(trained, monkeypatch):
     assert list((folder / "half" / "images").iterdir()) == []
 
 
+def test_an_edit_that_a_full_disk_broke_off_goes_on(trained, monkeypatch, capsys):
+    """One message with the place, what is kept and what to do, status 1; then the same command writes the rest, and no
+    other command."""
+    folder, path = trained
+    monkeypatch.chdir(folder)
+    command = [str(path), "vary", "three.png", "--num_images", "6", "--steps", "3", "--save_dir", "broken"]
+    real_save = edit.save_png
+
+    def save(image, place):
+        if place.name == "000004.png":
+            raise OSError(28, "No space left on device")
+        real_save(image, place)
+
+    monkeypatch.setattr(edit, "save_png", save)
+    assert edit.main(command) == 1
+    errors = capsys.readouterr().err
+    assert "broken/images: No space left on device; 4 of 6 images are there" in errors
+    assert "the same command goes on" in errors and len(errors.splitlines()) == 2
+    assert edit.main([*command, "--seed", "7"]) == 2 and "another request" in capsys.readouterr().err
+
+    written = []
+    monkeypatch.setattr(edit, "save_png", lambda image, place: (written.append(place.name), real_save(image, place)))
+    assert edit.main(command) == 0 and written == ["000004.png", "000005.png"]
+    assert Image.open("broken/grid.png").width == 7 * 68 + 4
+    assert edit.main(command) == 2 and "all that are asked for" in capsys.readouterr().err
+
+
+def test_the_message_of_a_full_disk_names_the_folder_to_go_on_in(trained, monkeypatch, capsys):
+    """Where the program has chosen it."""
+    folder, path = trained
+    monkeypatch.chdir(folder)
+
+    def full(*arguments):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(edit, "save_png", full)
+    assert edit.main([str(path), "interpolate", "--num_images", "1", "--steps", "3"]) == 1
+    assert "with --save_dir samples/edit_interpolate_1 goes on" in capsys.readouterr().err
+
+
+def test_every_picture_of_an_edit_has_a_heading(trained, monkeypatch):
+    """What it was made from, seeds and weights on the way between them, the numbers of the files."""
+    folder, path = trained
+    monkeypatch.chdir(folder)
+    headings = []
+    monkeypatch.setattr(edit, "save_grid", lambda images, place, names, columns: headings.append(names))
+    common = ["--steps", "3", "--num_images", "3", "--save_dir"]
+    assert edit.main([str(path), "vary", "three.png", *common, "h1"]) == 0
+    assert edit.main([str(path), "inpaint", "three.png", "mask.png", *common, "h2"]) == 0
+    assert edit.main([str(path), "interpolate", "--seeds", "8,9", *common, "h3"]) == 0
+    assert edit.main([str(path), "interpolate", "--seeds", "8,9", "--num_images", "1", "--save_dir", "h4"]) == 0
+    assert headings == [["original", "0", "1", "2"], ["original", "known part", "0", "1", "2"], ["seed 8", "0.5", "seed 9"],
+                        ["seed 8"]]
+
+
+def test_out_of_memory_is_told_with_what_to_do(trained, monkeypatch, capsys):
+    """As diffuser.py does, with a flag that edit.py has."""
+    folder, path = trained
+    monkeypatch.chdir(folder)
+
+    def fail(*arguments):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20 GiB")
+
+    monkeypatch.setattr(edit, "vary", fail)
+    assert edit.main([str(path), "vary", "three.png", "--steps", "3"]) == 1
+    assert capsys.readouterr().err == "edit: out of memory: lower --num_images\n"
+
+
 def test_the_settings_are_kept_beside_the_images(trained, monkeypatch):
     """edit.json holds what was asked for, and nothing about debugging."""
     folder, path = trained
     monkeypatch.chdir(folder)
     assert edit.main([str(path), "vary", "three.png", "--num_images", "1", "--steps", "3", "--save_dir", "kept"]) == 0
     kept = json.loads((folder / "kept" / "edit.json").read_text())
+    assert kept["sha256"] == hashlib.sha256(path.read_bytes()).hexdigest()
     assert kept["command"] == "vary" and kept["steps"] == 3 and kept["strength"] == 0.5 and "debug" not in kept
 
 

@@ -273,6 +273,22 @@ def test_class_names_come_from_file_names_or_folders(tmp_path):
     assert "a" in evaluate.read_images(str(tmp_path)).class_names
 
 
+def test_classes_alike_as_file_names_are_told_apart():
+    """Drawn images of the classes `a b` and `a_b` get the labels that they were drawn with."""
+    generated = ImageData(torch.zeros(3, 1, 8, 8, dtype=torch.uint8), torch.tensor([1, 0, 2]), ["a_b-0", "a_b-1", "c"])
+    assert evaluate.labels_in_reference(generated, ["a b", "a_b", "c"]).tolist() == [1, 0, 2]
+
+
+def test_out_of_memory_is_told_with_what_to_do(monkeypatch, capsys):
+    """As diffuser.py does: one line, status 1."""
+    def fail(args):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20 GiB")
+
+    monkeypatch.setattr(evaluate, "evaluate", fail)
+    assert evaluate.main(["out", "--against", "digits"]) == 1
+    assert capsys.readouterr().err.startswith("evaluate: out of memory: give fewer or smaller images")
+
+
 def test_ctrl_c_ends_without_a_traceback(folder):
     """Status 130 and one line."""
     done = interrupted("evaluate.py", "--bpd", "some.pt", cwd=folder)

@@ -135,6 +135,18 @@ def test_denoising_strip_runs_from_noise_to_image(folder):
     assert (columns, rows) == (5, 2)
 
 
+@pytest.mark.parametrize("settings, headings", [
+    (dict(steps=100, plot_freq_interval=25), ["t = 99", "t = 74", "t = 49", "t = 24", "t = 0"]),
+    (dict(steps=5), ["t = 80", "t = 60", "t = 40", "t = 20", "t = 0"])])
+def test_the_columns_of_a_strip_tell_the_timestep(tmp_path, monkeypatch, settings, headings):
+    """What is left after each step, counted from 1 as in DDPM, so that the image is at 0."""
+    m = model()
+    told = []
+    monkeypatch.setattr(diffuser, "save_grid", lambda images, path, names, columns: told.append((names, columns)))
+    diffuser.save_strip(m, [0, 1], dataclasses.replace(m.config, **settings), tmp_path / "strip.png")
+    assert told == [(headings, 5)]
+
+
 def test_a_batch_that_does_not_fit_is_halved(monkeypatch):
     """Out of memory while drawing: smaller batches, the same images; not even one fits: the error."""
     drawn = model()
