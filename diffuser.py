@@ -3598,7 +3598,7 @@ class Monitor:
         columns = []
         for c in classes or [0]:
             own = indices[labels == c] if classes else indices
-            some = own[torch.arange(min(rows, len(own))) * len(own) // rows] if len(own) > rows else own
+            some = own[torch.arange(rows) * len(own) // rows] if len(own) > rows else own
             white = torch.full((rows, *trainer.shape), 255, dtype=torch.uint8)
             white[: len(some)] = trainer.data.images[some]
             columns.append(white)
@@ -3752,7 +3752,7 @@ def train_locked(cfg: Config, devices: Devices, signals: Signals) -> Path:
 
     logger = start_logger(trainer, folder) if processes.is_main else None
     monitor = Monitor(trainer, logger, folder)
-    if processes.is_main:
+    if logger and cfg.report:                                    # it stands beside the samples there
         warn_on_oserror(str(folder / "real.png"), monitor.draw_real)
     hide_bar = None if processes.is_main else True                   # None: where there is no terminal
     try:

@@ -17,7 +17,6 @@ if __name__ == "__main__" and signal.getsignal(signal.SIGINT) is signal.default_
 
 import argparse
 import base64
-import csv
 import io
 import json
 import math
@@ -32,12 +31,18 @@ from diffuser_lib.files import Parser, UserError, add_debug, end_process, run_sc
 from plot_loss import (
     COLOURS,
     Point,
+    Row,
     ask_for_runs,
+    axis_name,
     can_open_windows,
     draw_panel,
     find_grids,
     finite,
     load_run,
+    number,
+    read_metrics,
+    require_drawable,
+    series,
     wants_log_axis,
 )
 
@@ -50,14 +55,19 @@ FIGURES = {
     "By quartile of the timestep": {"q1 (least noise)": "loss_q1", "q2": "loss_q2", "q3": "loss_q3",
                                     "q4 (most noise)": "loss_q4"},
 }
+# What the machine did, by columns of metrics.csv: {column: (name, how its values become one, unit)}.
+LOAD = {
+    "machine/cpu_percent": ("use of all CPUs", median, "%"),
+    "machine/memory_gib": ("memory", max, "GiB"),
+    "machine/gpu_percent": ("use of the GPU", median, "%"),
+    "machine/gpu_memory_gib": ("memory of the GPU", max, "GiB"),
+}
 
 INK = "#010203"                                                  # drawn in this colour: takes that of the page's text
 STYLE = {"svg.fonttype": "none", "svg.hashsalt": "report", "font.size": 12, "legend.fontsize": 12,
          "lines.linewidth": 2, "text.usetex": False, "text.color": INK, "axes.edgecolor": INK,
          "axes.labelcolor": INK, "xtick.color": INK, "ytick.color": INK, "grid.color": INK}
 NO_METADATA = dict.fromkeys(("Creator", "Date", "Format", "Type"))
-
-Row = dict[str, str]                                             # of metrics.csv: {column: text}
 
 TEMPLATE = """<!DOCTYPE html>
 <html lang="en">
@@ -83,7 +93,8 @@ img { display: block; max-width: 100% }
 [hidden] { display: none }
 figcaption, header p, summary, .note { color: var(--muted) }
 div + figcaption, svg + figcaption { margin-top: .5rem }
-.slider { display: flex; flex-wrap: wrap; align-items: center; gap: .25rem 1rem; margin-bottom: .75rem }
+.slider { display: flex; flex-wrap: wrap; align-items: center; gap: .25rem 1rem; min-height: 1.75rem;
+          margin-bottom: .75rem }
 .slider input { flex: 1 1 12rem; max-width: 32rem; min-height: 1.75rem; accent-color: var(--accent) }
 .curves { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(100%, 24rem), 1fr)); gap: 2rem }
 .curves figure { max-width: 32rem }
@@ -91,6 +102,11 @@ svg { display: block; width: 100%; height: auto }
 svg text { font-family: system-ui, sans-serif !important }
 details { margin-top: 1.5rem }
 summary { cursor: pointer }
+.pictures { display: flex; flex-wrap: wrap; align-items: flex-start; gap: 1.5rem 2rem }
+.pictures > figure { max-width: min(100%, max(calc(50% - 1rem), 24rem)) }
+.pictures > figure:only-of-type { max-width: 100% }
+.frames { display: flex; flex-wrap: wrap; gap: .5rem .25rem; margin: 0; padding: 0; list-style: none }
+pre { margin: .75rem 0 1.5rem; white-space: pre-wrap; font-size: .8125rem }
 .scroll { overflow: auto; max-height: 32rem; overflow-wrap: normal }
 .scroll img { max-width: none }
 details .scroll { margin-top: .75rem; border: 1px solid var(--line) }
@@ -122,6 +138,7 @@ tr { break-inside: avoid }
 <main>
 <section aria-labelledby="samples">
 <h2 id="samples">Samples</h2>
+<div class="pictures">
 {% if grids %}
 <figure>
 <figcaption class="slider">
@@ -137,11 +154,18 @@ autocomplete="off" aria-valuetext="{{ grids[-1].title }}" hidden>
 {{ "" if loop.last else " hidden" }}>
 {% endfor %}
 </figure>
-{% if grids | length < grid_count %}
-<p class="note">{{ grids | length }} of {{ grid_count }} grids, evenly chosen.</p>
-{% endif %}
 {% else %}
 <p>This run has no grids of samples.</p>
+{% endif %}
+{% if real %}
+<figure>
+<figcaption class="slider">Images of the data</figcaption>
+<img src="{{ real }}" alt="Images that the run was trained on">
+</figure>
+{% endif %}
+</div>
+{% if grids | length < grid_count %}
+<p class="note">{{ grids | length }} of {{ grid_count }} grids, evenly chosen.</p>
 {% endif %}
 </section>
 <section aria-labelledby="loss">
@@ -182,11 +206,22 @@ evenly chosen{% endif %}</summary>
 <section aria-labelledby="denoising">
 <h2 id="denoising">Denoising</h2>
 <figure>
+{% if strip.frames %}
+<ol class="frames">
+{% for frame in strip.frames %}
+<li><img src="{{ frame }}" alt="Denoising at step {{ strip.step }}, {{ loop.index }} of \
+{{ strip.frames | length }}"></li>
+{% endfor %}
+</ol>
+<figcaption>After {{ strip.step }} steps of training: each column is a moment on the way from noise, the first one, to \
+the images, the last one.</figcaption>
+{% else %}
 <div class="scroll" tabindex="0" role="region" aria-label="Denoising strip">
 <img src="{{ strip.data }}" alt="Denoising at step {{ strip.step }}, from noise to samples">
 </div>
 <figcaption>After {{ strip.step }} steps of training: each row is one sample, from noise on the left to the image on \
 the right.</figcaption>
+{% endif %}
 </figure>
 </section>
 {% endif %}
@@ -196,10 +231,25 @@ the right.</figcaption>
 {{ pairs(machine) }}
 </section>
 {% endif %}
-{% if settings %}
+{% if settings or chosen or command %}
 <section aria-labelledby="settings">
 <h2 id="settings">Settings</h2>
+{% if command %}
+<p>Repeat it with</p>
+<pre><code>{{ command }}</code></pre>
+{% endif %}
+{% if chosen %}
+<h3>Chosen, other than the dataset has by default</h3>
+{{ pairs(chosen) }}
+{% endif %}
+{% if chosen_known %}
+<details>
+<summary>All {{ settings | length }} settings</summary>
 <div class="columns">{{ pairs(settings) }}</div>
+</details>
+{% else %}
+<div class="columns">{{ pairs(settings) }}</div>
+{% endif %}
 </section>
 {% endif %}
 </main>
@@ -222,19 +272,6 @@ document.querySelectorAll(".slider [hidden]").forEach(part => { part.hidden = fa
 """
 
 # ---- What the folder holds ---------------------------------------------------------------------
-
-
-def read_metrics(folder: Path) -> list[Row]:
-    """The whole rows of metrics.csv; none where it cannot be read."""
-    try:
-        text = (folder / "metrics.csv").read_text(encoding="utf-8", errors="replace")
-        whole = text[: text.rfind("\n") + 1]                     # a row without its end may lack digits
-        rows = list(csv.DictReader(io.StringIO(whole)))
-    except (OSError, csv.Error):
-        return []
-
-    # The key None holds what is beyond the columns, the value None stands where cells lack.
-    return [row for row in rows if "loss" in row and None not in row and None not in row.values()]
 
 
 def read_config(folder: Path) -> dict:
@@ -265,7 +302,7 @@ def embed(path: Path) -> str:
 
 
 def read_strip(folder: Path) -> dict | None:
-    """The step and the picture of the last denoising strip, None where there is none. Raises OSError."""
+    """The last denoising strip: its step, the picture and its frames; None where there is none. Raises OSError."""
     strips = {}                                                  # step: name of the file
     for name in os.listdir(folder):
         match = re.fullmatch(r"step_(\d+)\.png", name)
@@ -275,7 +312,47 @@ def read_strip(folder: Path) -> dict | None:
         return None
 
     last = max(strips, key=int)
-    return dict(step=last, data=embed(folder / strips[last]))
+    path = folder / strips[last]
+    return dict(step=last, data=embed(path), frames=cut_strip(path))
+
+
+def cut_strip(path: Path) -> list[str]:
+    """The frames of a denoising strip as data URIs, so that a page can wrap them; none where it cannot be cut."""
+    try:
+        from PIL import Image
+
+        with Image.open(path, formats=["PNG"]) as picture:
+            picture.load()
+        places = find_frames(picture.convert("L"))
+    except Exception:                                            # no Pillow, or no picture: it is shown as it is
+        return []
+
+    frames = []
+    for left, right in places:
+        file = io.BytesIO()
+        picture.crop((left, 0, right, picture.height)).save(file, "PNG")
+        frames.append("data:image/png;base64," + base64.b64encode(file.getvalue()).decode())
+    return frames
+
+
+def find_frames(picture) -> list[tuple[int, int]]:
+    """(left, right) of the frames of a strip, a grey PIL image; none where it has no frames side by side.
+
+    White lines from top to bottom part frames of equal widths. A frame may have white columns of its own, such as the
+    last one of a drawing on paper, but not the first one, which is noise.
+    """
+    import numpy as np
+
+    white = np.asarray(picture).min(axis=0) == 255               # of each column, whether all of it is
+    gap = int(np.argmin(white))                                  # the same on both sides of each frame
+    width = int(np.argmax(white[gap:]))                          # of the first frame
+    period = gap + width
+    if gap == 0 or width == 0 or (picture.width - gap) % period:
+        return []
+
+    starts = range(gap, picture.width, period)
+    parted = all(white[start + width : start + period].all() for start in starts)
+    return [(start, start + width) for start in starts] if parted else []
 
 
 # ---- Numbers -----------------------------------------------------------------------------------
@@ -289,32 +366,6 @@ def evenly(items: Sequence, most: int) -> Sequence:
     return [items[round(i * last / (most - 1))] for i in range(most)]
 
 
-def number(value: object) -> float:
-    """The value as a number, nan where it is none."""
-    try:
-        return float(value)
-    except (TypeError, ValueError, OverflowError):
-        return math.nan
-
-
-def axis_name(rows: list[Row]) -> str:
-    """The column that values are drawn over; older runs have no epochs."""
-    if rows and "epoch" not in rows[0]:
-        return "step"
-    return "epoch"
-
-
-def series(rows: list[Row], column: str) -> list[Point]:
-    """(epoch or step, value) of the rows that have a value in the column, non-finite ones too."""
-    axis = axis_name(rows)
-    points = []
-    for row in rows:
-        x = number(row.get(axis))
-        if row.get(column) and math.isfinite(x):
-            points.append((x, number(row[column])))
-    return points
-
-
 def describe(rows: list[Row], column: str) -> str:
     """The last value of a column that has values, and the lowest one, in words."""
     points = series(rows, column)
@@ -324,7 +375,7 @@ def describe(rows: list[Row], column: str) -> str:
         return last
 
     x, lowest = min(numbers, key=lambda point: point[1])
-    return f"{last} (lowest {lowest:.4g} at {axis_name(rows)} {x:.4g})"
+    return f"{last} (lowest {lowest:.4g} at {axis_name(rows)} {x:.10g})"
 
 
 def duration(seconds: float) -> str:
@@ -353,6 +404,39 @@ def measure_time(rows: list[Row], config: dict) -> dict[str, str]:
     if speeds:
         times["median images/s"] = f"{median(speeds):.4g}"
     return times
+
+
+def measure_load(rows: list[Row]) -> dict[str, str]:
+    """What the machine did by name, as far as it is known."""
+    load = {}
+    for column, (name, reduce, unit) in LOAD.items():
+        values = [value for _, value in finite(series(rows, column))]
+        if values:
+            load[name] = f"{reduce(values):.3g} {unit}"
+    return load
+
+
+def describe_sizes(config: dict) -> list[str]:
+    """The sizes of data and network that config.json knows, in words."""
+    def whole(value: object) -> bool:
+        return type(value) is int and value >= 0
+
+    images = config.get("images")
+    shape = config.get("shape")
+    classes = config.get("classes")
+    parameters = config.get("parameters")
+
+    facts = []
+    if whole(images):
+        size = ""
+        if isinstance(shape, list) and len(shape) == 3 and all(map(whole, shape)):
+            size = f" of {shape[1]}x{shape[2]}x{shape[0]}"
+        facts.append(f"{images:,} images{size}")
+    if whole(classes):
+        facts.append(f"{classes:,} classes" if classes else "no classes")
+    if whole(parameters):
+        facts.append(f"{parameters:,} parameters")
+    return facts
 
 
 def summarize(rows: list[Row], dataset: str | None, times: dict[str, str]) -> list[str]:
@@ -388,7 +472,8 @@ def draw(curves: dict[str, list[Point]], xlabel: str, text: str, prefix: str) ->
     from matplotlib.figure import Figure
 
     everything = []
-    for points in curves.values():
+    for label, points in curves.items():
+        require_drawable(f"the {label} loss", points)
         everything += points
     log = wants_log_axis(everything)
 
@@ -451,6 +536,7 @@ def render(folder: Path) -> str:
     # Tables: settings, machine, timings.
     config = read_config(folder)
     settings = read_part(config, "config")
+    command = config.get("command")
     machine = read_part(config, "machine")
     if "torch" in config:
         machine["torch"] = str(config["torch"])
@@ -462,10 +548,12 @@ def render(folder: Path) -> str:
         title = f"epoch {grid['epoch']}, loss {grid['loss']}"
         grids.append(dict(title=title, data=embed(folder / grid[0])))
 
+    real = folder / "real.png"
+
     page = Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True).from_string(TEMPLATE)
     return page.render(
         name=folder.resolve().name,
-        summary=summarize(rows, settings.get("dataset"), times),
+        summary=summarize(rows, settings.get("dataset"), times) + describe_sizes(config),
         grids=grids,
         grid_count=len(found),
         figures=make_figures(rows),
@@ -473,8 +561,12 @@ def render(folder: Path) -> str:
         row_count=len(rows),
         source=source,
         strip=read_strip(folder),
-        machine={**machine, **times},
+        real=embed(real) if real.is_file() else "",
+        machine={**machine, **times, **measure_load(rows)},
         settings=settings,
+        chosen=read_part(config, "chosen"),
+        chosen_known="chosen" in config,
+        command=command if isinstance(command, str) else "",
     )
 
 

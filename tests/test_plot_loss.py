@@ -238,6 +238,90 @@ def test_twenty_runs_look_different(monkeypatch, tmp_path):
     assert len({(line.get_color(), line.get_linestyle()) for line in lines}) == 20
 
 
+@pytest.mark.parametrize("window", [1e-320, 1e-12, math.inf])
+def test_any_window_holds_at_least_the_epoch_itself(window):
+    """A window too small to be told from nothing, or epochs too large to be told from the ones before, average a point
+    with itself."""
+    first, second = plot_loss.sliding_average([(1e15, 1.0), (1e200, 3.0)], window)
+    assert first == (1e15, 1.0) and second == (1e200, 2.0 if window == math.inf else 3.0)
+
+
+def add_metrics(run, rows=32, name="metrics.csv"):
+    """A metrics.csv of losses 1 / epoch with four rows an epoch, a validation loss and a rate; the best is in its
+    middle."""
+    lines = ["step,epoch,loss,val_loss,lr"]
+    for i in range(1, rows + 1):
+        loss = 0.01 if i == rows // 2 else 1 / i
+        lines.append(f"{10 * i},{i / 4},{loss:.6g},{0.02 + loss if i % 4 == 0 else ''},{1e-3 / i:.6g}")
+    (run / name).write_text("\n".join(lines) + "\n")
+    return run
+
+
+def test_metrics_are_drawn_where_they_are(tmp_path, monkeypatch, capsys):
+    """Beside metrics.csv the few numbers in file names are passed over: every row, validation loss and learning rate are
+    drawn, and best and final are those that the report tells."""
+    import report
+
+    run = add_metrics(make_run(tmp_path / "run", "4:0.9", "8:0.8"))
+    kept = []
+    monkeypatch.setattr(plot_loss, "encode", lambda figure, save: kept.append(figure) or b"")
+    assert plot_loss.main([str(run)]) == 0
+    raw, smooth, validation, rate = kept[0].axes
+    assert [len(axes.lines[0].get_xdata()) for axes in kept[0].axes] == [32, 32, 8, 32]
+    assert list(raw.lines[0].get_xdata()[:2]) == [0.25, 0.5] and rate.lines[0].get_ydata()[1] == 5e-4
+    assert validation.get_title() == "validation loss" and validation.get_ylim() == raw.get_ylim()
+
+    text = capsys.readouterr().out
+    assert "points  32" in text and "best    0.01 at epoch 4\n" in text and "best    0.03 at epoch 4\n" in text
+    told = report.describe(report.read_metrics(run), "loss"), report.describe(report.read_metrics(run), "val_loss")
+    assert told == ("0.03125 (lowest 0.01 at epoch 4)", "0.05125 (lowest 0.03 at epoch 4)")
+    assert "final   0.03125 at epoch 8" in text and "final   0.05125 at epoch 8" in text
+
+
+def test_runs_with_and_without_metrics_share_a_figure(tmp_path, monkeypatch):
+    """A run keeps its colour in every panel, also in those that other runs have no numbers for."""
+    plain = make_run(tmp_path / "plain", "1:0.5", "2:0.4")
+    rich = add_metrics(make_run(tmp_path / "rich", "1:0.5"))
+    monkeypatch.chdir(tmp_path)
+    kept = []
+    monkeypatch.setattr(plot_loss, "encode", lambda figure, save: kept.append(figure) or b"")
+    assert plot_loss.main([str(plain), str(rich)]) == 0
+    colours = [[line.get_color() for line in axes.lines] for axes in kept[0].axes]
+    assert len(colours) == 4 and all(pair == colours[0] for pair in colours)
+    assert [len(line.get_xdata()) for line in kept[0].axes[2].lines] == [0, 8]
+
+
+@pytest.mark.parametrize("content", ["", "step,loss\n1,0.5\n", "step,epoch,loss\n1,1,\n", "\0", "epoch,loss\n1,0.5"])
+def test_metrics_that_tell_nothing_leave_the_names(tmp_path, content):
+    """A metrics.csv that is empty, spoilt or has no epochs costs nothing: the file names are what it lives on."""
+    run = make_run(tmp_path / "run", "4:0.9")
+    (run / "metrics.csv").write_text(content)
+    assert plot_loss.load_run(run) == {"loss": [(4, 0.9)]}
+
+
+@pytest.mark.parametrize("width, columns", [(12, 2), (4, 1)])
+def test_panels_fit_a_narrow_window(tmp_path, width, columns):
+    """In a narrow window panels stand below each other, and panels, titles and long names stay within it."""
+    import matplotlib
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+    from matplotlib.backend_bases import ResizeEvent
+
+    runs = [(f"samples_{name}_" + "long_" * 20, [(1.0, 0.5), (2.0, 0.4)]) for name in ("one", "two")]
+    figure = plot_loss.draw_figure(runs, 10, validation=runs, rates=runs)
+    figure.set_size_inches(width, 9)
+    figure.canvas.callbacks.process("resize_event", ResizeEvent("resize_event", figure.canvas))
+    figure.canvas.draw()
+    places = {round(axes.get_position().x0, 1) for axes in figure.axes}
+    parts = [*figure.axes, *figure.legends]
+    boxes = [part.get_tightbbox(figure.canvas.get_renderer()) for part in parts]
+    plt.close(figure)
+    assert len(places) == columns and len(figure.legends) == 1
+    assert all(box.x0 >= 0 and box.x1 <= width * figure.dpi for box in boxes)
+    labels = [text.get_text() for text in figure.legends[0].get_texts()]
+    assert len(set(labels)) == 2 and "one" in labels[0] and ("…" in labels[0]) == (columns == 1)
+
+
 # ---- command line -------------------------------------------------------------------------------
 
 def test_importing_loads_neither_torch_nor_matplotlib():
@@ -350,6 +434,24 @@ def test_loss_too_large_to_draw(tmp_path, names):
     (run / "loss.png").write_bytes(b"old")
     assert_refused(command(tmp_path, "run"), "cannot draw", "loss.png")
     assert (run / "loss.png").read_bytes() == b"old"
+
+
+@pytest.mark.parametrize("row, word", [
+    ("1e200,0.5", "1e+200"), ("1,1e308", "1e+308"), ("1,1e300", "1e+300"), ("2,-1e308", "-1e+308")])
+def test_numbers_that_no_axis_holds_are_named(tmp_path, capsys, recwarn, row, word):
+    """An epoch of 1e200 or a loss of 1e308: one line that names the number, nothing of numpy's."""
+    run = make_run(tmp_path / "run")
+    (run / "metrics.csv").write_text(f"step,epoch,loss\n1,1,0.5\n2,{row}\n")
+    assert plot_loss.main([str(run)]) == 2
+    errors = capsys.readouterr().err
+    assert errors.startswith(f"plot_loss: cannot draw {run / 'loss.png'}: no axis holds") and errors.count("\n") == 1
+    assert word in errors and "run" in errors and not recwarn.list
+
+
+def test_small_window_draws(tmp_path, capsys):
+    """--window 1e-320 is above 0: each point is its own average."""
+    run = make_run(tmp_path / "run", "1:0.5", "2:0.4")
+    assert plot_loss.main([str(run), "--window", "1e-320"]) == 0 and capsys.readouterr().err == ""
 
 
 def test_window_is_an_option(tmp_path):
@@ -489,6 +591,47 @@ def test_closed_input_is_no_answer(three_runs):
 def test_end_of_input_names_the_way_to_answer(three_runs, answers):
     """Where nobody can answer the program stops, and says to give a directory."""
     assert_refused(command(three_runs, answers=answers), "command line", "samples/new")
+
+
+class Dialog:
+    """A tkinter whose dialog is answered with `picked`."""
+
+    TclError = RuntimeError
+
+    def __init__(self, picked):
+        self.picked = picked
+        self.asked = []
+        self.filedialog = self
+
+    def Tk(self):
+        if self.picked is None:
+            raise self.TclError("no display")
+        return self
+
+    def askdirectory(self, **options):
+        self.asked.append(options)
+        return self.picked
+
+    def withdraw(self):
+        pass
+
+    destroy = withdraw
+
+
+@pytest.mark.parametrize("flags, picked, asked, drawn", [
+    ([], "samples/old", 1, ["old"]), ([], "", 1, []), (["--list"], "samples/old", 0, ["new"]),
+    (["--no-show"], "samples/old", 0, ["new"]), ([], None, 0, ["new"])])
+def test_a_dialog_opens_where_it_can(three_runs, monkeypatch, flags, picked, asked, drawn):
+    """Without a directory: the file dialog where there is a display, which may be closed; the list with --list, without
+    windows, and where tkinter finds no display."""
+    dialog = Dialog(picked)
+    monkeypatch.setitem(sys.modules, "tkinter", dialog)
+    monkeypatch.setattr(plot_loss, "can_open_windows", lambda: True)
+    monkeypatch.setattr("builtins.input", lambda question: "")
+    monkeypatch.chdir(three_runs)
+    assert plot_loss.main(flags) == 0
+    assert len(dialog.asked) == asked and all(options["initialdir"] == "samples" for options in dialog.asked)
+    assert [path.parent.name for path in three_runs.rglob("loss.png")] == drawn
 
 
 def test_nothing_to_list(tmp_path):

@@ -13,6 +13,7 @@ from html.parser import HTMLParser
 from io import BytesIO
 from pathlib import Path
 
+import numpy as np
 import pytest
 from conftest import ROOT, cli
 from PIL import Image
@@ -200,6 +201,97 @@ def test_evenly(count):
     steps = [b - a for a, b in zip(items, items[1:])]
     assert len(items) == min(count, 60) and list(items[:1] + items[-1:] if count > 60 else []) in ([], [0, count - 1])
     assert not steps or 0 < max(steps) <= min(steps) + 1
+
+
+def about_run(folder, **more):
+    """A config.json as runs write it, with `more`."""
+    content = dict(config={"dataset": "digits", "epochs": 12, "batch_size": 64}, chosen={"epochs": 12},
+                   command="python diffuser.py --mode train --dataset digits --epochs 12", parameters=383649,
+                   images=1762, shape=[1, 8, 8], classes=10)
+    (folder / "config.json").write_text(json.dumps({**content, **more}))
+
+
+def test_what_was_chosen_stands_out(tmp_path):
+    """Sizes of data and network in the head, the command that repeats the run, what was chosen; all settings folded."""
+    about_run(make_run(tmp_path))
+    page = Page(tmp_path)
+    for fact in ("1,762 images of 8x8x1", "10 classes", "383,649 parameters",
+                 "python diffuser.py --mode train --dataset digits --epochs 12"):
+        assert fact in page.text
+    *_, chosen, settings = page.tables
+    assert chosen == [["epochs", "12"]] and len(settings) == 3
+    folded = page.source.rindex("<details>")
+    assert page.source.rindex("Chosen") < folded < page.source.index("batch_size") and "All 3 settings" in page.text
+
+
+@pytest.mark.parametrize("more", [
+    dict(command=[1], chosen="x", images="many", shape=5, classes=None, parameters=-1), dict(shape=[1, None, 8]),
+    dict(shape=[{}, 1, 2], images=True)])
+def test_facts_of_another_shape_cost_themselves_only(tmp_path, more):
+    """What is no number of images is not shown; the rest of the page is there."""
+    about_run(make_run(tmp_path), **more)
+    page = Page(tmp_path)
+    assert len(page.all("svg")) == 2 and "many" not in page.text and "x8 " not in page.text and "True" not in page.text
+
+
+def test_images_of_the_data_stand_beside_the_samples(tmp_path):
+    """real.png is the second picture of the section, byte for byte, and is no grid of the slider."""
+    make_run(tmp_path)
+    Image.new("L", (50, 40), 7).save(tmp_path / "real.png")
+    page = Page(tmp_path)
+    (real,) = [image for image in page.all("img") if "trained on" in image["alt"]]
+    assert embedded(real) == (tmp_path / "real.png").read_bytes() and "data-title" not in real
+    assert page.source.index("Images of the data") < page.source.index('id="loss"')
+
+
+def strip(frames=11, rows=3, size=16, gap=4, head=0):
+    """A strip as runs draw it, from noise to drawings on white paper; with labels above, a higher `head`."""
+    random = np.random.default_rng(0)
+    picture = np.full((rows * (size + gap) + gap + head, frames * (size + gap) + gap), 255, np.uint8)
+    for row in range(rows):
+        for i in range(frames):
+            frame = random.integers(0, 256, (size, size)) if i < frames // 2 else np.full((size, size), 255)
+            frame[4:8, 4:8] = 10 * i
+            top = gap + head + row * (size + gap)
+            left = gap + i * (size + gap)
+            picture[top : top + size, left : left + size] = frame
+            picture[2 : 2 + head // 2, left + 3 : left + 9] = 0
+    return Image.fromarray(picture)
+
+
+@pytest.mark.parametrize("head", [0, 18])
+def test_a_strip_is_cut_into_its_frames(tmp_path, head):
+    """Frames in order, each as it is in the strip, with all rows and its label, so that a narrow page wraps them."""
+    make_run(tmp_path)
+    whole = strip(head=head)
+    whole.save(tmp_path / "step_90.png")
+    page = Page(tmp_path)
+    frames = [Image.open(BytesIO(embedded(image))) for image in page.all("img") if "Denoising" in image["alt"]]
+    assert [frame.size for frame in frames] == [(16, whole.height)] * 11
+    for i, frame in enumerate(frames):
+        assert frame.tobytes() == whole.crop((4 + 20 * i, 0, 20 + 20 * i, whole.height)).tobytes()
+    assert "11 of 11" in page.source and "Denoising strip" not in page.source
+
+
+@pytest.mark.parametrize("picture", [
+    Image.new("L", (90, 20), 255), Image.new("L", (90, 20), 0), strip(frames=3).crop((0, 0, 50, 40)),
+    strip(frames=3).resize((101, 40)), b"no picture"])
+def test_other_strips_are_shown_whole(tmp_path, picture):
+    """A picture that is not frames side by side is one picture in a box that scrolls."""
+    make_run(tmp_path)
+    if isinstance(picture, bytes):
+        (tmp_path / "step_90.png").write_bytes(picture)
+    else:
+        picture.save(tmp_path / "step_90.png")
+    shown = Page(tmp_path).all("img")[-1]
+    assert embedded(shown) == (tmp_path / "step_90.png").read_bytes()
+
+
+def test_the_load_of_the_machine_is_told(tmp_path):
+    """Its columns of metrics.csv become lines of the table about the machine."""
+    (tmp_path / "metrics.csv").write_text("step,epoch,loss,machine/cpu_percent,machine/memory_gib\n1,1,0.5,50,0.75\n"
+                                          "2,2,0.5,80,0.5\n3,3,0.5,70,\n")
+    assert Page(tmp_path).tables[-1] == [["use of all CPUs", "70 %"], ["memory", "0.75 GiB"]]
 
 
 # ---- what is missing, broken, long or hostile ---------------------------------------------------
@@ -612,6 +704,20 @@ def test_phone(view):
         api.expect(box).not_to_have_js_property("scrollLeft", 0)
     smallest = "Math.min(...[...document.querySelectorAll('svg text')].map(text => text.getBoundingClientRect().height))"
     assert page.evaluate(smallest) >= 10
+
+
+def test_phone_shows_the_last_frame(view, tmp_path):
+    """On 390 pixels the way from noise to image wraps: its last frame is on the page, samples and data as well."""
+    folder = make_run(tmp_path)
+    strip(size=64).save(folder / "step_90.png")
+    Image.new("L", (684, 290), 7).save(folder / "real.png")
+    about_run(folder)
+    report.write_report(folder)
+    page = view(folder, viewport=dict(width=390, height=844))
+    assert page.evaluate("document.documentElement.scrollWidth") <= 390
+    for name in ("Denoising at step 90, 11 of 11", "Images that the run was trained on"):
+        box = page.get_by_role("img", name=name).bounding_box()
+        assert box["x"] >= 0 and box["x"] + box["width"] <= 390 and box["width"] >= 60
 
 
 def contrast(one, other):
