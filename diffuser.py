@@ -780,35 +780,60 @@ REPEATED = {"path_to_data", "data_dir", "init_from", "experiment_name", "device"
             "channels_last", "deterministic"}
 
 
-def chosen_options(cfg: Config) -> dict:
-    """The options of a run that differ from what its dataset has without any flag."""
+def options_for(cfg: Config, length: dict) -> dict:
+    """The options that lead to `cfg`: those that a run of this `length` on its dataset would not have by itself.
+
+    length: one of LENGTHS with its value, which is among the options as well; empty: the dataset's own.
+    """
     spec = DATASETS[cfg.dataset]
     channels, *size = spec.shape
     of_the_images = dict(flip=spec.flip, use_labels=bool(spec.classes) or cfg.dataset == "folder", channels=channels,
                          img_size=tuple(size))
-    plain = {**preset_of(dict(dataset=cfg.dataset)), **of_the_images}
+    names = [name for name in FIELDS if name not in LENGTHS and (name not in PER_RUN or name in REPEATED)]
+    wanted = {name: getattr(cfg, name) for name in names if name != "dataset"}
+    for name, value in of_the_images.items():
+        if wanted[name] is None:
+            wanted[name] = value
 
-    chosen = {}
-    for name, field_ in FIELDS.items():
-        value = getattr(cfg, name)
-        if name == "dataset" or (name in PER_RUN and name not in REPEATED):
-            continue
-        if value is None and name in of_the_images:              # what the images are
-            continue
-        if value != plain.get(name, field_.default):
-            chosen[name] = value
-    return chosen
+    # One option may change the preset of others, so look again until nothing is missing.
+    options = dict(length)
+    missing = {name: wanted[name] for name in ("path_to_data", "init_from", "device")
+               if wanted[name] != FIELDS[name].default}
+    while True:
+        options |= missing
+        try:
+            plain = vars(configure(dataset=cfg.dataset, **options))
+        except UserError:                                        # these alone do not go together
+            plain = vars(Config())
+        missing = {}
+        for name, value in wanted.items():
+            own = of_the_images.get(name) if plain[name] is None else plain[name]
+            if name not in options and value != own:
+                missing[name] = value
+        if not missing:
+            break
+    return {name: options[name] for name in FIELDS if name in options}
+
+
+def chosen_length(cfg: Config) -> dict:
+    """The length of a run as it was asked for; empty where it is that of its dataset."""
+    plain = complete(dict(dataset=cfg.dataset))
+    for name in ("train_minutes", "iterations", "epochs"):       # the first one counts
+        if getattr(cfg, name):
+            return {} if getattr(plain, name) == getattr(cfg, name) else {name: getattr(cfg, name)}
+    return {}
+
+
+def chosen_options(cfg: Config) -> dict:
+    """The options of a run that differ from what its dataset has without any flag."""
+    return options_for(cfg, chosen_length(cfg))
 
 
 def repeating_command(cfg: Config) -> str:
-    """The command line that trains like this."""
-    chosen = chosen_options(cfg)
-    if cfg.iterations:                                           # it counts, the other lengths do not
-        chosen.pop("epochs", None)
-        chosen.pop("train_minutes", None)
-
+    """The command line that trains like this, for as many steps."""
+    length = dict(iterations=cfg.iterations) if cfg.iterations else chosen_length(cfg)
     words = ["python", "diffuser.py", "--mode", "train", "--dataset", cfg.dataset]
-    for name, value in chosen.items():
+    for name, value in options_for(cfg, length).items():
         text = "auto" if value is None else format_value(name, value)
         words += [f"--{name}={text}"] if text.startswith("-") else [f"--{name}", text]
     return shlex.join(words)

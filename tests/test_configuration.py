@@ -1,6 +1,7 @@
 """Chapter 1: options, their precedence, their checks."""
 
 import dataclasses
+import shlex
 
 import pytest
 import torch
@@ -243,3 +244,32 @@ def test_an_experiment_stays_below_its_folder(name):
     with pytest.raises(UserError, match="--experiment_name"):
         configure(dataset="digits", experiment_name=name)
     assert configure(dataset="digits", experiment_name="a/b.c").experiment_name == "a/b.c"
+
+
+@pytest.mark.parametrize("options, chosen", [
+    (dict(dataset="digits"), {}), (dict(dataset="digits", epochs=20, learning_rate=1e-3), dict(learning_rate=1e-3)),
+    (dict(dataset="mnist", iterations=50, flip=False, img_size=(28, 28), use_labels=True, channels=1), dict(iterations=50)),
+    (dict(dataset="celeba", channel_mults=(1, 2)), dict(channel_mults=(1, 2), attention_levels=())),
+    (dict(dataset="digits", time_sampling="laplace", time_mean=-1.5, experiment_name="a b"),
+     dict(time_sampling="laplace", time_mean=-1.5, experiment_name="a b")),
+    (dict(dataset="folder", path_to_data="my pictures", base_channels=48),
+     dict(path_to_data="my pictures", base_channels=48)),
+    (dict(dataset="cifar10", recipe="ho2020"), None), (dict(dataset="mnist", recipe="best"), None),
+    (dict(dataset="cifar10", warmup_steps=None, compile=True, num_heads=2, generated_directory="elsewhere"), None)])
+def test_what_was_chosen_repeats_the_run(options, chosen):
+    """What differs from the dataset's own settings, and nothing else, and a command line that leads to the same settings,
+    also where the number of steps of so many minutes is known by then."""
+    cfg = configure(**options)
+    if chosen is not None:
+        told = diffuser.chosen_options(cfg)
+        told.pop("head_dim", None)                                           # what divides other widths
+        assert told.items() >= chosen.items() and set(told) - set(chosen) <= {"learning_rate", "patch_size"}
+    if cfg.train_minutes:
+        cfg = dataclasses.replace(cfg, iterations=123)
+    words = shlex.split(diffuser.repeating_command(cfg))
+    assert words[:6] == ["python", "diffuser.py", "--mode", "train", "--dataset", cfg.dataset]
+    again = diffuser.complete(diffuser.requested(vars(diffuser.build_parser().parse_args(words[2:]))))
+    left = set(diffuser.PER_RUN - diffuser.REPEATED) | {"epochs", "train_minutes"}
+    for name in diffuser.FIELDS.keys() - left:
+        natural = name in ("flip", "img_size", "use_labels", "channels")
+        assert getattr(again, name) == getattr(cfg, name) or natural, name

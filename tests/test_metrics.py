@@ -348,10 +348,25 @@ def test_trackers_get_the_numbers_of_a_row_and_of_the_machine(tmp_path, monkeypa
     assert steps(tmp_path / "metrics.csv") == [1]
 
 
-def test_without_trackers_the_machine_is_not_asked(tmp_path, monkeypatch):
-    """It takes time, and nobody would see the numbers."""
-    monkeypatch.setattr(metrics, "machine_load", lambda: pytest.fail("asked"))
-    MetricsLogger(tmp_path, {}, 0, {}).log(dict(step=1, loss=0.5))
+def test_the_load_of_the_machine_is_in_each_row(tmp_path, monkeypatch):
+    """Without trackers too, as far as it can be read; a file from before that goes on with the new columns."""
+    (tmp_path / "metrics.csv").write_text("step,loss\n1,0.5\n")
+    load = {"machine/cpu_percent": 7.123456, "machine/memory_gib": 0.5}
+    monkeypatch.setattr(metrics, "machine_load", lambda: load)
+    logger = MetricsLogger(tmp_path, {}, 1, {})
+    logger.log(dict(step=2, loss=0.25))
+    load.clear()
+    logger.log(dict(step=3, loss=0.125))
+    assert (tmp_path / "metrics.csv").read_text().splitlines() == [
+        "step,loss,machine/cpu_percent,machine/memory_gib", "1,0.5,,", "2,0.25,7.123,0.5", "3,0.125,,"]
+
+
+def test_config_json_has_the_facts_as_they_end(tmp_path):
+    """What else is said of a run stands beside its options, and in its last state when it ends."""
+    logger = MetricsLogger(tmp_path, dict(batch_size=3), 0, {}, dict(images=7, command="a"))
+    assert (about(tmp_path)["images"], about(tmp_path)["command"]) == (7, "a")
+    logger.close(dict(batch_size=4), dict(images=7, command="b"))
+    assert (about(tmp_path)["command"], about(tmp_path)["config"]) == ("b", dict(batch_size=4))
 
 
 def test_a_tracker_that_cannot_start_is_one_line(tmp_path, capsys):

@@ -5,6 +5,7 @@ import csv
 import dataclasses
 import gc
 import itertools
+import json
 import os
 import signal
 import subprocess
@@ -53,7 +54,7 @@ def test_metrics_have_every_column_and_each_step_once(folder):
     """metrics.csv: losses with quartiles, learning rate, gradient norm, speed, and validation at the end."""
     train(tiny_training(iterations=6))
     table = rows()
-    assert [int(r["step"]) for r in table] == [2, 4, 6] and tuple(table[0]) == (
+    assert [int(r["step"]) for r in table] == [2, 4, 6] and tuple(table[0])[:13] == (
         "step", "epoch", "loss", "loss_q1", "loss_q2", "loss_q3", "loss_q4", "val_loss", "lr", "grad_norm", "images_per_second",
         "seconds", "skipped_steps")
     assert all(float(table[-1][c]) > 0 for c in ("loss", "loss_q1", "val_loss", "grad_norm", "images_per_second"))
@@ -219,6 +220,136 @@ def test_validation_is_the_same_every_time(folder):
     """Fixed noise and timesteps: the same weights give the same held-out loss."""
     monitor = diffuser.Monitor(Trainer(tiny_training(), Devices(tiny_training())), None, folder)
     assert monitor.validate() == monitor.validate() > 0
+
+
+@pytest.mark.parametrize("options", [{}, dict(min_snr_gamma=5.0, prediction="v"), dict(time_sampling="laplace")])
+def test_training_and_validation_estimate_the_same_loss(folder, options):
+    """A network that says the same of every image has the same expected loss in both, with the density of timesteps and
+    the weights of training, also where classes differ and images are sorted by them."""
+    cfg = tiny_training(**{**dict(time_sampling="logit_normal", time_mean=-1.0, timesteps=200, batch_size=500,
+                                  prediction="x0", val_fraction=0.4), **options})
+    run = Trainer(cfg, Devices(cfg))
+    order = run.data.labels[run.val_indices].argsort(stable=True)
+    run.val_indices = run.val_indices[order]
+    for p in [*run.network.parameters(), *run.ema.network.parameters()]:
+        p.data.zero_()
+    training = []
+    for step in range(8):
+        run.progress.step = step
+        training.append(run.diffusion.loss(run.network, *run.batch()).mean().item())
+    training = sum(training) / len(training)
+    assert diffuser.Monitor(run, None, folder).validate() == pytest.approx(training, rel=0.03)
+
+
+def test_validation_spreads_timesteps_over_the_density_of_training(folder, monkeypatch):
+    """One timestep from each of n equal parts of it, in an order that has nothing to do with that of the images."""
+    seen = []
+    run = Trainer(tiny_training(time_sampling="logit_normal", timesteps=500), Devices(tiny_training()))
+    loss = run.diffusion.loss
+    monkeypatch.setattr(run.diffusion, "loss", lambda net, x0, t, *rest: seen.append(t) or loss(net, x0, t, *rest))
+    diffuser.Monitor(run, None, folder).validate()
+    t = torch.cat(seen)
+    n = len(run.val_indices)
+    assert torch.equal(t.sort().values, run.diffusion.timesteps((torch.arange(n) + 0.5) / n))
+    assert (t[1:] < t[:-1]).any() and len(t) == n
+
+
+def due_rows(total, per_epoch, log_every=20, first=0, **options):
+    """{step: whether it has a validation loss} of the rows of a run, that goes on after a row at `first`."""
+    cfg = dataclasses.replace(tiny_training(log_every=log_every), **options)
+    rows = {}
+    for step in range(first + 1, total + 1):
+        due = diffuser.what_is_due(cfg, step, per_epoch, total, max(rows, default=first))
+        if due.log:
+            rows[step] = due.validate
+    return rows
+
+
+def test_rows_are_means_over_equal_numbers_of_steps():
+    """Whatever the length of an epoch: every log_every steps, the last row with what is left over as well; a run shorter
+    than that has one."""
+    assert list(due_rows(100, 7)) == list(due_rows(100, 1)) == list(due_rows(100, 1000)) == [20, 40, 60, 80, 100]
+    assert list(due_rows(100, 7, checkpoint_rate=11)) == [20, 40, 60, 80, 100]
+    assert list(due_rows(119, 7)) == [20, 40, 60, 80, 119] and list(due_rows(101, 7)) == [20, 40, 60, 80, 101]
+    assert due_rows(10, 1) == due_rows(10, 100) == {10: True} and list(due_rows(3, 1, log_every=1)) == [1, 2, 3]
+    assert list(due_rows(150, 7, first=101)) == [121, 150]
+
+
+def test_the_first_row_after_an_epoch_or_checkpoint_has_the_validation_loss():
+    """So that it stands in a row, once for each, at the step it was measured."""
+    assert due_rows(100, 30) == {20: False, 40: True, 60: True, 80: False, 100: True}
+    assert all(due_rows(100, 1).values())
+    assert due_rows(100, 1000, checkpoint_rate=50) == {20: False, 40: False, 60: True, 80: False, 100: True}
+
+
+def test_rows_and_grids_have_the_means_that_they_say(folder, monkeypatch):
+    """A row is the mean over its steps, a grid's name that over its epoch; the rate is that of the row's last step."""
+    losses = []
+    rates = []
+    real = Trainer.train_step
+
+    def train_step(run):
+        rates.append(run.optimizer.param_groups[0]["lr"])
+        before = run.progress.loss_sums[1].clone()
+        real(run)
+        since = run.progress.loss_sums[1] - before
+        losses.append((since[:, 0].sum() / since[:, 1].sum()).item())
+
+    monkeypatch.setattr(Trainer, "train_step", train_step)
+    train(tiny_training(iterations=22, batch_size=300, log_every=4, sample_every=1))           # 5 steps an epoch
+    table = rows()
+    assert [int(row["step"]) for row in table] == [4, 8, 12, 16, 22]
+    for first, row in zip([0, 4, 8, 12, 16], table):
+        last = int(row["step"])
+        assert float(row["loss"]) == pytest.approx(sum(losses[first:last]) / (last - first), rel=1e-4)
+        assert float(row["lr"]) == pytest.approx(rates[last - 1], rel=1e-5)
+    falling = [float(row["lr"]) for row in table]
+    assert falling[1:] == sorted(falling[1:], reverse=True)                  # with onecycle the last one is the lowest
+    means = {f"epoch_{e}_loss_{sum(losses[5 * e - 5 : 5 * e]) / 5:.4f}.png" for e in (1, 2, 3, 4)}
+    assert means < {path.name for path in folder.rglob("epoch_*.png")}
+
+
+def test_time_before_a_checkpoint_is_in_its_row(folder, monkeypatch):
+    """Saving and drawing are no training; the steps before them, in the same row, are."""
+    monkeypatch.setattr(Trainer, "train_step", lambda run, step=Trainer.train_step: step(run) or time.sleep(0.05))
+    monkeypatch.setattr(diffuser.Monitor, "show_grid", lambda monitor, loss: time.sleep(2))
+    train(tiny_training(iterations=8, log_every=8, checkpoint_rate=3))
+    (row,) = rows()
+    assert 0.4 <= float(row["seconds"]) < 6                                  # three grids took six seconds
+    assert float(row["images_per_second"]) * float(row["seconds"]) == pytest.approx(128, rel=1e-4)
+
+
+def test_a_run_says_what_it_is_and_how_to_repeat_it(folder):
+    """config.json: sizes, what was chosen, the command; real.png: images of each class, drawn once."""
+    path = train(tiny_training(report=True, iterations=4))
+    (run,) = folder.glob("samples/samples_*")
+    about = json.loads((run / "config.json").read_text())
+    network = load_checkpoint(path)["model"]
+    assert about["parameters"] == sum(p.numel() for p in network.values()) and about["classes"] == 10
+    assert about["shape"] == [1, 8, 8] and about["images"] == 1762 and about["chosen"]["iterations"] == 4
+    assert about["command"].startswith("python diffuser.py --mode train --dataset digits ")
+
+    with Image.open(run / "real.png") as real, Image.open(next(run.glob("epoch_*.png"))) as grid:
+        assert real.size == grid.size
+    (run / "real.png").write_bytes(b"kept")
+    train(tiny_training(report=True, iterations=8))
+    assert (run / "real.png").read_bytes() == b"kept"
+
+
+def test_real_images_are_of_their_classes(folder, image_folder):
+    """A column per class with images of it alone, each once, and white where there are too few."""
+    cfg = tiny_training(dataset="folder", path_to_data=str(image_folder), img_size=(8, 8), batch_size=4, val_fraction=0.0,
+                        num_generations=8)
+    run = Trainer(cfg, Devices(cfg))
+    drawn = []
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(diffuser, "save_grid", lambda images, path, names: drawn.append((images, names)))
+        diffuser.Monitor(run, None, folder).draw_real()
+    images, names = drawn[0]
+    columns = images.view(8, 2, *run.shape)
+    assert names == ["cat", "dog"] and (columns[6:] == 255).all()
+    for c in (0, 1):
+        assert torch.equal(columns[:6, c], run.data.images[run.data.labels == c])
 
 
 def test_a_row_has_the_epoch_to_four_digits_behind_the_point(folder):

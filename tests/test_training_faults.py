@@ -57,7 +57,7 @@ def start(flags, cwd):
 def metrics(folder):
     """The rows of the newest metrics.csv, without what depends on the clock."""
     path = max(Path(folder).rglob("metrics.csv"), key=lambda p: p.stat().st_mtime)
-    return [{k: v for k, v in row.items() if k not in TIMES} for row in csv.DictReader(open(path))]
+    return [{k: v for k, v in row.items() if k not in TIMES and not k.startswith("machine/")} for row in csv.DictReader(open(path))]
 
 
 def wait_for(condition, seconds=60):
@@ -359,6 +359,18 @@ def test_a_run_that_diverges_goes_back_and_slows_down(folder, monkeypatch, capsy
     assert Trainer(cfg, Devices(cfg), state).lr_schedule.get_last_lr()[0] == cfg.learning_rate / 2
     faster = dataclasses.replace(cfg, learning_rate=3e-5)                    # asked for anew: as it is
     assert Trainer(faster, Devices(cfg), state).lr_schedule.get_last_lr()[0] == 3e-5
+
+
+def test_a_checkpoint_between_rows_is_judged_by_its_own_losses(folder):
+    """Losses since the last row that are far above the range keep a checkpoint from being gone back to."""
+    run = Trainer(tiny_training(), Devices(tiny_training()))
+    run.progress.step = 31
+    run.progress.loss_history = [[step, 1.0] for step in range(1, 31)]
+    assert run.state()["good"]
+    run.progress.loss_sums[0, 0] = torch.tensor([16 * 1.2, 16.0])
+    assert run.state()["good"]
+    run.progress.loss_sums[0, 0] = torch.tensor([16 * 9.0, 16.0])
+    assert not run.state()["good"]
 
 
 def test_going_back_stays_on_its_branch(folder, monkeypatch, capsys):
