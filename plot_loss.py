@@ -140,13 +140,14 @@ def wants_log_axis(points: Iterable[Point]) -> bool:
     return max(losses) > 20 * min(losses)
 
 
-def require_drawable(label: str, points: Iterable[Point]) -> None:
-    """Raise ValueError for a point that no axis can hold."""
+def require_drawable(label: str, points: Iterable[Point], axis: str = "epoch") -> None:
+    """Raise ValueError for a point that no axis can hold. axis: what values are drawn over."""
+    advice = "take it out of metrics.csv or of the names of the grids"
     for x, y in points:
         if abs(x) > TOO_LARGE:
-            raise ValueError(f"no axis holds an epoch or step of {x:.4g}, as {label} has")
+            raise ValueError(f"no axis holds the {axis} {x:.4g} of {label}; {advice}")
         if abs(y) > TOO_LARGE:
-            raise ValueError(f"no axis holds the value {y:.4g} that {label} has at {x:.10g}")
+            raise ValueError(f"no axis holds the value {y:.4g} of {label} at {axis} {x:.10g}; {advice}")
 
 
 def point_text(point: Point) -> str:
@@ -478,13 +479,21 @@ def plot(runs: Curves, save: Path, window: float = 10, show: bool = False, valid
 # ---- Command line ------------------------------------------------------------------------------
 
 
+def parse_window(text: str) -> float:
+    """A number of epochs. Raises UserError."""
+    window = number(text)
+    if not window > 0:                                           # nan fails too
+        raise UserError(f"--window is a number of epochs above 0, not {text[:60]}")
+    return window
+
+
 def build_parser() -> Parser:
     """The flags."""
     parser = Parser(description=__doc__)
     add = parser.add_argument
     add("directories", nargs="*", type=Path, metavar="DIR", help="sample folders; none: asks")
     add("--save", type=Path, metavar="FILE", help="figure, .png, .pdf, .svg, ... (default: loss.png, in DIR if one)")
-    add("--window", type=float, default=10, help="epochs in the sliding average (default: 10)")
+    add("--window", type=parse_window, default=10, metavar="EPOCHS", help="epochs in the sliding average (default: 10)")
     add("--no-show", action="store_true", help="open no window")
     add("--list", action="store_true", help="choose from a list of runs, not in a file dialog")
     add("--samples_dir", default="samples", help="where to look for runs (default: samples)")
@@ -507,8 +516,6 @@ def work(options: argparse.Namespace) -> None:
     """Choose, summarize and draw."""
     if options.html:
         raise UserError("the page is made by report.py: python report.py DIR")
-    if not options.window > 0:                                   # nan fails too
-        raise UserError(f"--window is a number of epochs above 0, not {options.window:g}")
 
     # Choose; quitting at the question is no error.
     windows = can_open_windows() and not options.no_show
@@ -535,7 +542,7 @@ def work(options: argparse.Namespace) -> None:
     except OSError as error:
         raise UserError(f"cannot write {save}: {error.strerror or error}; name another file with --save") from error
     except ValueError as error:                                  # a loss of 1e308
-        raise UserError(f"cannot draw {save}: {first_line(error)}") from error
+        raise UserError(f"cannot draw {save}: {error}") from error
     except RuntimeError as error:                                # .pgf without LaTeX
         raise UserError(f"cannot draw {save}: {first_line(error)}; name another file with --save") from error
     print(f"saved {save}")

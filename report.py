@@ -473,7 +473,7 @@ def draw(curves: dict[str, list[Point]], xlabel: str, text: str, prefix: str) ->
 
     everything = []
     for label, points in curves.items():
-        require_drawable(f"the {label} loss", points)
+        require_drawable(f"the {label} loss", points, xlabel)
         everything += points
     log = wants_log_axis(everything)
 
@@ -604,7 +604,10 @@ def work(options: argparse.Namespace) -> None:
             load_run(directory)
         try:
             path = write_report(directory)
-        except (OSError, ValueError) as error:                   # ValueError: no axis holds a loss of 1e308
+        except OSError as error:
+            place = f"{error.filename}: " if error.filename else ""
+            raise UserError(f"cannot write the report of {directory}: {place}{error.strerror or error}") from error
+        except ValueError as error:                              # no axis holds a loss of 1e308
             raise UserError(f"cannot write the report of {directory}: {error}") from error
         print(f"saved {path}")
 
