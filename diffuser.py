@@ -5,13 +5,12 @@
 # ///
 """diffuser: train and sample denoising diffusion models of images.
 
-    python diffuser.py                                          asks what to do
-    python diffuser.py --mode train --dataset digits            trains on the shipped digits
-    python diffuser.py --mode train --dataset folder --path_to_data DIR_OR_ZIP --img_size 64
-    python diffuser.py --mode inference                         picks a checkpoint, asks for classes
-    python diffuser.py --mode inference --model_path C.pt --num_images 1000 --save_dir out
-    torchrun --nproc_per_node 4 diffuser.py --mode train ...    one process per device
-    python diffuser.py --help all                               every option
+    python diffuser.py                                 asks what to do
+    python diffuser.py --mode train --dataset digits   on the shipped digits
+    python diffuser.py --mode train --path_to_data PHOTOS --img_size 64
+    python diffuser.py --mode inference                asks what to draw
+    python diffuser.py --mode inference --num_images 1000 --save_dir out
+    torchrun --nproc_per_node 4 diffuser.py --mode train --dataset cifar10
 
 The same command resumes an interrupted run. From Python:
 
@@ -164,35 +163,42 @@ class Config:
         "auto", "auto: cuda, then mps, then cpu", choices=("auto", "cuda", "mps", "cpu"), per_run=True,
         common=True)
     config: str = opt(
-        "", "options from the config.json of a run, to repeat it; flags beat them", per_run=True, common=True)
+        "", "options from a run's config.json, to repeat it", per_run=True, common=True)
     seed: int = opt(0, "seed of everything random", lo=0, hi=2**63 - 1, common=True)
     yes: bool = opt(False, "ask nothing: take every default", per_run=True, common=True)
     dry_run: bool = opt(False, "print settings, parameters, steps and memory, then stop", per_run=True, common=True)
     debug: bool = opt(False, "show the traceback of a failure", per_run=True)
 
     data_dir: str = opt(
-        "data", "where datasets are, are downloaded to, and are cached", per_run=True, common=True, group="data")
+        "data", "where datasets are kept, cached ones too", "--cache_dir", per_run=True, common=True,
+        group="data")
     path_to_data: str = opt(
-        "", "image folder or ZIP file (dataset folder); subfolders are classes", per_run=True, common=True)
+        "", "folder or ZIP of images; subfolders are classes", "--train_data_dir", "--data",
+        per_run=True, common=True)
     img_size: tuple[int, int] | None = opt(
-        None, "image size: a number or HxW", "--image_size", lo=1, hi=4096, architectural=True, common=True)
+        None, "image size: a number or HxW", "--image_size", "--resolution", lo=1, hi=4096, architectural=True,
+        common=True)
     channels: int | None = opt(
         None, "1 grey, 3 colour (default: what the images are)", choices=(1, 3), architectural=True)
     use_labels: bool | None = opt(
-        None, "condition on class labels (default: where there are any)", architectural=True, common=True)
-    flip: bool | None = opt(None, "mirror training images at random (default: where the dataset allows)")
-    num_workers: int = opt(2, "processes that decode images into the cache", lo=0, hi=256, per_run=True)
+        None, "condition on classes (default: where there are any)", "--cond", architectural=True, common=True)
+    flip: bool | None = opt(
+        None, "mirror training images at random (default: where the dataset allows)", "--random_flip", "--xflip",
+        "--augment_horizontal_flip")
+    num_workers: int = opt(
+        2, "processes that decode images into the cache", "--dataloader_num_workers", "--workers", lo=0, hi=256,
+        per_run=True)
     val_fraction: float = opt(
         0.02, "part of the data held out for the validation loss (at most 1,000 images)", lo=0, hi=0.5)
 
     timesteps: int = opt(
-        1000, "diffusion steps T", "--num_timesteps", "--num_diffusion_timesteps", lo=2, hi=100_000,
+        1000, "diffusion steps T", "--num_timesteps", "--num_diffusion_timesteps", "--ddpm_num_steps", lo=2, hi=100_000,
         architectural=True, common=True, group="diffusion",
         ask="more are finer noise levels; 500 to 1000 are usual")
     schedule_type: str = opt(
         "linear", "noise schedule", "--schedule", choices="SCHEDULES",
-        synonyms={"l": "linear", "cos": "cosine", "DNS": "dns"}, architectural=True, common=True,
-        ask="how fast an image turns into noise")
+        synonyms={"l": "linear", "cos": "cosine", "DNS": "dns", "squaredcos_cap_v2": "cosine"}, architectural=True,
+        common=True, ask="how fast an image turns into noise")
     beta_start: float = opt(
         1e-4, "first beta (linear, dns)", "--schedule_low", lo=1e-9, hi=0.999, architectural=True,
         ask="variance of the first step")
@@ -202,7 +208,10 @@ class Config:
     cosine_s: float = opt(0.008, "offset s of the cosine schedule", lo=0, hi=1, architectural=True)
     scale_betas: bool = opt(False, "multiply beta_start and beta_end by 1000/T", architectural=True)
     prediction: str = opt(
-        "eps", "what the network predicts", choices="PREDICTIONS", architectural=True, common=True)
+        "eps", "what the network predicts", "--prediction_type", "--objective", choices="PREDICTIONS",
+        synonyms={"epsilon": "eps", "v_prediction": "v", "sample": "x0", "pred_noise": "eps", "pred_v": "v",
+                  "pred_x0": "x0"},
+        architectural=True, common=True)
     zero_terminal_snr: bool = opt(
         False, "rescale the schedule so that nothing of the image is left at T", architectural=True)
     loss_fn: str = opt("mse", "loss", "--loss_type", choices="LOSSES", synonyms={"l2": "mse", "l1": "mae"})
@@ -215,10 +224,11 @@ class Config:
         None, "width of --time_sampling: deviation (logit_normal) [1], b (laplace) [0.5]", lo=1e-3, hi=1e3)
 
     base_channels: int = opt(
-        64, "channels of the first level", "--starting_channels", lo=2, hi=4096, architectural=True, common=True,
-        group="network", ask="wider is better and slower")
+        64, "channels of the first level", "--starting_channels", "--dim", "--cbase", lo=2, hi=4096,
+        architectural=True, common=True, group="network", ask="wider is better and slower")
     channel_mults: tuple[float, ...] = opt(
-        (1, 2, 2), "channel multiplier of each level", lo=0.001, hi=64, architectural=True, common=True)
+        (1, 2, 2), "channel multiplier of each level", "--dim_mults", "--cres", lo=0.001, hi=64, architectural=True,
+        common=True)
     num_res_blocks: int = opt(2, "residual blocks per level", lo=1, hi=16, architectural=True)
     use_attention: bool = opt(
         True, "self-attention at --attention_levels and in the bottleneck", architectural=True,
@@ -256,27 +266,34 @@ class Config:
         choices=("scale_shift", "add", "concat"), architectural=True)
 
     epochs: int = opt(
-        100, "passes over the data", lo=1, hi=10**7, common=True, group="training")
-    iterations: int = opt(0, "optimizer steps; 0: use --epochs", "--num_training_steps", lo=0, hi=10**9, common=True)
+        100, "passes over the data", "--num_epochs", "--num_train_epochs", lo=1, hi=10**7, common=True,
+        group="training")
+    iterations: int = opt(
+        0, "optimizer steps; 0: use --epochs", "--num_training_steps", "--train_num_steps", "--max_train_steps", lo=0,
+        hi=10**9, common=True)
     train_minutes: float = opt(
         0.0, "train for about that long; iterations are set by timing a few steps; 0: use --epochs", lo=0, hi=10**6,
         common=True)
     batch_size: int = opt(
-        128, "images per step, over all devices", lo=1, hi=10**6, common=True, ask="lower it when memory runs out")
-    gradient_accumulation_steps: int = opt(1, "micro-batches of batch_size that make one step", lo=1, hi=10**4)
+        128, "images per step, over all devices", "--train_batch_size", lo=1, hi=10**6, common=True,
+        ask="lower it when memory runs out")
+    gradient_accumulation_steps: int = opt(
+        1, "micro-batches of batch_size that make one step", "--gradient_accumulate_every", lo=1, hi=10**4)
     learning_rate: float = opt(
-        1e-4, "highest learning rate", "--lr", lo=1e-12, hi=10, common=True,
+        1e-4, "highest learning rate", "--lr", "--train_lr", lo=1e-12, hi=10, common=True,
         ask="too high diverges, too low takes for ever; wide networks want less")
     optimizer: str = opt("adamw", "optimizer", choices="OPTIMIZERS")
-    weight_decay: float = opt(1e-4, "weight decay", lo=0, hi=10)
+    weight_decay: float = opt(1e-4, "weight decay", "--adam_weight_decay", lo=0, hi=10)
     lr_schedule: str = opt("onecycle", "learning rate over time", choices="LR_SCHEDULES")
     warmup_steps: int | None = opt(
-        None, "steps of rising learning rate (default: a tenth of the run, at most 1000)", lo=0, hi=10**9)
+        None, "steps of rising learning rate (default: a tenth of the run, at most 1000)", "--lr_warmup_steps", lo=0,
+        hi=10**9)
     max_grad_norm: float = opt(1.0, "clip the gradient to this norm; 0: never", lo=0, hi=1e9)
     label_dropout: float = opt(0.1, "chance that a label is dropped, for guidance", lo=0, hi=1)
     use_ema: bool = opt(True, "average the weights and sample from the average")
-    ema_decay: float = opt(0.9999, "decay of the average, warmed up as (1 + n) / (10 + n)", lo=0, hi=1, common=True)
-    ema_update_rate: int = opt(1, "steps between updates of the average", lo=1, hi=10**6)
+    ema_decay: float = opt(
+        0.9999, "decay of the average, warmed up as (1 + n) / (10 + n)", "--ema_max_decay", lo=0, hi=1, common=True)
+    ema_update_rate: int = opt(1, "steps between updates of the average", "--ema_update_every", lo=1, hi=10**6)
     ema_start: int = opt(0, "steps before averaging begins", lo=0, hi=10**9)
     early_stop_loss_change: float = opt(
         0.0, "stop when the mean absolute change of the last ten logged losses is below this; 0: never", lo=0,
@@ -285,7 +302,8 @@ class Config:
     num_gpus: int = opt(0, "GPUs for DataParallel; 0: all there are", lo=0, hi=64, per_run=True, common=True)
     precision: str = opt(
         "auto", "auto: bf16 where the hardware multiplies it (on CPUs from 32 base channels on), else fp32",
-        choices=("auto", "fp32", "bf16", "fp16"), per_run=True, common=True)
+        "--mixed_precision", choices=("auto", "fp32", "bf16", "fp16"), synonyms={"no": "fp32"}, per_run=True,
+        common=True)
     compile: bool | None = opt(None, "torch.compile the network (default: on cuda, for long runs)", per_run=True)
     channels_last: bool | None = opt(None, "store images channels last (default: but for mps)", per_run=True)
     deterministic: bool = opt(
@@ -298,20 +316,23 @@ class Config:
         group="output")
     working_directory: str = opt("checkpoints", "where checkpoints go", per_run=True, common=True)
     generated_directory: str = opt(
-        "samples", "where sample grids, metrics.csv and config.json go", per_run=True, common=True)
+        "samples", "where grids and metrics.csv go", per_run=True, common=True)
     sample_every: int | None = opt(
-        None, "epochs between sample grids (default: 1, more where they would take over a twentieth of the time)", lo=1,
-        hi=10**7, common=True, ask="a grid shows how far training is; auto: one, more where epochs are short")
+        None, "epochs between sample grids (default: 1, more where they would take over a twentieth of the time)",
+        "--save_images_epochs", lo=1, hi=10**7, common=True,
+        ask="a grid shows how far training is; auto: one, more where epochs are short")
     checkpoint_every: int | None = opt(
-        None, "epochs between checkpoints (default: as for grids)", lo=1, hi=10**7, common=True)
+        None, "epochs between checkpoints (default: as for grids)", "--save_model_epochs", lo=1, hi=10**7, common=True)
     checkpoint_rate: int = opt(
-        0, "steps between checkpoints, each with a grid; 0: go by epochs", "--evaluation_interval", lo=0, hi=10**9)
-    num_keep_checkpoints: int = opt(1, "checkpoints to keep", lo=1, hi=10**6, common=True)
+        0, "steps between checkpoints, each with a grid; 0: go by epochs", "--evaluation_interval",
+        "--checkpointing_steps", "--save_and_sample_every", lo=0, hi=10**9)
+    num_keep_checkpoints: int = opt(1, "checkpoints to keep", "--checkpoints_total_limit", lo=1, hi=10**6, common=True)
     num_generations: int = opt(0, "images per class in a grid and rows of a denoising strip; 0: choose", lo=0, hi=1000)
     plot_freq_interval: int = opt(
         0, "timesteps between the pictures of a denoising strip beside each grid; 0: one strip, at the end", lo=0,
         hi=100_000)
-    preview_steps: int = opt(20, "sampling steps of the grids drawn in training", lo=1, hi=100_000)
+    preview_steps: int = opt(
+        20, "sampling steps of the grids drawn in training", "--ddpm_num_inference_steps", lo=1, hi=100_000)
     log_every: int = opt(
         20, "steps between rows of metrics.csv; each is the mean over them, the last also over those left over",
         "--log_rate", lo=1, hi=10**9)
@@ -319,28 +340,30 @@ class Config:
         "auto", "auto: go on from the run's checkpoint; never: start over", choices=("auto", "never"),
         per_run=True, common=True)
     resume_from_checkpoint: str = opt(
-        "", "go on from this checkpoint: checkpoint_STEP of the experiment, or a path", per_run=True)
+        "", "go on from this checkpoint: checkpoint_STEP of the experiment, a path, or latest", per_run=True)
     init_from: str = opt(
-        "", "fine-tune: start a new run from the weights, network and schedule of this checkpoint", per_run=True,
-        common=True)
+        "", "fine-tune: start a new run from the weights, network and schedule of this checkpoint", "--transfer",
+        per_run=True, common=True)
     use_wandb: bool = opt(False, "log to Weights & Biases", "--log_to_wandb", per_run=True, common=True)
     use_tensorboard: bool = opt(False, "log to TensorBoard", per_run=True, common=True)
-    project_name: str = opt("diffuser", "Weights & Biases project", per_run=True)
+    project_name: str = opt("diffuser", "Weights & Biases project", "--tracker_project_name", per_run=True)
     wandb_mode: str = opt(
         "auto", "auto: what WANDB_MODE says, else online where a key is known",
         choices=("auto", "online", "offline"), per_run=True)
     report: bool = opt(True, "write report.html into the samples folder when training ends", per_run=True)
 
-    model_path: str = opt("", "checkpoint to sample from", per_run=True, common=True, group="sampling")
-    classes: str = opt("", "classes to draw, by name or number: cat,3 or all", per_run=True, common=True)
+    model_path: str = opt("", "checkpoint to sample from", "--network", per_run=True, common=True, group="sampling")
+    classes: str = opt("", "classes to draw, by name or number: cat,3 or all", "--class", per_run=True, common=True)
     num_images: int | None = opt(
         None, "images to draw in all (default: 10 of each class)", lo=1, hi=10**7, per_run=True, common=True)
     save_dir: str = opt("", "folder for images/, grid.png and samples.json", per_run=True, common=True)
-    sampler: str = opt("dpmpp", "sampler", choices="SAMPLERS", synonyms={"dpm++": "dpmpp"}, common=True)
+    sampler: str = opt(
+        "dpmpp", "sampler", "--solver", choices="SAMPLERS", synonyms={"dpm++": "dpmpp", "euler": "ddim"}, common=True)
     steps: int | None = opt(
-        None, "sampling steps (default: the sampler's own: 25; ddim 50; ddpm all T)", lo=1, hi=100_000, common=True)
+        None, "sampling steps (default: 25; ddim 50; ddpm all T)", "--sampling_timesteps",
+        "--num_inference_steps", lo=1, hi=100_000, common=True)
     spacing: str = opt("trailing", "how the sampling steps lie in 0..T-1", choices="SPACINGS")
-    eta: float = opt(0.0, "noise of ddim: 0 none, 1 as much as ddpm", lo=0, hi=1)
+    eta: float = opt(0.0, "noise of ddim: 0 none, 1 as much as ddpm", "--ddim_sampling_eta", lo=0, hi=1)
     variance: str = opt(
         "small", "variance of the noise of ddpm: posterior (small) or beta (large)",
         choices=("small", "large"))
@@ -364,7 +387,7 @@ class Config:
     sample_batch_size: int | None = opt(
         None, "images drawn at a time (default: as many as keep the device busy)", lo=1, hi=10**6)
     trajectory: bool = opt(
-        False, "also save trajectory.png: rows images, columns from noise to image", per_run=True, common=True)
+        False, "also save trajectory.png, from noise to image", per_run=True, common=True)
 
 
 def value_type(hint: object) -> type:
@@ -494,18 +517,50 @@ DDPM = dict(
     timesteps=1000, schedule_type="linear", beta_start=1e-4, beta_end=0.02, prediction="eps", time_sampling="uniform",
     patch_size=1, ema_decay=0.9999, guidance_scale=0.0)
 
-# Whole configurations. ho2020 is DDPM's CIFAR-10 network and training (Ho et al. 2020, appendix B).
+# Whole configurations.
 RECIPES = {
+    # DDPM's CIFAR-10 network and training (Ho et al. 2020, appendix B).
     "ho2020": dict(
         DDPM, base_channels=128, channel_mults=(1, 2, 2, 2), num_res_blocks=2, attention_levels=(1,), num_heads=1,
         emb_dim=128, dropout=0.1, norm_groups=32, conditioning="add", use_labels=False,
         optimizer="adam", weight_decay=0.0, learning_rate=2e-4, lr_schedule="constant", warmup_steps=5000,
         batch_size=128, iterations=800_000),
+
+    # ddpm_abarankab for CIFAR-10: its README, and its train_cifar.py for the schedule, the intervals and what it leaves
+    # out (decay, warm-up, mirroring, dropped labels).
+    "ddpm_abarankab": dict(
+        DDPM, dataset="cifar10", base_channels=128, channel_mults=(1, 2, 2, 2), num_res_blocks=2, attention_levels=(1,),
+        num_heads=1, emb_dim=128, dropout=0.01, conditioning="add", sin_first=True, use_labels=False,
+        label_dropout=0.0, flip=False, schedule_type="dns", scale_betas=True, loss_fn="mse", optimizer="adam",
+        weight_decay=0.0, learning_rate=2e-4, lr_schedule="constant", warmup_steps=0, batch_size=256,
+        iterations=800_000, use_ema=True, ema_update_rate=1, ema_start=1, log_every=100, checkpoint_rate=10_000),
+
+    # diffusion_mac_m3.py for folders of 128x128 photographs: the tables of arguments and the network in its README,
+    # which knows neither classes nor averaged weights. Attention follows each halving and each doubling.
+    "diffusion_mac_m3": dict(
+        DDPM, img_size=(128, 128), channels=3, use_labels=False, base_channels=128, channel_mults=(1, 2, 3, 4),
+        num_res_blocks=2, attention_levels=(1, 2, 3), up_attention_levels=(0, 1, 2), head_dim=64, emb_dim=128,
+        dropout=0.0, conditioning="add", loss_fn="mse", optimizer="adamw", weight_decay=1e-4, learning_rate=1e-4,
+        lr_schedule="cosine", warmup_steps=5000, max_grad_norm=1.0, batch_size=32, gradient_accumulation_steps=1,
+        iterations=150_000, use_ema=False, checkpoint_rate=5000, num_keep_checkpoints=1, num_generations=5,
+        plot_freq_interval=100),
+
+    # Its recommended settings for an Apple M3 Ultra, but with averaged weights and attention at fewer levels.
     "celebahq128": dict(
         DDPM, img_size=(128, 128), channels=3, base_channels=96, channel_mults=(1, 2, 3, 4), emb_dim=96,
         attention_levels=(1, 2, 3), head_dim=32, batch_size=16, learning_rate=1e-4, warmup_steps=5000,
         lr_schedule="cosine", weight_decay=1e-4, max_grad_norm=1.0, iterations=100_000, checkpoint_rate=5000,
         num_keep_checkpoints=2, num_generations=5, plot_freq_interval=100),
+
+    # create_cifar10_ddpm of the project diffusion_models: the configuration in its README, which knows neither classes
+    # nor averaged weights.
+    "cifar10_ddpm": dict(
+        DDPM, dataset="cifar10", use_labels=False, base_channels=64, channel_mults=(1, 2, 4), num_res_blocks=2,
+        attention_levels=(1, 2), num_heads=4, emb_dim=128, dropout=0.0, conditioning="add", loss_fn="mse",
+        optimizer="adam", weight_decay=0.0, learning_rate=2e-4, lr_schedule="constant", warmup_steps=0, batch_size=128,
+        epochs=100, use_ema=False, checkpoint_every=10, sample_every=20, use_tensorboard=True),
+
+    # What is best for the dataset: see BEST.
     "best": dict(),
 }
 
@@ -717,6 +772,8 @@ def requested(overrides: dict) -> dict:
         raise UserError("--train_minutes sets the number of steps: leave out --epochs and --iterations")
     if asked.get("path_to_data") and not asked.get("dataset"):
         asked["dataset"] = "folder"
+    if asked.get("resume_from_checkpoint") == "latest":
+        asked.update(resume_from_checkpoint="", resume="auto")
 
     # 2. The recipe.
     stored = read_options(asked["config"]) if asked.get("config") else {}
@@ -4475,9 +4532,193 @@ def how_to_go_on(cfg: Config, folder: Path, numbers: list[int], count: int, firs
 
 
 # ---- 12  Command line --------------------------------------------------------------------------
-# Flags made from the fields of Config.
+# Flags made from the fields of Config, and what other programs call things.
 
 COMMANDS = {"train": run_training, "inference": run_inference}
+
+
+# Flags of diffusers' train_unconditional.py, of lucidrains' denoising-diffusion-pytorch, and of EDM's train.py and
+# generate.py. Those that are only spelt otherwise are aliases in chapter 1; here are those whose value or unit differs.
+
+
+@dataclass(frozen=True)
+class ForeignFlag:
+    """A flag of another program, and what it means here.
+
+    translate: (its text, all that is given: options by name, other foreign flags as text) -> options by name. It raises
+    UserError for what has no counterpart.
+    """
+
+    help: str
+    translate: Callable[[str, dict], dict]
+    metavar: str = "NAME"
+    value_if_bare: str | None = None                             # of a switch: its text where none follows
+
+
+def output_folders(text: str, given: dict) -> dict:
+    """One folder for all that a run leaves."""
+    return dict(working_directory=text, generated_directory=text)
+
+
+def edm_outdir(text: str, given: dict) -> dict:
+    """train.py puts runs there, generate.py pictures."""
+    if given.get("mode") == "inference":
+        return dict(save_dir=text)
+    return output_folders(text, given)
+
+
+def edm_batch(text: str, given: dict) -> dict:
+    """train.py means the images of a step, generate.py those drawn at a time."""
+    name = "sample_batch_size" if given.get("mode") == "inference" else "batch_size"
+    return {name: parse_value(name, text)}
+
+
+def steps_for_images(images: float, given: dict) -> int:
+    """Steps that see so many images. Raises UserError where the images of a step are not given."""
+    if "batch_size" not in given:
+        raise UserError("counts images, which become steps by --batch_size: give it, too")
+    return max(1, math.ceil(images / (given["batch_size"] * given.get("gradient_accumulation_steps", 1))))
+
+
+def parse_positive(text: str) -> float:
+    """A number above 0. Raises UserError."""
+    try:
+        number = float(text)
+    except ValueError:
+        number = math.nan
+    if not 0 < number < math.inf:
+        raise UserError("wants a number above 0")
+    return number
+
+
+def edm_duration(text: str, given: dict) -> dict:
+    """Millions of images."""
+    return dict(iterations=steps_for_images(1e6 * parse_positive(text), given))
+
+
+def edm_tick(text: str, given: dict) -> dict:
+    """Thousands of images between lines of progress."""
+    return dict(log_every=steps_for_images(1e3 * parse_positive(text), given))
+
+
+def edm_snap(text: str, given: dict) -> dict:
+    """Ticks between snapshots; a tick is 50 thousand images unless --tick says otherwise."""
+    images = 1e3 * parse_positive(given.get("tick", "50")) * parse_positive(text)
+    return dict(checkpoint_rate=steps_for_images(images, given))
+
+
+def half_precision(text: str, given: dict) -> dict:
+    """A switch between float16 and float32."""
+    if text.lower() not in BOOLEANS:
+        raise UserError("wants True or False")
+    return dict(precision="fp16" if BOOLEANS[text.lower()] else "fp32")
+
+
+def trackers(text: str, given: dict) -> dict:
+    """The tracker of that name."""
+    known = {"tensorboard": dict(use_tensorboard=True), "wandb": dict(use_wandb=True),
+             "all": dict(use_tensorboard=True, use_wandb=True), "none": {}}
+    if text not in known:
+        raise UserError("wants tensorboard, wandb, all or none")
+    return known[text]
+
+
+def diffusers_lr_scheduler(text: str, given: dict) -> dict:
+    """diffusers' constant has no warm-up."""
+    if text == "constant":
+        return dict(lr_schedule="constant", warmup_steps=0)
+    if text == "constant_with_warmup":
+        return dict(lr_schedule="constant")
+    return dict(lr_schedule=parse_value("lr_schedule", text))
+
+
+def diffusers_beta_schedule(text: str, given: dict) -> dict:
+    """diffusers calls the curve of GeoDiff sigmoid."""
+    return dict(schedule_type="geodiff" if text == "sigmoid" else parse_value("schedule_type", text))
+
+
+def lucidrains_beta_schedule(text: str, given: dict) -> dict:
+    """lucidrains' linear betas are scaled to T."""
+    options = dict(schedule_type=parse_value("schedule_type", text))
+    if text == "linear":
+        options["scale_betas"] = True
+    return options
+
+
+def nothing_to_do(text: str, given: dict) -> dict:
+    """It is so anyway. Raises UserError where it is switched off."""
+    if not BOOLEANS.get(text.lower()):
+        raise UserError("cannot be switched off here")
+    return {}
+
+
+# In this order: what counts images needs --batch.
+FOREIGN_FLAGS = {
+    "batch": ForeignFlag("--batch_size; when drawing --sample_batch_size (EDM)", edm_batch, "N"),
+    "duration": ForeignFlag("millions of images to train on: --iterations (EDM)", edm_duration, "X"),
+    "tick": ForeignFlag("thousands of images: --log_every (EDM)", edm_tick, "N"),
+    "snap": ForeignFlag("ticks of 50 thousand images or as --tick says: --checkpoint_rate (EDM)", edm_snap, "N"),
+    "outdir": ForeignFlag("as --output_dir; when drawing --save_dir (EDM)", edm_outdir, "PATH"),
+    "output_dir": ForeignFlag("--working_directory and --generated_directory (diffusers)", output_folders, "PATH"),
+    "results_folder": ForeignFlag("the same (denoising-diffusion-pytorch)", output_folders, "PATH"),
+    "fp16": ForeignFlag("--precision fp16, or fp32 where False (EDM)", half_precision, "BOOL", "True"),
+    "amp": ForeignFlag("the same (denoising-diffusion-pytorch)", half_precision, "BOOL", "True"),
+    "logger": ForeignFlag("--use_tensorboard, --use_wandb (diffusers)", trackers, "{tensorboard,wandb}"),
+    "report_to": ForeignFlag("the same, or all (diffusers)", trackers),
+    "lr_scheduler": ForeignFlag("--lr_schedule; constant is without warm-up (diffusers)", diffusers_lr_scheduler),
+    "ddpm_beta_schedule": ForeignFlag(
+        "--schedule_type; sigmoid is geodiff (diffusers)", diffusers_beta_schedule),
+    "beta_schedule": ForeignFlag(
+        "--schedule_type; linear is with --scale_betas (denoising-diffusion-pytorch)", lucidrains_beta_schedule),
+    "center_crop": ForeignFlag("done anyway (diffusers)", nothing_to_do, "BOOL", "True"),
+    "enable_xformers_memory_efficient_attention": ForeignFlag(
+        "done anyway, by torch (diffusers)", nothing_to_do, "BOOL", "True"),
+}
+
+# Those of their flags that have no counterpart, and what to do instead.
+NO_COUNTERPART = {}
+for _names, _advice in (
+        ("dataset_name dataset_config_name",
+         "datasets of the Hugging Face Hub are not read here: take --dataset, or --path_to_data with a folder"),
+        ("push_to_hub hub_token hub_model_id hub_private_repo",
+         "leave it out; afterwards python convert.py to-diffusers CKPT DIR makes a folder for the Hub"),
+        ("logging_dir", "leave it out: trackers write into the run's folder below --generated_directory"),
+        ("overwrite_output_dir", "leave it out; --resume never starts over"),
+        ("eval_batch_size", "--num_generations is how many images a grid shows of each class, or in all"),
+        ("adam_epsilon", "leave it out: it is 1e-8"),
+        ("ema_inv_gamma ema_power",
+         "leave it out: the average's decay after n updates is (1 + n) / (10 + n), at most --ema_decay"),
+        ("num_samples", "--num_images is how many are drawn, --num_generations how many a grid shows in training"),
+        ("mixed_precision_type", "--precision says fp16 or bf16"),
+        ("min_snr_loss_weight", "--min_snr_gamma 5 switches it on"),
+        ("calculate_fid", "leave it out; python evaluate.py measures drawn images"),
+        ("arch precond", "--base_channels, --channel_mults and others set the network, --prediction its output"),
+        ("augment", "leave it out; --flip mirrors"),
+        ("batch_gpu", "leave it out: a step that does not fit into memory is computed in parts"),
+        ("ls bench cache", "leave it out: it is seen to"),
+        ("desc nosubdir", "leave it out; --experiment_name names a run"),
+        ("dump", "leave it out: a run goes on from any checkpoint; --checkpoint_rate says how often there is one"),
+        ("subdirs", "leave it out: images go into one folder"),
+        ("sigma_min sigma_max rho disc scaling",
+         "leave it out: the noise levels are those of the model's schedule; --spacing picks among them"),
+        ("S_churn S_min S_max S_noise", "leave it out; --sampler ddim --eta adds noise on the way")):
+    NO_COUNTERPART.update(dict.fromkeys(_names.split(), _advice))
+
+
+def translate_flags(given: dict) -> dict:
+    """Options as they are given on the command line, foreign ones in the terms of this program. Raises UserError."""
+    given = dict(given)
+    for name in NO_COUNTERPART:
+        if name in given:
+            raise UserError(f"--{name} is of another program: {NO_COUNTERPART[name]}")
+    for name, flag in FOREIGN_FLAGS.items():
+        if name not in given:
+            continue
+        try:
+            given.update(flag.translate(given[name], given))
+        except UserError as error:
+            raise UserError(f"--{name} {given[name]}: {error}") from None
+    return {name: value for name, value in given.items() if name not in FOREIGN_FLAGS}
 
 
 class ShowHelp(argparse.Action):
@@ -4492,44 +4733,73 @@ class ShowHelp(argparse.Action):
         parser.exit()
 
 
-def option_help(name: str) -> str:
+PATHS = {"config", "data_dir", "path_to_data", "working_directory", "generated_directory", "resume_from_checkpoint",
+         "init_from", "model_path", "save_dir", "guide_path"}
+
+
+def metavar(name: str) -> str:
+    """What stands for an option's value in --help: N, X, PATH, NAME, or the choices where they are few."""
+    choices = "{" + ",".join(map(str, allowed_values(name))) + "}"
+    if 2 < len(choices) < 40:
+        return choices
+    if name in PATHS:
+        return "PATH"
+    if name == "img_size":
+        return "HxW"
+    return {bool: "BOOL", int: "N", float: "X", str: "NAME"}.get(TYPES[name], "N,N")
+
+
+def option_help(name: str, choices: bool = True) -> str:
     """What an option is for, its choices and its default."""
     text = FIELDS[name].metadata["help"]
     default = FIELDS[name].default
-    if allowed_values(name):
+    if choices and allowed_values(name):
         text += f" ({', '.join(map(str, allowed_values(name)))})"
     if default not in ("", None, ()) and default is not False:
         text += f" [{format_value(name, default)}]"
     return text
 
 
-METAVARS = {int: "N", float: "X", str: "NAME"}                   # others are numbers: N,N
-
-
 def build_parser(every: bool = True) -> Parser:
     """One flag per field; only those given end up in the result. every: show all options and spellings in --help."""
-    intro, _, rest = __doc__.partition("\n")
-    usage = rest.split("\nChapters")[0]
-    parser = Parser("diffuser.py", usage="python diffuser.py [--mode train | inference] [options]", description=intro,
-                    epilog=usage if every else "Every option: python diffuser.py --help all", add_help=False,
+    more = "" if every else "Every option: python diffuser.py --help all"
+    parser = Parser("diffuser.py", usage="python diffuser.py [--mode train | inference] [options]",
+                    description=__doc__.split("\n\nThe same command")[0], epilog=more, add_help=False,
                     argument_default=argparse.SUPPRESS)
     parser.add_argument("-h", "--help", nargs="?", const="", action=ShowHelp, metavar="all", help=argparse.SUPPRESS)
 
     for name, spec in FIELDS.items():
         if spec.metadata["group"]:
             group = parser.add_argument_group(spec.metadata["group"])
-        flags = [f"--{name}"]
-        if every:
-            flags += spec.metadata["aliases"]
-        shown = every or spec.metadata["common"]
-        text = option_help(name).replace("%", "%%") if shown else argparse.SUPPRESS
-        parse = partial(parse_value, name)
+        aliases = spec.metadata["aliases"]
+        text = argparse.SUPPRESS
+        if every or spec.metadata["common"]:
+            text = option_help(name, choices="{" not in metavar(name)).replace("%", "%%")
+        if every and aliases:
+            text += "; also " + ", ".join(aliases)
+
+        # The aliases stand in the help of the option itself.
+        values = dict(type=partial(parse_value, name), metavar=metavar(name), dest=name)
         if TYPES[name] is bool:
-            group.add_argument(*flags, nargs="?", const=True, type=parse, help=text, metavar="BOOL")
-            group.add_argument(f"--no-{name}", dest=name, action="store_const", const=False, help=argparse.SUPPRESS)
-        else:
-            group.add_argument(*flags, type=parse, help=text, metavar=METAVARS.get(TYPES[name], "N,N"))
+            values.update(nargs="?", const=True)
+            for flag in (f"--{name}", *aliases):
+                group.add_argument(f"--no-{flag[2:]}", dest=name, action="store_const", const=False,
+                                   help=argparse.SUPPRESS)
+        group.add_argument(f"--{name}", help=text, **values)
+        if aliases:
+            group.add_argument(*aliases, help=argparse.SUPPRESS, **values)
+    if every:
+        add_foreign_flags(parser.add_argument_group("flags of other programs"))
     return parser
+
+
+def add_foreign_flags(group: argparse._ArgumentGroup) -> None:
+    """Flags whose text translate_flags understands or refuses."""
+    for name, flag in FOREIGN_FLAGS.items():
+        nargs = "?" if flag.value_if_bare else None
+        group.add_argument(f"--{name}", nargs=nargs, const=flag.value_if_bare, metavar=flag.metavar, help=flag.help)
+    for name in NO_COUNTERPART:
+        group.add_argument(f"--{name}", nargs="?", help=argparse.SUPPRESS)
 
 
 def options_page() -> str:
@@ -4542,12 +4812,14 @@ def options_page() -> str:
         flags = ", ".join(f"`{flag}`" for flag in (f"--{name}", *spec.metadata["aliases"]))
         text = option_help(name).replace("|", "\\|")
         lines.append(f"| {flags} | {text} |")
+    lines += ["", "## Flags of other programs", "", "| flag | what it means here |", "|---|---|"]
+    lines += [f"| `--{name}` | {flag.help} |" for name, flag in FOREIGN_FLAGS.items()]
     return "\n".join(lines) + "\n"
 
 
 def run_command(options: argparse.Namespace) -> None:
     """Do what the command line asks for; asks for the mode where that is open."""
-    asked = requested(vars(options))
+    asked = requested(translate_flags(vars(options)))
     if "mode" not in asked:
         asked = {**asked, "mode": "train"} if asked.get("yes") else ask_option("mode", asked, "train")
     COMMANDS[asked["mode"]](asked)
