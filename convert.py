@@ -906,8 +906,7 @@ COMMANDS = {
 
 
 def build_parser() -> Parser:
-    summary, _, details = __doc__.partition("\n")
-    parser = Parser("convert.py", description=summary, epilog=details)
+    parser = Parser("convert.py", usage="python convert.py COMMAND FROM TO [options]", doc=__doc__)
     add_debug(parser)
 
     # --debug may stand behind the command, too; where it does not, it leaves alone what stood before.
@@ -916,7 +915,8 @@ def build_parser() -> Parser:
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     subparsers = {}
     for name, command in COMMANDS.items():
-        sub = commands.add_parser(name, help=f"{command.source} -> {command.target}", parents=[debug])
+        usage = f"python convert.py {name} {command.source} {command.target} [options]"
+        sub = commands.add_parser(name, usage=usage, help=f"{command.source} -> {command.target}", parents=[debug])
         sub.add_argument(command.source)
         sub.add_argument(command.target)
         subparsers[name] = sub
@@ -928,7 +928,7 @@ def build_parser() -> Parser:
     subparsers["from-diffusers"].add_argument(
         "--class_names", help="cat,dog: of all class embeddings, or all but a last for no label")
     subparsers["from-diffusers"].add_argument(
-        "--img_size", help="where the folder does not tell: a number or HxW")
+        "--img_size", metavar="HxW", help="where the folder does not tell: a number or HxW")
     return parser
 
 

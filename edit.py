@@ -333,12 +333,13 @@ def run_inpaint(context: EditContext, args: argparse.Namespace) -> Edited:
 
 @dataclass(frozen=True)
 class Command:
-    """A command: what it runs, what --help says of it, and the options of diffuser.py that it takes."""
+    """A command: what it runs, what --help says of it, the options of diffuser.py and the pictures that it takes."""
 
     run: Callable[[EditContext, argparse.Namespace], Edited]
     help: str
     options: tuple[str, ...]
     max_classes: int = 1
+    pictures: str = ""
 
 
 SHARED_OPTIONS = ("device", "precision", "sampler", "steps", "spacing", "eta", "clip_x0", "guidance_scale",
@@ -347,9 +348,10 @@ SHARED_OPTIONS = ("device", "precision", "sampler", "steps", "spacing", "eta", "
 COMMANDS = {
     "interpolate": Command(run_interpolate, "images on the way from one seed's to another's",
                            options=(*SHARED_OPTIONS, "start"), max_classes=2),
-    "vary": Command(run_vary, "variations of a picture", options=(*SHARED_OPTIONS, "seed")),
+    "vary": Command(run_vary, "variations of a picture", options=(*SHARED_OPTIONS, "seed"),
+                    pictures="PICTURE "),
     "inpaint": Command(run_inpaint, "a picture painted anew where a mask is white",
-                       options=(*SHARED_OPTIONS, "seed", "start")),
+                       options=(*SHARED_OPTIONS, "seed", "start"), pictures="PICTURE MASK "),
 }
 
 
@@ -427,8 +429,7 @@ def edit(args: argparse.Namespace) -> str:
 
 
 def build_parser() -> Parser:
-    summary, _, details = __doc__.partition("\n")
-    parser = Parser("edit.py", description=summary, epilog=details)
+    parser = Parser("edit.py", usage="python edit.py CKPT COMMAND [options]", doc=__doc__)
     add_debug(parser)
     parser.add_argument("checkpoint")
 
@@ -438,10 +439,11 @@ def build_parser() -> Parser:
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     subparsers = {}
     for name, command in COMMANDS.items():
-        subparsers[name] = commands.add_parser(name, help=command.help, parents=[debug])
+        usage = f"python edit.py CKPT {name} {command.pictures}[options]"
+        subparsers[name] = commands.add_parser(name, usage=usage, help=command.help, parents=[debug])
 
     interpolate = subparsers["interpolate"]
-    interpolate.add_argument("--seeds", default="0,1", help="the two images to go between [0,1]")
+    interpolate.add_argument("--seeds", default="0,1", metavar="N,N", help="the two images to go between [0,1]")
 
     vary = subparsers["vary"]
     vary.add_argument("picture")
@@ -463,9 +465,10 @@ def add_drawing_options(parser: argparse.ArgumentParser, command: Command) -> No
     number = "one class or two" if command.max_classes == 2 else "the class"
     parser.add_argument("--classes", default="", help=f"{number} to draw, by name or number")
     parser.add_argument("--num_images", type=int, default=8, help="how many [8]")
-    parser.add_argument("--save_dir", default="", help="where to: an empty folder or a new one")
+    parser.add_argument("--save_dir", default="", metavar="PATH", help="where to: an empty folder or a new one")
     for option in command.options:
-        parser.add_argument(f"--{option}", type=partial(diffuser.parse_value, option), help="as for diffuser.py")
+        parser.add_argument(f"--{option}", type=partial(diffuser.parse_value, option), metavar=diffuser.metavar(option),
+                            help="as for diffuser.py")
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -3,7 +3,7 @@
 
     python evaluate.py out --against mnist                          class accuracy and Frechet distance, no download
     python evaluate.py out --against cifar10 --metrics fid,kid,is,pr  Inception metrics, by torch-fidelity
-    python evaluate.py out --against other_folder.zip --metrics fid --weights inception.pth
+    python evaluate.py out --against photos.zip --metrics fid --weights W.pth
     python evaluate.py --bpd checkpoint.pt                          bits per dimension of a model's held-out images
 
 DIR is a folder as `diffuser.py --mode inference --save_dir DIR` leaves it, or any folder or ZIP of images. The judge
@@ -556,19 +556,21 @@ def checkpoint_bpd(path: str, data_dir: str, count: int, batch: int = 250) -> di
 
 
 def build_parser() -> Parser:
-    summary, _, details = __doc__.partition("\n")
-    parser = Parser("evaluate.py", description=summary, epilog=details)
+    parser = Parser("evaluate.py", usage="python evaluate.py [FOLDER] [options]", doc=__doc__)
     parser.add_argument("folder", nargs="?", help="folder or ZIP of images to score")
-    parser.add_argument("--against", default="", help="dataset, folder or ZIP of real images")
-    parser.add_argument("--metrics", default="", help="judge, fid, kid, is, pr [judge for named datasets, else fid]")
+    parser.add_argument("--against", default="", metavar="NAME|PATH", help="dataset, folder or ZIP of real images")
+    parser.add_argument("--metrics", default="", metavar="NAME,NAME",
+                        help="judge, fid, kid, is, pr [judge for named datasets, else fid]")
     parser.add_argument("--bpd", default="", metavar="CKPT", help="bits per dimension of the model in this checkpoint")
     parser.add_argument("--num_images", type=int, default=1000, help="held-out images for --bpd, at most [1000]")
-    parser.add_argument("--data_dir", default="data", help="where datasets are and the judge is kept [data]")
-    parser.add_argument("--weights", default="", help="Inception weights [torch-fidelity downloads them]")
+    parser.add_argument("--data_dir", default="data", metavar="PATH",
+                        help="where datasets are and the judge is kept [data]")
+    parser.add_argument("--weights", default="", metavar="PATH",
+                        help="Inception weights [torch-fidelity downloads them]")
     parser.add_argument("--features", type=int, default=2048, choices=(64, 192, 768, 2048),
                         help="width of the Inception layer for fid, kid, pr [2048]")
     parser.add_argument("--kid_subset_size", type=int, default=1000, help="images in a subset for kid [1000]")
-    parser.add_argument("--json", default="", help="also write the figures to this file")
+    parser.add_argument("--json", default="", metavar="PATH", help="also write the figures to this file")
     add_debug(parser)
     return parser
 

@@ -489,14 +489,14 @@ def parse_window(text: str) -> float:
 
 def build_parser() -> Parser:
     """The flags."""
-    parser = Parser(description=__doc__)
+    parser = Parser("plot_loss.py", usage="python plot_loss.py [DIR ...] [options]", doc=__doc__)
     add = parser.add_argument
     add("directories", nargs="*", type=Path, metavar="DIR", help="sample folders; none: asks")
     add("--save", type=Path, metavar="FILE", help="figure, .png, .pdf, .svg, ... (default: loss.png, in DIR if one)")
     add("--window", type=parse_window, default=10, metavar="EPOCHS", help="epochs in the sliding average (default: 10)")
     add("--no-show", action="store_true", help="open no window")
     add("--list", action="store_true", help="choose from a list of runs, not in a file dialog")
-    add("--samples_dir", default="samples", help="where to look for runs (default: samples)")
+    add("--samples_dir", default="samples", metavar="PATH", help="where to look for runs (default: samples)")
     add("--html", action="store_true", help=argparse.SUPPRESS)   # report.py has taken its place
     add_debug(parser)
     return parser

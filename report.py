@@ -587,10 +587,10 @@ def write_report(folder: str | Path) -> Path:
 
 def build_parser() -> Parser:
     """The flags."""
-    parser = Parser(description=__doc__)
+    parser = Parser("report.py", usage="python report.py [DIR ...] [options]", doc=__doc__)
     add = parser.add_argument
     add("directories", nargs="*", type=Path, metavar="DIR", help="sample folders; none: asks")
-    add("--samples_dir", default="samples", help="where to look for runs (default: samples)")
+    add("--samples_dir", default="samples", metavar="PATH", help="where to look for runs (default: samples)")
     add_debug(parser)
     return parser
 

@@ -3,7 +3,7 @@
 
     python benchmarks/quality.py --dataset mnist --minutes 10           the race: one table
     python benchmarks/quality.py --checkpoint C.pt --study guidance     what a setting does to a trained model
-    python benchmarks/quality.py --dataset mnist --minutes 1 --contestants preset,best,diffusers,lucidrains
+    python benchmarks/quality.py --minutes 1 --contestants preset,diffusers
 
 Each contestant trains from scratch, alone on the machine, and draws the same number of images; a classifier trained
 on the real images judges them (see evaluate.py). The peers train as their own training scripts do, with their
@@ -375,21 +375,22 @@ def machine() -> str:
 
 def build_parser() -> Parser:
     """The flags."""
-    parser = Parser(description=__doc__)
+    parser = Parser("quality.py", usage="python benchmarks/quality.py [options]", doc=__doc__)
     add = parser.add_argument
     add("--dataset", default="mnist", help="digits, mnist or cifar10 [mnist]")
-    add("--data_dir", default="data", help="where datasets are and the judge is kept [data]")
-    add("--path_to_data", default="", help="folder or ZIP that holds its images, in class folders")
+    add("--data_dir", default="data", metavar="PATH", help="where datasets are and the judge is kept [data]")
+    add("--path_to_data", default="", metavar="PATH", help="folder or ZIP that holds its images, in class folders")
     add("--minutes", type=float, default=10, help="training time of each contestant [10]")
     add("--images", type=int, default=1000, help="images drawn by each [1000]")
     add("--batch_size", type=int, default=64, help="of the peers [64]")
-    add("--contestants", default=",".join(CONTESTANTS), help=f"[{','.join(CONTESTANTS)}]")
-    add("--checkpoint", default="", help="study this model instead of racing")
+    add("--contestants", default=",".join(CONTESTANTS), metavar="NAME,NAME",
+        help=f"who trains [{','.join(CONTESTANTS)}]")
+    add("--checkpoint", default="", metavar="PATH", help="study this model instead of racing")
     add("--study", default="guidance", help=f"{', '.join(STUDIES)} [guidance]")
-    add("--seed", type=int, default=0)
-    add("--keep", default="", help="folder for the checkpoints of ours")
-    add("--pictures", default="", help="folder for grids of samples")
-    add("--json", default="", help="also write the rows to this file")
+    add("--seed", type=int, default=0, help="of training and drawing [0]")
+    add("--keep", default="", metavar="PATH", help="folder for the checkpoints of ours")
+    add("--pictures", default="", metavar="PATH", help="folder for grids of samples")
+    add("--json", default="", metavar="PATH", help="also write the rows to this file")
     add_debug(parser)
     return parser
 

@@ -3,7 +3,7 @@
 
     python benchmarks/speed.py                                   the MNIST preset: one table
     python benchmarks/speed.py --networks ho2020 --batches 16,64
-    python benchmarks/speed.py --curves size,batch,width,dataset time against one thing at a time, for diffuser alone
+    python benchmarks/speed.py --curves size,batch,width,dataset  time against one thing at a time, for diffuser alone
     python benchmarks/speed.py --jpegs 20000                     what a folder of JPEGs costs: caching, loading, memory
     python benchmarks/speed.py --start                           from the command to the first step
 
@@ -559,20 +559,21 @@ def start(args: argparse.Namespace) -> list[dict]:
 
 def build_parser() -> Parser:
     """The flags."""
-    parser = Parser(description=__doc__)
+    parser = Parser("speed.py", usage="python benchmarks/speed.py [options]", doc=__doc__)
     add = parser.add_argument
-    add("--networks", default="mnist", help=f"{', '.join(NETWORKS)} [mnist]")
-    add("--batches", default="128", help="batch sizes [128]")
-    add("--contestants", default=",".join(CONTESTANTS), help=f"[{','.join(CONTESTANTS)}]")
+    add("--networks", default="mnist", metavar="NAME,NAME", help=f"{', '.join(NETWORKS)} [mnist]")
+    add("--batches", default="128", metavar="N,N", help="batch sizes [128]")
+    add("--contestants", default=",".join(CONTESTANTS), metavar="NAME,NAME",
+        help=f"who is measured [{','.join(CONTESTANTS)}]")
     add("--rounds", type=int, default=3, help="times that each is measured [3]")
     add("--seconds", type=float, default=5, help="for timing steps: at least 3, after 3 to warm up [5]")
     add("--images", type=int, default=100, help="images to draw by DDIM; 0: none [100]")
     add("--steps", type=int, default=50, help="sampling steps [50]")
-    add("--curves", default="", help=f"cost curves instead: {', '.join(CURVES)}")
+    add("--curves", default="", metavar="NAME,NAME", help=f"cost curves instead: {', '.join(CURVES)}")
     add("--jpegs", type=int, default=0, help="instead: a folder of so many JPEGs")
     add("--start", nargs="?", const="digits", default="", help="instead: time to a first step [digits]")
-    add("--data_dir", default="data", help="where --start finds its datasets [data]")
-    add("--json", default="", help="also write the rows to this file")
+    add("--data_dir", default="data", metavar="PATH", help="where --start finds its datasets [data]")
+    add("--json", default="", metavar="PATH", help="also write the rows to this file")
     add_debug(parser)
 
     # What in_process runs.

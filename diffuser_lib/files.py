@@ -18,10 +18,12 @@ import errno
 import json
 import os
 import platform
+import re
 import shlex
 import signal
 import sys
 import tempfile
+import textwrap
 import time
 import traceback
 import zipfile
@@ -51,9 +53,42 @@ def first_line(error: Exception) -> str:
 
 
 def did_you_mean(wrong: str, known: Iterable[str]) -> str:
-    """The nearest of the known names, as the end of a message; empty where none is near."""
-    near = difflib.get_close_matches(wrong, known, 1)
-    return f": did you mean {near[0]}?" if near else ""
+    """The nearest of the known names, or the few that begin with it, as the end of a message; empty where none is near.
+
+    Near is a name whose words are all spelt alike: what merely sounds alike is more often something else.
+    """
+    words = split_words(wrong)
+    near = []
+    longer = []
+    for name in known:
+        others = split_words(name)
+        if spelt_alike(words, others):
+            near.append(name)
+        elif words and others[: len(words)] == words:
+            longer.append(name)
+
+    if near:
+        return f": did you mean {max(near, key=lambda name: likeness(wrong, name))}?"
+    if 1 <= len(longer) <= 3:
+        return f": did you mean {' or '.join(longer)}?"
+    return ""
+
+
+def split_words(name: str) -> list[str]:
+    """The words of a name or flag, without what joins them."""
+    return [word for word in re.split(r"[-_\s]+", name.lower()) if word]
+
+
+def spelt_alike(words: list[str], others: list[str]) -> bool:
+    """Whether two names are the same but for what joins their words and a slip in each."""
+    if "".join(words) == "".join(others):
+        return True
+    return len(words) == len(others) and all(likeness(a, b) >= 0.8 for a, b in zip(words, others))
+
+
+def likeness(a: str, b: str) -> float:
+    """Of two texts, from 0 to 1: the share of their letters that stand in the same order."""
+    return difflib.SequenceMatcher(None, a, b).ratio()
 
 
 def warn(text: str) -> None:
@@ -78,15 +113,54 @@ def warn_on_oserror(what: str, write: Callable[[], object]) -> bool:
 BAD_PATH = (errno.ENAMETOOLONG, errno.ENOTDIR, errno.EISDIR, errno.EEXIST, errno.ELOOP)
 
 
-class Parser(argparse.ArgumentParser):
-    """argparse whose mistakes are a UserError of one line, with the nearest flag where one is unknown."""
+class HelpFormatter(argparse.RawDescriptionHelpFormatter):
+    """Help that keeps its lines where they fit, and shows a value as N, X, PATH or NAME, by the type of the option."""
 
-    def __init__(self, *args, **options):
-        formatter = partial(argparse.RawDescriptionHelpFormatter, max_help_position=28)
+    def _get_default_metavar_for_optional(self, action: argparse.Action) -> str:
+        return {int: "N", float: "X", Path: "PATH"}.get(action.type, "NAME")
+
+    def _fill_text(self, text: str, width: int, indent: str) -> str:
+        return "\n\n".join(fit_paragraph(paragraph, width) for paragraph in text.split("\n\n"))
+
+
+def fit_paragraph(paragraph: str, width: int) -> str:
+    """A paragraph of help in so many columns: prose is wrapped, what stands behind an example goes below it."""
+    lines = paragraph.splitlines()
+    if all(len(line) <= width for line in lines):
+        return paragraph
+    if not paragraph.startswith(" "):
+        return textwrap.fill(" ".join(lines), width, break_on_hyphens=False)
+
+    fitted = []
+    for line in lines:
+        example, _, meaning = line.rstrip().rpartition("  ")
+        if example.strip():
+            fitted += [example.rstrip(), 8 * " " + meaning]
+        else:
+            fitted.append(line)
+    return "\n".join(fitted)
+
+
+class Parser(argparse.ArgumentParser):
+    """argparse whose mistakes are a UserError of one line, with the nearest flag where one is unknown.
+
+    Between the words of a flag a dash is as good as an underscore. doc: a text such as a module's docstring; in --help
+    it stands above the options up to its examples, the indented lines, and below them from there on.
+    """
+
+    def __init__(self, *args, doc: str = "", **options):
+        if doc:
+            options["description"], options["epilog"] = split_behind_examples(doc)
+        formatter = partial(HelpFormatter, max_help_position=28)
         super().__init__(*args, allow_abbrev=False, formatter_class=formatter, **options)
 
     def error(self, message: str):
         raise UserError(f"{message} (see --help)")
+
+    def parse_known_args(self, args=None, namespace=None) -> tuple[argparse.Namespace, list[str]]:
+        """As argparse does, but for the dashes."""
+        arguments = sys.argv[1:] if args is None else list(args)
+        return super().parse_known_args(known_spellings(arguments, self._option_string_actions), namespace)
 
     def parse_args(self, args=None, namespace=None) -> argparse.Namespace:
         """The options given. Raises UserError."""
@@ -96,6 +170,29 @@ class Parser(argparse.ArgumentParser):
             hint = did_you_mean(flag, self._option_string_actions) or " (see --help)"
             raise UserError(f"unknown option {unknown[0]}{hint}")
         return options
+
+
+def known_spellings(arguments: list[str], flags: Iterable[str]) -> list[str]:
+    """The arguments, each --flag with dashes and underscores as in `flags`. What follows -- is left alone."""
+    known = {flag[2:].replace("-", "_"): flag for flag in flags if flag.startswith("--")}
+    result = []
+    for i, argument in enumerate(arguments):
+        if argument == "--":
+            return result + arguments[i:]
+        flag, equals, value = argument.partition("=")
+        if flag.startswith("--"):
+            flag = known.get(flag[2:].replace("-", "_"), flag)
+        result.append(flag + equals + value)
+    return result
+
+
+def split_behind_examples(doc: str) -> tuple[str, str]:
+    """A text up to the end of its first indented paragraph, and the rest."""
+    paragraphs = doc.strip().split("\n\n")
+    for i, paragraph in enumerate(paragraphs):
+        if paragraph.startswith(" "):
+            return "\n\n".join(paragraphs[: i + 1]), "\n\n".join(paragraphs[i + 1 :])
+    return doc.strip(), ""
 
 
 def add_debug(parser: argparse.ArgumentParser) -> None:
