@@ -78,7 +78,7 @@ def random_images(cfg: diffuser.Config, count: int = 2048) -> diffuser.ImageData
     return diffuser.ImageData(images, torch.zeros(len(images), dtype=torch.long), [])
 
 
-diffuser.DATASETS["random"] = diffuser.DatasetSpec(lambda cfg, train: random_images(cfg), (3, 32, 32))
+diffuser.DATASETS["random"] = diffuser.DatasetSpec(lambda cfg, train: random_images(cfg), "noise", (3, 32, 32))
 
 
 def parameters(network: nn.Module) -> int:
@@ -434,7 +434,7 @@ def curve_point(args: argparse.Namespace) -> dict:
     """In a process of its own: one step of one point of a cost curve."""
     changes, batch, images = CURVES[args.curves][args.point]
     diffuser.DATASETS["random"] = diffuser.DatasetSpec(
-        lambda cfg, train: random_images(cfg, images), (3, 32, 32))
+        lambda cfg, train: random_images(cfg, images), "noise", (3, 32, 32))
     cfg = settings("64x64", batch, **{"img_size": (32, 32), "num_heads": 4, **changes})
     run = diffuser.Trainer(cfg, diffuser.Devices(cfg))
 

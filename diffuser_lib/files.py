@@ -80,10 +80,12 @@ def split_words(name: str) -> list[str]:
 
 
 def spelt_alike(words: list[str], others: list[str]) -> bool:
-    """Whether two names are the same but for what joins their words and a slip in each."""
+    """Whether two names are the same but for what joins their words, and a slip behind the first letter of each."""
     if "".join(words) == "".join(others):
         return True
-    return len(words) == len(others) and all(likeness(a, b) >= 0.8 for a, b in zip(words, others))
+    if len(words) != len(others):
+        return False
+    return all(a[0] == b[0] and likeness(a, b) >= 0.75 for a, b in zip(words, others))
 
 
 def likeness(a: str, b: str) -> float:
@@ -135,7 +137,8 @@ def fit_paragraph(paragraph: str, width: int) -> str:
     for line in lines:
         example, _, meaning = line.rstrip().rpartition("  ")
         if example.strip():
-            fitted += [example.rstrip(), 8 * " " + meaning]
+            fitted.append(example.rstrip())
+            fitted.append(textwrap.fill(meaning, width, initial_indent=8 * " ", subsequent_indent=8 * " "))
         else:
             fitted.append(line)
     return "\n".join(fitted)

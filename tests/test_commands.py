@@ -1,5 +1,6 @@
 """Chapters 11 and 12 of diffuser.py: the real command line, its questions answered by a pipe and a terminal, its errors."""
 
+import argparse
 import contextlib
 import hashlib
 import io
@@ -7,6 +8,7 @@ import json
 import os
 import pty
 import random
+import re
 import select
 import shlex
 import shutil
@@ -21,8 +23,14 @@ import torch
 from conftest import ROOT, TINY_FLAGS, cli, heed_interrupts, tiny_training
 from PIL import Image
 
+import convert
 import diffuser
+import edit
+import evaluate
+import plot_loss
+import report
 from diffuser import main
+from diffuser_lib.files import known_spellings
 
 TRAIN = ["--mode", "train", "--dataset", "digits", "--iterations", "2", "--batch_size", "8", "--timesteps", "20", *TINY_FLAGS]
 
@@ -102,6 +110,152 @@ def test_booleans_in_four_spellings(flags, expected):
     assert vars(diffuser.build_parser().parse_args(flags)) == {"use_ema": expected}
 
 
+# Command lines of the peers, and what they ask for in the terms of this program.
+PEERS = [
+    # diffusers' train_unconditional.py, as its README has it, with a folder.
+    ("--train_data_dir=pics --resolution=64 --center_crop --random_flip --output_dir=ddpm-ema-64 --train_batch_size=16 "
+     "--num_epochs=100 --gradient_accumulation_steps=1 --use_ema --learning_rate=1e-4 --lr_warmup_steps=500 "
+     "--mixed_precision=no",
+     dict(path_to_data="pics", img_size=(64, 64), flip=True, working_directory="ddpm-ema-64",
+          generated_directory="ddpm-ema-64", batch_size=16, epochs=100, gradient_accumulation_steps=1, use_ema=True,
+          learning_rate=1e-4, warmup_steps=500, precision="fp32")),
+    ("--save_images_epochs 10 --save_model_epochs 20 --checkpointing_steps 500 --checkpoints_total_limit 3 --logger wandb",
+     dict(sample_every=10, checkpoint_every=20, checkpoint_rate=500, num_keep_checkpoints=3, use_wandb=True)),
+    ("--report_to all --dataloader_num_workers 4 --adam_weight_decay 1e-6 --ema_max_decay 0.999 --cache_dir there",
+     dict(use_wandb=True, use_tensorboard=True, num_workers=4, weight_decay=1e-6, ema_decay=0.999, data_dir="there")),
+    ("--ddpm_num_steps 500 --ddpm_beta_schedule squaredcos_cap_v2 --prediction_type epsilon --ddpm_num_inference_steps 50",
+     dict(timesteps=500, schedule_type="cosine", prediction="eps", preview_steps=50)),
+    ("--prediction_type sample --ddpm_beta_schedule sigmoid --enable_xformers_memory_efficient_attention",
+     dict(prediction="x0", schedule_type="geodiff")),
+    ("--prediction_type v_prediction --mixed_precision bf16 --logger tensorboard",
+     dict(prediction="v", precision="bf16", use_tensorboard=True)),
+    ("--lr_scheduler constant --lr_warmup_steps 500", dict(lr_schedule="constant", warmup_steps=0)),
+    ("--lr_scheduler constant_with_warmup --lr_warmup_steps 500", dict(lr_schedule="constant", warmup_steps=500)),
+    ("--lr_scheduler cosine", dict(lr_schedule="cosine")),
+
+    # denoising-diffusion-pytorch's Unet, GaussianDiffusion and Trainer.
+    ("--dim 64 --dim_mults 1,2,4,8 --image_size 128 --timesteps 1000 --sampling_timesteps 250 --objective pred_v "
+     "--beta_schedule linear --ddim_sampling_eta 1",
+     dict(base_channels=64, channel_mults=(1, 2, 4, 8), img_size=(128, 128), timesteps=1000, steps=250, prediction="v",
+          schedule_type="linear", scale_betas=True, eta=1.0)),
+    ("--train_batch_size 32 --train_lr 8e-5 --train_num_steps 700000 --gradient_accumulate_every 2 --ema_decay 0.995 "
+     "--ema_update_every 10 --save_and_sample_every 1000 --results_folder res --amp True --augment_horizontal_flip True",
+     dict(batch_size=32, learning_rate=8e-5, iterations=700_000, gradient_accumulation_steps=2, ema_decay=0.995,
+          ema_update_rate=10, checkpoint_rate=1000, working_directory="res", generated_directory="res",
+          precision="fp16", flip=True)),
+    ("--amp False --beta_schedule sigmoid", dict(precision="fp32", schedule_type="sigmoid")),
+
+    # EDM's train.py and generate.py; images become steps, a tick is 50 thousand of them.
+    ("--outdir=runs --data=d.zip --cond=1 --duration=200 --batch=512 --lr=1e-3 --dropout=0.13 --fp16=1 --xflip=1 --seed=3",
+     dict(working_directory="runs", generated_directory="runs", path_to_data="d.zip", use_labels=True, batch_size=512,
+          iterations=390_625, learning_rate=1e-3, dropout=0.13, precision="fp16", flip=True, seed=3)),
+    ("--batch 500 --tick 10 --snap 5 --cbase 128 --cres 1,2,2 --workers 1 --transfer there.pt",
+     dict(batch_size=500, log_every=20, checkpoint_rate=100, base_channels=128, channel_mults=(1, 2, 2), num_workers=1,
+          init_from="there.pt")),
+    ("--batch-size 1000 --snap 50", dict(batch_size=1000, checkpoint_rate=2500)),
+    ("--mode inference --network=C.pt --outdir=out --class=3 --batch=64 --steps=18 --solver=heun",
+     dict(mode="inference", model_path="C.pt", save_dir="out", classes="3", sample_batch_size=64, steps=18,
+          sampler="heun")),
+]
+
+
+@pytest.mark.parametrize("line, options", PEERS)
+def test_flags_of_peers_mean_the_same(line, options):
+    """Other spellings, units and values are what they mean here, and nothing else is set."""
+    given = vars(diffuser.build_parser().parse_args(shlex.split(line)))
+    assert diffuser.translate_flags(given) == options
+    diffuser.requested(options)
+
+
+@pytest.mark.parametrize("line, words", [
+    ("--dataset_name huggan/pokemon", "--path_to_data"), ("--push_to_hub", "convert.py"), ("--eval-batch-size 16", "--num_generations"),
+    ("--duration 200", "--batch_size"), ("--duration many --batch 4", "above 0"), ("--snap 5", "--batch_size"),
+    ("--precond edm", "--prediction"), ("--augment 0.12", "--flip"), ("--S_churn 40", "--eta"), ("--sigma_max 80", "--spacing"),
+    ("--logger comet", "tensorboard"), ("--lr_scheduler polynomial", "cosine"), ("--amp maybe", "--amp maybe: wants True or False"),
+    ("--center_crop False", "cannot be switched off"), ("--num_samples 25", "--num_images"), ("--batch none", "--batch none: ")])
+def test_flags_of_peers_without_a_counterpart(folder, capsys, line, words):
+    """One line that says what to do instead, before anything is made."""
+    error = fails(capsys, "--mode", "train", "--dataset", "digits", *shlex.split(line))
+    assert words in error and len(error.splitlines()) == 1
+    assert not list(folder.iterdir())
+
+
+def test_a_flag_of_another_program_hides_none_of_ours():
+    """No name stands for two things, and each flag of another program names options that exist."""
+    spellings = [spelling for name, spec in diffuser.FIELDS.items() for spelling in (f"--{name}", *spec.metadata["aliases"])]
+    foreign = [f"--{name}" for name in (*diffuser.FOREIGN_FLAGS, *diffuser.NO_COUNTERPART)]
+    assert len(set(spellings + foreign)) == len(spellings + foreign)
+    texts = [flag.help for flag in diffuser.FOREIGN_FLAGS.values()] + list(diffuser.NO_COUNTERPART.values())
+    for flag in re.findall(r"--\w+", " ".join(texts)):
+        assert flag in spellings + foreign, flag
+
+
+def test_going_on_from_the_latest_checkpoint(others_folder):
+    """--resume_from_checkpoint latest goes on from the newest one, and starts a run where there is none."""
+    flags = shlex.split(f"--mode train --experiment_name E --path_to_data ./celeb_hq_128 {SMALL} --timesteps 20 "
+                        "--batch_size 4 --num_keep_checkpoints 5 --resume_from_checkpoint latest")
+    assert main([*flags, "--iterations", "2"]) == 0
+    assert main([*flags, "--iterations", "3"]) == 0
+    assert sorted(os.listdir("checkpoints/E")) == ["checkpoint_2", "checkpoint_3"]
+
+
+@pytest.mark.parametrize("flag, hint", [
+    ("--resolutoin", "did you mean --resolution?"), ("--epoch", "did you mean --epochs?"), ("--img-sise", "did you mean --img_size?"),
+    ("--checkpoint_path", "(see --help)"), ("--save_path", "(see --help)"), ("--width", "(see --help)"),
+    ("--beta", "did you mean --beta_start or --beta_end or --beta_schedule?")])
+def test_a_hint_names_nothing_else_by_accident(folder, capsys, flag, hint):
+    """The nearest flag is named where only a slip lies between, or what begins so; else where to look."""
+    assert f"unknown option {flag}" in (error := fails(capsys, "--mode", "train", flag, "3")) and hint in error
+
+
+@pytest.mark.parametrize("flags, options", [
+    (["--learning-rate", "1e-3"], {"learning_rate": 1e-3}), (["--learning-rate=1e-3"], {"learning_rate": 1e-3}),
+    (["--no-use-ema"], {"use_ema": False}), (["--no_use_ema"], {"use_ema": False}), (["--dry-run"], {"dry_run": True}),
+    (["--no-random-flip"], {"flip": False}), (["--experiment_name=--a-b"], {"experiment_name": "--a-b"})])
+def test_dashes_are_as_good_as_underscores(flags, options):
+    """In every flag, in its negation and its other spellings; values stay as they are."""
+    assert vars(diffuser.build_parser().parse_args(flags)) == options
+
+
+def test_every_flag_may_be_written_with_dashes():
+    """Each flag of the program, all its spellings, is found with dashes alone."""
+    known = diffuser.build_parser()._option_string_actions
+    for flag in known:
+        assert known_spellings([flag.replace("_", "-")], known) == [flag]
+
+
+def has_good_help(text):
+    """One line of usage, then examples, then options, in 80 columns."""
+    usage, _, rest = text.partition("\n\n")
+    assert usage.startswith("usage: python ") and len(usage.splitlines()) == 1
+    assert rest.index("    python ") < rest.index("\n  -")
+    assert max(map(len, text.splitlines())) <= 80
+
+
+@pytest.mark.parametrize("script", ["quality", "speed"])
+def test_help_of_benchmarks(script, tmp_path):
+    """As of the other scripts: no value is a name in capitals, cut off."""
+    done = cli("--help", script=f"benchmarks/{script}.py", cwd=tmp_path, env={"COLUMNS": "80"})
+    has_good_help(done.stdout)
+    assert "--json PATH" in done.stdout and "--seed SEED" not in done.stdout and "--rounds ROUNDS" not in done.stdout
+
+
+@pytest.mark.parametrize("script", [diffuser, convert, edit, evaluate, plot_loss, report], ids=lambda script: script.__name__)
+def test_help_has_one_line_of_usage_then_examples_then_options(script, monkeypatch):
+    """Of every script and command; what stands for a value says of what kind it is."""
+    monkeypatch.setenv("COLUMNS", "80")
+    parser = script.build_parser()
+    has_good_help(parser.format_help())
+    commands = [action for action in parser._actions if isinstance(action, argparse._SubParsersAction)]
+    for each in (parser, *(sub for action in commands for sub in action.choices.values())):
+        lines = each.format_help().splitlines()
+        assert max(map(len, lines)) <= 80
+        assert lines[0].startswith("usage: python ") and lines[1] == ""
+        for action in each._actions:
+            if action.option_strings and action.metavar is None and action.nargs != 0:
+                assert action.dest.upper() not in each.format_help(), action.dest
+
+
 @pytest.mark.parametrize("flags, words", [
     (["--dataset", "imagenet"], "digits, mnist"), (["--epochs", "0"], "--epochs"), (["--learning_rate", "-1"], "--learning_rate"),
     (["--bach_size", "4"], "did you mean --batch_size"), (["--beta_end", "1e-9"], "beta_end"), (["--dataset"], "--dataset"),
@@ -130,14 +284,17 @@ def test_options_md_is_what_the_program_makes():
 
 
 def test_help_fits_on_two_screens_and_says_how_to_see_the_rest():
-    """--help: the common options, at most 90 lines of 80 columns; --help all: every flag and alias."""
+    """--help: the common options, at most 96 lines of 80 columns; --help all: every flag and alias."""
     short, long = (cli("--help", *more, cwd=ROOT, env={"COLUMNS": "80"}) for more in ([], ["all"]))
     assert short.returncode == long.returncode == 0
-    assert len(short.stdout.splitlines()) <= 90 and max(map(len, short.stdout.splitlines())) <= 80
+    assert len(short.stdout.splitlines()) <= 96 and max(map(len, short.stdout.splitlines())) <= 80
     assert "--help all" in short.stdout and "--freq_shift" not in short.stdout
     for spec in diffuser.FIELDS.values():
         assert f"--{spec.name} " in short.stdout or not spec.metadata["common"]
         assert all(flag in long.stdout for flag in (f"--{spec.name}", *spec.metadata["aliases"]))
+    for value in ("--seed N", "--learning_rate X", "--save_dir PATH", "--experiment_name NAME", "--prediction {eps,v,x0}"):
+        assert value in short.stdout
+    assert all(f"--{name}" in long.stdout for name in diffuser.FOREIGN_FLAGS)
     assert cli("--help", "everything", cwd=ROOT).returncode == 2
 
 

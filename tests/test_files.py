@@ -27,6 +27,7 @@ from diffuser_lib.files import (
     did_you_mean,
     first_line,
     hold_lock,
+    known_spellings,
     newest_first,
     run_script,
     unused_path,
@@ -72,6 +73,11 @@ def test_the_nearest_name_is_suggested():
     """A slip of the pen finds its name; what is like nothing known gets no suggestion."""
     assert did_you_mean("--bach_size", ["--epochs", "--batch_size"]) == ": did you mean --batch_size?"
     assert did_you_mean("zzz", ["--epochs", "--batch_size"]) == ""
+    assert did_you_mean("--resolution", ["--precision"]) == ""               # it merely sounds alike
+    assert did_you_mean("--checkpoint_path", ["--checkpoint_rate"]) == ""
+    assert did_you_mean("--beta", ["--eta"]) == ""
+    assert did_you_mean("--batchsize", ["--epochs", "--batch_size"]) == ": did you mean --batch_size?"
+    assert did_you_mean("batch", ["batch_size", "batch_rate", "epochs"]) == ": did you mean batch_size or batch_rate?"
 
 
 def test_a_user_error_is_bad_usage_unless_it_says_otherwise():
@@ -123,12 +129,20 @@ def test_options_are_parsed():
     assert example_parser().parse_args(["--debug"]).debug is True
 
 
+def test_dashes_are_as_good_as_underscores():
+    """In flags; what follows -- is no flag, and a value keeps its dashes."""
+    assert example_parser().parse_args(["--batch-size", "7"]).batch_size == 7
+    assert example_parser().parse_args(["--batch-size=7"]).batch_size == 7
+    assert known_spellings(["--a-b", "c-d", "--a-b=--c-d", "--", "--a-b"], ["--a_b"]) == [
+        "--a_b", "c-d", "--a_b=--c-d", "--", "--a-b"]
+
+
 @pytest.mark.parametrize("arguments, words", [
     (["--bach_size", "4"], "unknown option --bach_size: did you mean --batch_size?"),
     (["--bach_size=4"], "unknown option --bach_size=4: did you mean --batch_size?"),
     (["--zzz"], "unknown option --zzz (see --help)"),
     (["stray"], "unknown option stray (see --help)"),
-    (["--batch", "4"], "unknown option --batch"),                # no abbreviations
+    (["--batch", "4"], "unknown option --batch: did you mean --batch_size?"),                # no abbreviations
     (["--batch_size", "many"], "--batch_size"),
     (["--batch_size"], "--batch_size")])
 def test_a_mistake_on_the_command_line_is_a_user_error_of_one_line(arguments, words):
@@ -146,6 +160,30 @@ def test_the_help_keeps_its_lines(capsys):
         example_parser().parse_args(["--help"])
     assert end.value.code == 0
     assert "first line\n  second line, indented" in capsys.readouterr().out
+
+
+def test_help_of_a_docstring(monkeypatch):
+    """Up to the examples above the options, then below; lines too long for the terminal are wrapped, examples below each
+    other with what they mean; a value is N, X, PATH or NAME."""
+    monkeypatch.setenv("COLUMNS", "60")
+    doc = f"""What it does.
+
+    python example.py A    {"meaning " * 6}
+    python example.py B    another
+
+{"Prose that goes on. " * 6}
+"""
+    parser = Parser("example", usage="python example.py", doc=doc)
+    parser.add_argument("--count", type=int)
+    parser.add_argument("--rate", type=float)
+    parser.add_argument("--place", type=Path)
+    parser.add_argument("--title")
+    text = parser.format_help()
+    places = [text.index(part) for part in (
+        "What it does.", "    python example.py A\n        meaning", "python example.py B\n        another", "--count N",
+        "--rate X", "--place PATH", "--title NAME", "Prose")]
+    assert places == sorted(places)
+    assert max(map(len, text.splitlines())) <= 60
 
 
 # ---- Scripts: how they end ---------------------------------------------------------------------

@@ -90,7 +90,7 @@ def test_an_entry_in_a_registry_is_enough(folder, monkeypatch, capsys):
 
     monkeypatch.setitem(diffuser.SCHEDULES, "flat", lambda T, beta_start, beta_end, s: torch.full((T,), 0.2, dtype=torch.float64))
     monkeypatch.setitem(diffuser.LOSSES, "cubic", lambda out, target, reduction: (out - target).abs() ** 3)
-    monkeypatch.setitem(diffuser.DATASETS, "dots", diffuser.DatasetSpec(dots, (1, 8, 8), classes=("dot", "nothing")))
+    monkeypatch.setitem(diffuser.DATASETS, "dots", diffuser.DatasetSpec(dots, "dots", (1, 8, 8), classes=("dot", "nothing")))
     monkeypatch.setitem(diffuser.SAMPLERS, "mine", diffuser.Sampler(
         noisy, steps=3, options=("eta",), adds_noise=lambda options: options["eta"] > 0))
 
