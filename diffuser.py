@@ -539,7 +539,7 @@ RECIPES = {
     # which knows neither classes nor averaged weights. Attention follows each halving and each doubling.
     "diffusion_mac_m3": dict(
         DDPM, img_size=(128, 128), channels=3, use_labels=False, base_channels=128, channel_mults=(1, 2, 3, 4),
-        num_res_blocks=2, attention_levels=(1, 2, 3), up_attention_levels=(0, 1, 2), head_dim=64, emb_dim=128,
+        num_res_blocks=2, attention_levels=(1, 2, 3), up_attention_levels=(0, 1, 2), num_heads=4, emb_dim=128,
         dropout=0.0, conditioning="add", loss_fn="mse", optimizer="adamw", weight_decay=1e-4, learning_rate=1e-4,
         lr_schedule="cosine", warmup_steps=5000, max_grad_norm=1.0, batch_size=32, gradient_accumulation_steps=1,
         iterations=150_000, use_ema=False, checkpoint_rate=5000, num_keep_checkpoints=1, num_generations=5,

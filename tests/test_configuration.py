@@ -156,6 +156,80 @@ def test_recipes_of_ddpm_mean_the_same_for_every_dataset(recipe):
         assert (cfg.prediction, cfg.time_sampling, cfg.patch_size, cfg.ema_decay) == ("eps", "uniform", 1, 0.9999)
 
 
+# The documented command lines of other systems, with the recipe in the place of the script's name, and the values that
+# their documentation has for them.
+SYSTEMS = [
+    ("--recipe ddpm_abarankab --iterations 800000 --batch_size 256 --log_to_wandb True",
+     dict(dataset="cifar10", timesteps=1000, learning_rate=2e-4, batch_size=256, dropout=0.01, iterations=800_000,
+          use_ema=True, ema_decay=0.9999, ema_update_rate=1, ema_start=1, use_labels=False, scale_betas=True,
+          base_channels=128, channel_mults=(1, 2, 2, 2), num_res_blocks=2, attention_levels=(1,), optimizer="adam",
+          beta_start=1e-4, beta_end=0.02, loss_fn="mse", use_wandb=True)),
+    ("--recipe ddpm_abarankab --learning_rate 2e-4 --batch_size 256 --iterations 800000 --schedule DNS --schedule_low 1e-4 "
+     "--schedule_high 0.02 --use_ema True --log_to_wandb True --project_name ddpm-cifar10",
+     dict(schedule_type="dns", beta_start=1e-4, beta_end=0.02, scale_betas=True, learning_rate=2e-4,
+          project_name="ddpm-cifar10", dropout=0.01, use_labels=False)),
+    ("--recipe ddpm_abarankab --use_labels True --schedule l --num_timesteps 500",
+     dict(use_labels=True, schedule_type="linear", timesteps=500, scale_betas=True)),
+
+    ("--recipe diffusion_mac_m3 --experiment_name E --path_to_data pics --working_directory W --generated_directory G",
+     dict(img_size=(128, 128), base_channels=128, timesteps=1000, iterations=150_000, batch_size=32,
+          gradient_accumulation_steps=1, learning_rate=1e-4, warmup_steps=5000, weight_decay=1e-4, max_grad_norm=1.0,
+          loss_fn="mse", checkpoint_rate=5000, plot_freq_interval=100, num_generations=5, num_keep_checkpoints=1,
+          use_wandb=False, optimizer="adamw", lr_schedule="cosine", schedule_type="linear",
+          channel_mults=(1, 2, 3, 4), attention_levels=(1, 2, 3), up_attention_levels=(0, 1, 2))),
+    ("--recipe diffusion_mac_m3 --experiment_name celebA_diffusion_m3_ultra --path_to_data ./celeb_hq_128 --batch_size 16 "
+     "--img_size 128 --starting_channels 96 --num_training_steps 100000 --evaluation_interval 5000 --learning_rate 0.0001 "
+     "--warmup_steps 5000 --num_workers 4 --loss_fn mse --max_grad_norm 1.0 --weight_decay 0.0001 "
+     "--num_keep_checkpoints 2 --num_generations 5 --plot_freq_interval 100",
+     dict(batch_size=16, base_channels=96, iterations=100_000, num_keep_checkpoints=2, channel_mults=(1, 2, 3, 4))),
+    ("--recipe diffusion_mac_m3 --path_to_data ./data/celeba --num_diffusion_timesteps 1000 --num_training_steps 200000 "
+     "--batch_size 32 --gradient_accumulation_steps 2 --learning_rate 1e-4 --warmup_steps 5000 --evaluation_interval 5000 "
+     "--img_size 128 --starting_channels 128 --loss_fn mse --use_wandb",
+     dict(iterations=200_000, gradient_accumulation_steps=2, use_wandb=True, plot_freq_interval=100)),
+
+    ("--recipe cifar10_ddpm",
+     dict(dataset="cifar10", base_channels=64, channel_mults=(1, 2, 4), emb_dim=128, num_res_blocks=2, optimizer="adam",
+          learning_rate=2e-4, batch_size=128, epochs=100, iterations=0, timesteps=1000, schedule_type="linear",
+          beta_start=1e-4, beta_end=0.02, checkpoint_every=10, sample_every=20, checkpoint_rate=0, use_tensorboard=True)),
+
+    ("--dataset cifar10 --timesteps 500 --beta_start 1e-5 --beta_end 0.012 --epochs 500 --batch_size 32 "
+     "--learning_rate 1e-4 --schedule_type linear --emb_dim 128 --use_attention True",
+     dict(timesteps=500, beta_start=1e-5, beta_end=0.012, epochs=500, batch_size=32, learning_rate=1e-4,
+          schedule_type="linear", emb_dim=128, use_attention=True, num_heads=8)),
+]
+
+
+@pytest.mark.parametrize("line, documented", SYSTEMS)
+def test_recipes_are_what_other_systems_document(line, documented):
+    """The command line of each system means what it meant: flags and, under them, the documented defaults."""
+    given = diffuser.build_parser().parse_args(["--mode", "train", *line.split()])
+    cfg = configure(**diffuser.translate_flags(vars(given)))
+    assert {name: getattr(cfg, name) for name in documented} == documented
+    shape = diffuser.image_shape(cfg)
+    diffuser.network_size(cfg, shape, 0)                                     # it can be built
+
+
+def test_scaled_betas_of_a_recipe():
+    """ddpm_abarankab's betas are multiplied by 1000 / T: its dynamic negative square, as its formula has it."""
+    cfg = configure(recipe="ddpm_abarankab", timesteps=500)
+    t = torch.arange(500, dtype=torch.float64)
+    low, high = 1e-4 * 2, 0.02 * 2
+    beta = ((t + 5) / (500 + 1 + 5)) ** 2 * (high - low) + low
+    torch.testing.assert_close(diffuser.alpha_bar_table(cfg), torch.cumprod(1 - beta, 0))
+
+
+@pytest.mark.parametrize("channels", [64, 80, 96, 128])
+def test_a_recipe_takes_the_widths_that_its_system_recommends(channels):
+    """diffusion_mac_m3's README lowers --starting_channels where memory runs out."""
+    assert configure(recipe="diffusion_mac_m3", dataset="celeba", base_channels=channels).base_channels == channels
+
+
+def test_a_recipe_gives_way_to_data_of_ones_own():
+    """A recipe that names a dataset is used for a folder where one is given."""
+    assert configure(recipe="cifar10_ddpm", path_to_data="pics").dataset == "folder"
+    assert configure(recipe="cifar10_ddpm", dataset="mnist").dataset == "mnist"
+
+
 @pytest.mark.parametrize("dataset", sorted(diffuser.BEST))
 def test_best_is_a_recipe_of_its_dataset(dataset):
     """--recipe best stands above the preset and below flags; the network it names can be built."""
@@ -231,6 +305,12 @@ def test_a_config_file_of_any_content_is_used_or_refused(tmp_path, text):
     path.write_text(text)
     with pytest.raises(UserError):
         configure(config=str(path))
+
+
+def test_the_latest_checkpoint_is_what_a_run_goes_on_from_anyway():
+    """--resume_from_checkpoint latest is --resume auto: where there is none, a run begins."""
+    asked = diffuser.requested({"resume_from_checkpoint": "latest"})
+    assert (asked["resume_from_checkpoint"], asked["resume"]) == ("", "auto")
 
 
 def test_an_empty_choice_is_none():

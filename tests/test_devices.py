@@ -152,6 +152,16 @@ def test_memory_estimate_is_near_the_truth(folder):
     assert 0.5 < taken / told < 2, done.stdout
 
 
+def test_the_table_of_machines_in_the_guide(capsys):
+    """Which batch and width fit into how much memory is what the lines beside the table print today."""
+    guide = (ROOT / "docs/guide.md").read_text()
+    lines = guide.split("This makes the table:\n\n```python\n")[1].split("```")[0]
+    exec(lines, {})
+    table = capsys.readouterr().out
+    assert table in guide, f"put this into docs/guide.md, Memory:\n{table}"
+    assert len(table.splitlines()) == 6
+
+
 def test_gradient_checkpointing_changes_memory_only(folder):
     """Recomputed activations give the same weights, with dropout too, and take less memory."""
     runs = []
