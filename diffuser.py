@@ -73,7 +73,7 @@ import textwrap
 import time
 import warnings
 import zipfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass, field
 from functools import lru_cache, partial
@@ -185,6 +185,8 @@ class Config:
     flip: bool | None = opt(
         None, "mirror training images at random (default: where the dataset allows)", "--random_flip", "--xflip",
         "--augment_horizontal_flip")
+    random_crop: bool = opt(
+        False, "train on crops at random places, of images decoded an eighth larger, instead of the middle")
     num_workers: int = opt(
         2, "processes that decode images into the cache", "--dataloader_num_workers", "--workers", lo=0, hi=256,
         per_run=True)
@@ -283,8 +285,12 @@ class Config:
         1e-4, "highest learning rate", "--lr", "--train_lr", lo=1e-12, hi=10, common=True,
         ask="too high diverges, too low takes for ever; wide networks want less")
     optimizer: str = opt("adamw", "optimizer", choices="OPTIMIZERS")
+    adam_betas: tuple[float, float] = opt(
+        (0.9, 0.999), "Adam's two decays: of the mean gradient, of its square", lo=0, hi=0.999999)
     weight_decay: float = opt(1e-4, "weight decay", "--adam_weight_decay", lo=0, hi=10)
     lr_schedule: str = opt("onecycle", "learning rate over time", choices="LR_SCHEDULES")
+    lr_cycles: int | None = opt(
+        None, "cycles of --lr_schedule cosine_with_restarts (default: 4)", "--lr_num_cycles", lo=1, hi=10**6)
     warmup_steps: int | None = opt(
         None, "steps of rising learning rate (default: a tenth of the run, at most 1000)", "--lr_warmup_steps", lo=0,
         hi=10**9)
@@ -293,6 +299,9 @@ class Config:
     use_ema: bool = opt(True, "average the weights and sample from the average")
     ema_decay: float = opt(
         0.9999, "decay of the average, warmed up as (1 + n) / (10 + n)", "--ema_max_decay", lo=0, hi=1, common=True)
+    ema_halflife: float = opt(
+        0.0, "half-life of the average in images, instead of --ema_decay; EDM: 500000; 0: use --ema_decay", lo=0,
+        hi=1e12)
     ema_update_rate: int = opt(1, "steps between updates of the average", "--ema_update_every", lo=1, hi=10**6)
     ema_start: int = opt(0, "steps before averaging begins", lo=0, hi=10**9)
     early_stop_loss_change: float = opt(
@@ -356,6 +365,11 @@ class Config:
     classes: str = opt("", "classes to draw, by name or number: cat,3 or all", "--class", per_run=True, common=True)
     num_images: int | None = opt(
         None, "images to draw in all (default: 10 of each class)", lo=1, hi=10**7, per_run=True, common=True)
+    first: int = opt(
+        0, "number of the first image: images N, N + 1, ... of a larger draw, each the same as there", lo=0, hi=10**9,
+        per_run=True)
+    seeds: str = opt(
+        "", "an image for each of these seeds, such as 1,2,5-10: as --seed S --num_images 1 draws it", per_run=True)
     save_dir: str = opt("", "folder for images/, grid.png and samples.json", per_run=True, common=True)
     sampler: str = opt(
         "dpmpp", "sampler", "--solver", choices="SAMPLERS", synonyms={"dpm++": "dpmpp", "euler": "ddim"}, common=True)
@@ -684,6 +698,8 @@ def check(cfg: Config) -> None:
         raise UserError("--guide_path needs --guidance_scale above 0")
     if cfg.guidance_interval and cfg.guidance_interval[0] > cfg.guidance_interval[1]:
         raise UserError(f"--guidance_interval {cfg.guidance_interval} begins above its end")
+    if cfg.lr_cycles and cfg.lr_schedule != "cosine_with_restarts":
+        raise UserError(f"--lr_cycles is for --lr_schedule cosine_with_restarts, not {cfg.lr_schedule}: leave it out")
     if cfg.steps and cfg.steps > cfg.timesteps:
         raise UserError(f"--steps {cfg.steps} is more than the {cfg.timesteps} timesteps of the schedule")
     if cfg.experiment_name == "." or ".." in Path(cfg.experiment_name).parts:
@@ -774,6 +790,9 @@ def requested(overrides: dict) -> dict:
         asked["dataset"] = "folder"
     if asked.get("resume_from_checkpoint") == "latest":
         asked.update(resume_from_checkpoint="", resume="auto")
+
+    if asked.get("ema_halflife") and "ema_decay" in asked:
+        raise UserError("--ema_halflife takes the place of --ema_decay: leave out one of them")
 
     # 2. The recipe.
     stored = read_options(asked["config"]) if asked.get("config") else {}
@@ -904,7 +923,9 @@ def with_tuples(values: dict) -> dict:
 def normalize_options(values: dict) -> dict:
     """Values as Python or JSON has them, as fields of Config: lists for tuples, a number for a square image, paths.
 
-    num_heads switches off a head_dim that has a weaker source. Raises UserError for a name that is no option.
+    An option switches off what would overrule it, or needs another value of it, in a weaker source: num_heads a
+    head_dim, ema_decay an ema_halflife, another lr_schedule the lr_cycles. Raises UserError for a name that is no
+    option.
     """
     options = {}
     for name, value in with_tuples(values).items():
@@ -917,6 +938,10 @@ def normalize_options(values: dict) -> dict:
         options["img_size"] = (options["img_size"], options["img_size"])
     if "num_heads" in options:
         options.setdefault("head_dim", 0)
+    if "ema_decay" in options:
+        options.setdefault("ema_halflife", 0.0)
+    if options.get("lr_schedule", "cosine_with_restarts") != "cosine_with_restarts":
+        options.setdefault("lr_cycles", None)
     return options
 
 
@@ -1618,9 +1643,15 @@ def generator(*numbers: int, device="cpu") -> torch.Generator:
     return torch.Generator(device).manual_seed(derive_seed(*numbers))
 
 
-def image_noise(seed: int, indices: range, shape: tuple[int, ...], device) -> Callable[[], Tensor]:
-    """A source of noise [N, *shape]: image i has a generator by (seed, i), so that no batch or device changes it."""
+def image_noise(seed: int, indices: range, shape: tuple[int, ...], device,
+                seeds: Sequence[int] = ()) -> Callable[[], Tensor]:
+    """A source of noise [N, *shape]: image i has a generator by (seed, i), so that no batch or device changes it.
+
+    seeds: one for each of all images, instead of `seed`: image i is the first one of its own seed.
+    """
     generators = [generator(seed, STREAM_SAMPLE, i) for i in indices]
+    if seeds:
+        generators = [generator(seeds[i], STREAM_SAMPLE, 0) for i in indices]
     return lambda: torch.stack([torch.randn(shape, generator=g) for g in generators]).to(device)
 
 
@@ -1768,11 +1799,30 @@ def image_shape(cfg: Config, source: ImageFiles | None = None) -> tuple[int, int
 
 def load_data(cfg: Config, train: bool = True) -> ImageData:
     """The training or test images as configured. Raises UserError where they are missing or do not fit."""
-    data = DATASETS[cfg.dataset].load(cfg, train)
+    load = DATASETS[cfg.dataset].load
+    if not cfg.random_crop:
+        return select_labels(cfg, load(cfg, train))
+
+    _, height, width = image_shape(cfg)
+    larger = (height + math.ceil(height / 8), width + math.ceil(width / 8))
+    data = load(dataclasses.replace(cfg, img_size=larger), train)
+    return select_labels(cfg, crop_to_middle(data, height, width))
+
+
+def crop_to_middle(data: ImageData, height: int, width: int) -> ImageData:
+    """The middle of all images, height x width; the whole ones stay beside it, for crops at other places."""
+    top = (data.images.shape[2] - height) // 2
+    left = (data.images.shape[3] - width) // 2
+    middle = data.images[:, :, top : top + height, left : left + width]
+    return dataclasses.replace(data, images=middle, uncropped=data.images)
+
+
+def select_labels(cfg: Config, data: ImageData) -> ImageData:
+    """The images with or without labels, as asked for. Raises UserError where there are none."""
     if cfg.use_labels and not data.class_names:
         raise UserError(f"--use_labels: dataset {cfg.dataset} has no classes (in a folder, subfolders make them)")
     if cfg.use_labels is False:
-        return ImageData(data.images, torch.zeros_like(data.labels), [])
+        return dataclasses.replace(data, labels=torch.zeros_like(data.labels), class_names=[])
     return data
 
 
@@ -1826,7 +1876,7 @@ class Batches:
     """Training batches, step -> (x0 [n, C, H, W] in [-1, 1], y [n]).
 
     An epoch is a permutation by (seed, epoch). A batch is the same for any number of processes, of which each, `rank`
-    of `world`, takes its slice.
+    of `world`, takes its slice. Where the images have a margin, each is cropped at a place by (seed, step).
     """
 
     def __init__(self, data: ImageData, indices: Tensor, size: int, flip: bool, seed: int, device, rank: int = 0,
@@ -1841,11 +1891,13 @@ class Batches:
         self.epoch = -1
         self.order = indices
 
-        self.images = data.images
+        self.shape = data.images.shape[1:]
+        self.crops = data.uncropped is not None
+        self.images = data.uncropped if self.crops else data.images
         self.labels = data.labels
-        if self.device.type == "cuda" and data.images.nbytes < free_memory(self.device) // 4:
-            self.images = data.images.to(device)
-            self.labels = data.labels.to(device)
+        if self.device.type == "cuda" and self.images.nbytes < free_memory(self.device) // 4:
+            self.images = self.images.to(device)
+            self.labels = self.labels.to(device)
 
     def __call__(self, step: int) -> tuple[Tensor, Tensor]:
         epoch, i = divmod(step, self.steps_per_epoch)
@@ -1855,12 +1907,30 @@ class Batches:
         if self.images.is_cuda:
             chosen = self.to_device(chosen)
 
-        x0 = from_uint8(self.to_device(self.images[chosen]))
+        pixels = self.to_device(self.images[chosen])
+        if self.crops:
+            pixels = self.crop(pixels, step)
+        x0 = from_uint8(pixels)
         if self.flip:
             chance = torch.rand(self.size, generator=generator(self.seed, STREAM_BATCH, step, 1))[self.rank_slice]
             mirrored = self.to_device(chance < 0.5).view(-1, 1, 1, 1)
             x0 = torch.where(mirrored, x0.flip(-1), x0)
         return x0, self.to_device(self.labels[chosen])
+
+    def crop(self, pixels: Tensor, step: int) -> Tensor:
+        """A crop of each image, [n, C, H + margin, W + margin] -> [n, C, H, W]."""
+        _, height, width = self.shape
+        random = generator(self.seed, STREAM_BATCH, step, 2)
+
+        def places(size: int, cropped: int) -> Tensor:           # [n, cropped]: rows or columns
+            start = torch.randint(size - cropped + 1, (self.size, 1), generator=random)
+            return self.to_device(start[self.rank_slice] + torch.arange(cropped))
+
+        rows = places(pixels.shape[2], height)
+        columns = places(pixels.shape[3], width)
+        images = torch.arange(len(pixels), device=pixels.device)
+        crops = pixels[images[:, None, None], :, rows[:, :, None], columns[:, None, :]]       # [n, H, W, C]
+        return crops.permute(0, 3, 1, 2)
 
     def shuffle(self, epoch: int) -> None:
         """Settle the order of an epoch; a set smaller than a batch repeats."""
@@ -2247,7 +2317,20 @@ class EMA:
         average(list(self.network.parameters()), list(network.parameters()), n)
 
 
-# From settings to the objects of chapters 2 to 5.
+# From settings to the objects of chapters 2 to 5, and the average.
+
+
+def build_ema(network: nn.Module, cfg: Config, images_per_step: int) -> EMA:
+    """The configured average of the network; a plain copy where there is to be none.
+
+    A half-life in images means the same for every batch size (EDM, 2206.00364, code).
+    """
+    if not cfg.use_ema:
+        return EMA(network, decay=0.0)
+    decay = cfg.ema_decay
+    if cfg.ema_halflife:
+        decay = 0.5 ** (images_per_step * cfg.ema_update_rate / cfg.ema_halflife)
+    return EMA(network, decay, cfg.ema_update_rate, cfg.ema_start)
 
 
 def alpha_bar_table(cfg: Config) -> Tensor:
@@ -2360,25 +2443,27 @@ class Model:
         check_sampler_options(settings, cfg)
         return cfg
 
-    def labels(self, classes: list[int], num_images: int) -> list[int]:
-        """A label per image, the classes in turn; without any, the null class."""
+    def labels(self, classes: list[int], num_images: int, first: int = 0) -> list[int]:
+        """A label for each of the images number first, first + 1, ...: the classes in turn; without any, the null
+        class."""
         if not classes:
             classes = [self.null_class]
-        return [classes[i % len(classes)] for i in range(num_images)]
+        return [classes[i % len(classes)] for i in range(first, first + num_images)]
 
-    def draw(self, labels: list[int], cfg: Config, progress: Callable = lambda: None,
-             first: int = 0) -> Iterator[Tensor]:
+    def draw(self, labels: list[int], cfg: Config, progress: Callable = lambda: None, first: int = 0,
+             seeds: Sequence[int] = ()) -> Iterator[Tensor]:
         """Images number first, first + 1, ... in batches, uint8 [n, C, H, W]; progress() after every step.
 
-        A batch that does not fit into memory is halved.
+        A batch that does not fit into memory is halved. seeds: see `sample`.
         """
         size = min(self.batch_size(cfg), max(1, len(labels)))
         i = 0
         while i < len(labels):
             chosen = labels[i : i + size]
             missing = size - len(chosen) if self.compute.compiled else 0     # filling up beats compiling again
+            filled = chosen + chosen[-1:] * missing
             try:
-                for _, x, _ in self.sample(chosen + chosen[-1:] * missing, cfg, first + i):      # noqa: B007 (the last)
+                for _, x, _ in self.sample(filled, cfg, first + i, [*seeds, *seeds[-1:] * missing]):      # noqa: B007
                     progress()
             except torch.OutOfMemoryError:
                 if size == 1:
@@ -2402,13 +2487,14 @@ class Model:
         return max(1, min(1024, free_memory(self.device) // (4 * values)))
 
     @torch.no_grad()
-    def sample(self, labels: list[int], cfg: Config, first: int = 0) -> Steps:
+    def sample(self, labels: list[int], cfg: Config, first: int = 0, seeds: Sequence[int] = ()) -> Steps:
         """Draw one batch, image numbers first, first + 1, ...: yields (t, x, x0_hat), x [N, C, H, W] after each step.
 
-        The last x is the result. Image i depends on (seed, i, its label, cfg) alone.
+        The last x is the result. Image i depends on (seed, i, its label, cfg) alone; with seeds, one for each of all
+        images, it is the first one of seeds[i].
         """
         y = torch.tensor(labels, device=self.device)
-        noise = image_noise(cfg.seed, range(first, first + len(labels)), self.shape, self.device)
+        noise = image_noise(cfg.seed, range(first, first + len(labels)), self.shape, self.device, seeds)
         alpha_bar = self.diffusion.alpha_bar
         ts = sampling_grid(cfg, alpha_bar)
         xT = self.sample_prior(noise(), y, cfg, ts[0])
@@ -2524,14 +2610,41 @@ def parse_class(text: str, class_names: list[str]) -> int:
     raise UserError(f"unknown class {text[:60]}{hint}")
 
 
-def draw_with_bar(model: Model, labels: list[int], cfg: Config, first: int = 0) -> Iterator[Tensor]:
+MAX_SEEDS = 100_000
+
+
+def parse_seeds(seeds: str | Sequence[int]) -> list[int]:
+    """Seeds from numbers and ranges: a list, or text such as "1,2,5-10"; each once. Raises UserError."""
+    if not isinstance(seeds, str):
+        seeds = ",".join(map(str, seeds))
+    found = {}                                                   # of a dict the keys, in the order given
+    for part in filter(None, re.split(r"[,\s]+", seeds)):
+        bounds = re.fullmatch(r"(\d{1,19})(?:-(\d{1,19}))?", part, re.ASCII)
+        if not bounds:
+            raise UserError(f"--seeds wants numbers and ranges such as 1,2,5-10, not {part[:60]!r}")
+        low = int(bounds[1])
+        high = int(bounds[2] or low)
+        if high < low:
+            raise UserError(f"--seeds {part} begins above its end")
+        if high - low >= MAX_SEEDS or len(found) > MAX_SEEDS:
+            raise UserError(f"--seeds names at most {MAX_SEEDS:,}")
+        check_value("seed", high)
+        found.update(dict.fromkeys(range(low, high + 1)))
+    if not found:
+        raise UserError("--seeds names none: say such as 1,2,5-10")
+    return list(found)
+
+
+def draw_with_bar(model: Model, labels: list[int], cfg: Config, first: int = 0,
+                  seeds: Sequence[int] = ()) -> Iterator[Tensor]:
     """Model.draw with a progress bar over the network's steps."""
     total = math.ceil(len(labels) / model.batch_size(cfg)) * sampling_steps(cfg)
     with tqdm(total=total, desc="sampling", unit="step", leave=False, disable=None) as bar:
-        yield from model.draw(labels, cfg, bar.update, first)
+        yield from model.draw(labels, cfg, bar.update, first, seeds)
 
 
-def save_strip(model: Model, labels: list[int], cfg: Config, path: Path, first: int = 0) -> None:
+def save_strip(model: Model, labels: list[int], cfg: Config, path: Path, first: int = 0,
+               seeds: Sequence[int] = ()) -> None:
     """The way from noise to image: a row per label, columns every plot_freq_interval timesteps (or ten in all).
 
     Above each column stands the timestep that is left, counted as in DDPM: the image is x_0.
@@ -2542,7 +2655,7 @@ def save_strip(model: Model, labels: list[int], cfg: Config, path: Path, first: 
     frames = []
     headings = []
     shown = cfg.timesteps + every                                            # the timestep of the last frame
-    for t, x, _ in model.sample(labels, cfg, first):
+    for t, x, _ in model.sample(labels, cfg, first, seeds):
         if shown - t >= every or t == ts[-1]:
             frames.append(to_uint8(x))
             headings.append(f"t = {left[t]}")
@@ -3095,30 +3208,44 @@ def load_guide(model: Model, cfg: Config) -> nn.Module:
 OPTIMIZERS = {"adamw": torch.optim.AdamW, "adam": torch.optim.Adam}
 
 
-# Schedules of the learning rate: (optimizer, highest lr, warm-up steps, all steps) -> scheduler.
+# Schedules of the learning rate: (optimizer, highest lr, warm-up steps, all steps, cycles) -> scheduler.
 
 
-def one_cycle(optimizer, lr: float, warmup: int, total: int):
+def one_cycle(optimizer, lr: float, warmup: int, total: int, cycles: int = 1):
     """torch's OneCycleLR (Smith & Topin 2017), kept from phases of a single step: it would divide by zero."""
     warmup = min(warmup, total - 2)
     part = warmup / total if warmup > 1 else 0.0
     return torch.optim.lr_scheduler.OneCycleLR(optimizer, lr, total_steps=total, cycle_momentum=False, pct_start=part)
 
 
-def after_warmup(curve: Callable[[float], float], optimizer, lr: float, warmup: int, total: int):
-    """Linear warm-up to lr, then lr times curve(part of the rest that is done)."""
+def after_warmup(curve: Callable[[float, int], float], optimizer, lr: float, warmup: int, total: int,
+                 cycles: int = 1):
+    """Linear warm-up to lr, then lr times curve(part of the rest that is done, cycles)."""
     def factor(step: int) -> float:
         rising = min(1.0, (step + 1) / (warmup + 1))
-        done = max(0, step - warmup) / max(1, total - warmup)
-        return rising * curve(done)
+        done = min(1.0, max(0, step - warmup) / max(1, total - warmup))
+        return rising * curve(done, cycles)
 
     return torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
 
 
+def half_cosine(done: float, cycles: int = 1) -> float:
+    """From 1 to 0."""
+    return (1 + math.cos(math.pi * done)) / 2
+
+
+def cosine_with_restarts(done: float, cycles: int) -> float:
+    """From 1 to 0, again and again (SGDR, 1608.03983, eq. 5)."""
+    return half_cosine(done * cycles % 1 if done < 1 else 1.0)
+
+
+# The curves after the warm-up are those of diffusers' get_scheduler.
 LR_SCHEDULES = {
     "onecycle": one_cycle,
-    "cosine": partial(after_warmup, lambda done: (1 + math.cos(math.pi * done)) / 2),
-    "constant": partial(after_warmup, lambda done: 1.0),
+    "cosine": partial(after_warmup, half_cosine),
+    "cosine_with_restarts": partial(after_warmup, cosine_with_restarts),
+    "linear": partial(after_warmup, lambda done, cycles: 1 - done),
+    "constant": partial(after_warmup, lambda done, cycles: 1.0),
 }
 
 
@@ -3173,14 +3300,12 @@ class Trainer:
         self.forward = devices.parallel(self.network, self.compute, graphs)
 
         # The average, and the model that draws with it.
-        if cfg.use_ema:
-            self.ema = EMA(self.network, cfg.ema_decay, cfg.ema_update_rate, cfg.ema_start)
-        else:
-            self.ema = EMA(self.network, decay=0.0)              # a plain copy
+        self.ema = build_ema(self.network, cfg, self.size)
         self.model = Model(self.ema.network, self.diffusion, self.moments, cfg, self.shape, self.data.class_names,
                            dataclasses.replace(self.compute, compiled=False))
 
-        self.optimizer = OPTIMIZERS[cfg.optimizer](self.network.parameters(), weight_decay=cfg.weight_decay,
+        self.optimizer = OPTIMIZERS[cfg.optimizer](self.network.parameters(), betas=cfg.adam_betas,
+                                                   weight_decay=cfg.weight_decay,
                                                    fused=self.device.type in ("cpu", "cuda"))
         self.grad_norm = torch.zeros((), device=self.device)
         self.lr = 0.0                                            # of the last step
@@ -3409,6 +3534,9 @@ class Trainer:
         elif names != self.data.class_names:
             theirs, ours = (list_classes(some)[:100] or "no classes" for some in (names, self.data.class_names))
             other = f"{theirs}, the data has {ours}"
+        elif state["config"].get("random_crop", False) != self.cfg.random_crop:
+            ways = {True: "images cropped at random places", False: "images cropped to the middle"}
+            other = f"{ways[not self.cfg.random_crop]}, these are {ways[self.cfg.random_crop]}"
         elif state["data"] != self.data.digest():
             other = "other images than these"
         else:
@@ -3425,7 +3553,8 @@ class Trainer:
             group["initial_lr"] = lr
 
         warmup = min(total // 10, 1000) if self.cfg.warmup_steps is None else self.cfg.warmup_steps
-        self.lr_schedule = LR_SCHEDULES[self.cfg.lr_schedule](self.optimizer, lr, warmup, total)
+        cycles = self.cfg.lr_cycles or 4
+        self.lr_schedule = LR_SCHEDULES[self.cfg.lr_schedule](self.optimizer, lr, warmup, total, cycles)
         self.total = total
         if self.cfg.iterations:                                  # what is stored
             self.cfg = dataclasses.replace(self.cfg, iterations=total)
@@ -4337,6 +4466,10 @@ def run_inference(asked: dict) -> None:
     for name in ("config", "init_from"):
         if asked.get(name):
             raise UserError(f"--{name} is for --mode train; what to draw with is named by --model_path")
+    seeds = parse_seeds(asked["seeds"]) if asked.get("seeds") else []
+    for name in ("seed", "num_images", "first"):
+        if seeds and name in asked:
+            raise UserError(f"--seeds draws one image for each seed: leave --{name} out")
     path = Path(asked["model_path"]) if asked.get("model_path") else choose_checkpoint(asked)
     if path is None:
         return
@@ -4357,14 +4490,14 @@ def run_inference(asked: dict) -> None:
 
     if cfg.dry_run:
         print(describe_settings(cfg))
-    elif cfg.yes or cfg.classes or cfg.num_images or cfg.save_dir:
+    elif cfg.yes or cfg.classes or cfg.num_images or cfg.save_dir or cfg.first or seeds:
         numbers = []                                             # of the classes; none for no label
         if cfg.classes:
             numbers = parse_classes(cfg.classes, model.class_names)
         elif wants_labels is not False:
             numbers = list(range(len(model.class_names)))
-        count = cfg.num_images or 10 * max(1, len(numbers))
-        save_images(model, cfg, numbers, count, source)
+        count = len(seeds) or cfg.num_images or 10 * max(1, len(numbers))
+        save_images(model, cfg, numbers, count, source, cfg.first, seeds)
     else:
         interactive_sampling(model, cfg, source)
 
@@ -4468,23 +4601,26 @@ def has_display() -> bool:
     return bool(os.environ.get("DISPLAY") or os.environ.get("WAYLAND_DISPLAY"))
 
 
-def save_images(model: Model, cfg: Config, numbers: list[int], count: int, source: dict, first: int = 0) -> Path:
+def save_images(model: Model, cfg: Config, numbers: list[int], count: int, source: dict, first: int = 0,
+                seeds: Sequence[int] = ()) -> Path:
     """Draw `count` images from number first on, of the classes `numbers` in turn.
 
-    source: path and hash of the checkpoint, as from load_with_digest. Returns the folder with images/, grid.png and
-    samples.json: --save_dir, or a new one. Where images of the same request are there, the others are drawn. Raises
-    UserError where there are other images, all of them, or another process that draws into the folder.
+    source: path and hash of the checkpoint, as from load_with_digest; seeds: one for each image, which is then named
+    after it. Returns the folder with images/, grid.png and samples.json: --save_dir, or a new one. Where images of the
+    same request are there, the others are drawn. Raises UserError where there are other images, all of them, or another
+    process that draws into the folder.
     """
     folder = Path(cfg.save_dir)
     if not cfg.save_dir:
         folder = unused_path(Path(cfg.generated_directory, f"inference_{cfg.dataset}_"))
-    labels = model.labels(numbers, count)
+    labels = model.labels(numbers, count, first)
     names = [*file_names(model.class_names), "image"]
     class_names = [model.class_names[n] for n in numbers]
+    record = dict(source, images=count, first=first, seeds=cfg.seeds, classes=class_names,
+                  config=dataclasses.asdict(cfg))
     pictures = PictureFolder(
-        folder, "samples.json",
-        dict(source, images=count, first=first, classes=class_names, config=dataclasses.asdict(cfg)), drawing_request,
-        name=lambda i: f"{first + i:06}_{names[labels[i]]}.png", count=count, shape=model.shape,
+        folder, "samples.json", record, drawing_request,
+        name=lambda i: f"{seeds[i] if seeds else first + i:06}_{names[labels[i]]}.png", count=count, shape=model.shape,
         last="trajectory.png" if cfg.trajectory else "grid.png")
 
     with pictures.hold(how_to_go_on(cfg, folder, numbers, count, first)):
@@ -4495,16 +4631,17 @@ def save_images(model: Model, cfg: Config, numbers: list[int], count: int, sourc
             print(f"going on: {there} of {count} images are in {folder / 'images'}")
         for run in missing:
             i = run.start
-            for batch in draw_with_bar(model, labels[run.start : run.stop], cfg, first + run.start):
+            for batch in draw_with_bar(model, labels[run.start : run.stop], cfg, first + run.start, seeds):
                 for image in batch:
                     save_png(image, pictures.path(i))
                     i += 1
 
         # What shows them side by side: the first hundred.
         shown = torch.stack([pictures.read(i) for i in range(min(count, 100))])
-        save_grid(shown, folder / "grid.png", class_names)
+        columns = [model.class_names[n] for n in labels[: len(numbers)]]
+        save_grid(shown, folder / "grid.png", columns)
         if cfg.trajectory:
-            save_strip(model, labels[:10], cfg, folder / "trajectory.png", first)
+            save_strip(model, labels[:10], cfg, folder / "trajectory.png", first, seeds)
     print(f"{count} images in {folder / 'images'}, grid {folder / 'grid.png'}")
     return folder
 
@@ -4513,17 +4650,17 @@ def drawing_request(record: dict) -> tuple:
     """What two samples.json have in common where they ask for the same images, but for rounding."""
     ignored = (PER_RUN | {"sequential", "sample_batch_size"}) - {"guide_path"}
     settings = {name: record["config"][name] for name in FIELDS if name not in ignored}
-    return record["sha256"], record["images"], record["first"], record["classes"], settings
+    return record["sha256"], record["images"], record["first"], record.get("seeds", ""), record["classes"], settings
 
 
 def how_to_go_on(cfg: Config, folder: Path, numbers: list[int], count: int, first: int) -> str:
     """What to do where drawing broke off, as the end of a message; nothing where no command line draws the same."""
-    if first:
+    if first != cfg.first:                                       # drawn in a conversation
         return ""
     flags = []
     if not cfg.save_dir:
         flags.append(f"--save_dir {shlex.quote(str(folder))}")
-        if not cfg.num_images:
+        if not cfg.num_images and not cfg.seeds:
             flags.append(f"--num_images {count}")
         if numbers and not cfg.classes:
             flags.append(f"--classes {','.join(map(str, numbers))}")

@@ -24,7 +24,7 @@ import zipfile
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import lru_cache
 from pathlib import Path
 from typing import BinaryIO
@@ -47,12 +47,17 @@ Shape = tuple[int, int, int]                                     # (C, H, W)
 class ImageData:
     """Images with labels. images: uint8 [N, C, H, W], perhaps memory-mapped; labels: int64 [N], all 0 without classes.
 
-    class_names: may be empty.
+    class_names: may be empty; uncropped: the same images with a margin around them, to be cropped elsewhere, or None.
     """
 
     images: Tensor
-    labels: Tensor
-    class_names: list[str]
+    labels: Tensor | None = None
+    class_names: list[str] = field(default_factory=list)
+    uncropped: Tensor | None = None
+
+    def __post_init__(self):
+        if self.labels is None:
+            self.labels = torch.zeros(len(self.images), dtype=torch.int64)
 
     def digest(self) -> str:
         """A fingerprint of the labels and of a hundred images, to tell one set from another."""

@@ -487,6 +487,27 @@ def test_autoguidance_through_the_command_line(trained, folder, capsys):
     assert "there is no checkpoint gone.pt" in fails(capsys, *flags, "--guide_path", "gone.pt")
 
 
+def test_first_and_seeds_draw_the_images_of_other_draws(trained, folder, capsys):
+    """--first: images N, N + 1, ... of a larger draw, class and number too; --seeds: the first image of each seed."""
+    flags = ["--mode", "inference", "--model_path", str(trained), "--classes", "3,7", "--steps", "3"]
+    assert main([*flags, "--num_images", "6", "--save_dir", "all"]) == 0
+    assert main([*flags, "--first", "3", "--num_images", "2", "--save_dir", "some", "--trajectory"]) == 0
+    assert sorted(os.listdir("some/images")) == ["000003_7.png", "000004_3.png"]
+    assert main([*flags, "--seeds", "0,8-9", "--save_dir", "seeds", "--trajectory"]) == 0
+    assert sorted(os.listdir("seeds/images")) == ["000000_3.png", "000008_7.png", "000009_3.png"]
+    assert main([*flags, "--seed", "9", "--num_images", "1", "--save_dir", "nine"]) == 0
+    pairs = [("some/images/000003_7.png", "all/images/000003_7.png"), ("seeds/images/000000_3.png", "all/images/000000_3.png"),
+             ("seeds/images/000009_3.png", "nine/images/000000_3.png")]
+    for ours, theirs in pairs:
+        one, other = (np.asarray(Image.open(path), dtype=int) for path in (ours, theirs))
+        assert np.abs(one - other).max() <= 1, ours
+    assert json.loads((folder / "seeds/samples.json").read_text())["config"]["seeds"] == "0,8-9"
+    for more, words in ((["--num_images", "2"], "leave --num_images out"), (["--seed", "1"], "leave --seed out"),
+                        (["--first", "1"], "leave --first out")):
+        assert words in fails(capsys, *flags, "--seeds", "1,2", *more)
+    assert "numbers and ranges" in fails(capsys, *flags, "--seeds", "one")
+
+
 def test_all_classes_by_default_and_none_on_request(trained, folder):
     """Without --classes every class gets its share; --use_labels False draws without labels."""
     flags = ["--mode", "inference", "--model_path", str(trained), "--num_images", "20", "--steps", "2"]

@@ -353,3 +353,21 @@ def test_what_was_chosen_repeats_the_run(options, chosen):
     for name in diffuser.FIELDS.keys() - left:
         natural = name in ("flip", "img_size", "use_labels", "channels")
         assert getattr(again, name) == getattr(cfg, name) or natural, name
+
+
+@pytest.mark.parametrize("options, words", [
+    (dict(ema_halflife=1000.0, ema_decay=0.99), "takes the place of"), (dict(lr_cycles=3), "not onecycle"),
+    (dict(lr_schedule="linear", lr_cycles=3), "not linear"), (dict(adam_betas=(0.9, 1.0)), "adam_betas"),
+    (dict(adam_betas=(0.9,)), "adam_betas"), (dict(ema_halflife=-1.0), "ema_halflife")])
+def test_options_of_training_that_contradict_each_other(options, words):
+    """A half-life beside a decay, cycles of a schedule that has none, betas that are none."""
+    with pytest.raises(UserError, match=words):
+        configure(dataset="digits", **options)
+
+
+def test_a_stronger_option_switches_off_what_would_overrule_it():
+    """A decay that is asked for beats a half-life in the checkpoint, another schedule its cycles; and the other way round."""
+    stored = dict(ema_halflife=1000.0, lr_schedule="cosine_with_restarts", lr_cycles=3)
+    assert configure(stored, ema_decay=0.9).ema_halflife == 0 and configure(stored).ema_halflife == 1000
+    assert configure(stored, lr_schedule="linear").lr_cycles is None and configure(stored).lr_cycles == 3
+    assert configure(dict(ema_decay=0.9), ema_halflife=5.0).ema_halflife == 5

@@ -171,6 +171,38 @@ def test_flips_mirror_about_half_of_the_images():
     assert mirrored(False) == 0 and 70 < mirrored(True) < 130
 
 
+def test_random_crops_are_a_function_of_the_step():
+    """--random_crop: crops of the right size at every place of the margin, the same for any number of processes; the
+    held-out images and the moments are of the middle."""
+    pixels = torch.arange(9 * 9, dtype=torch.uint8).view(1, 1, 9, 9).repeat(64, 1, 1, 1)
+    data = diffuser.crop_to_middle(ImageData(pixels, torch.arange(64), []), 8, 8)
+    assert data.images.shape == (64, 1, 8, 8) and torch.equal(data.images, pixels[:, :, :8, :8])
+
+    def make(rank=0, world=1):
+        return Batches(data, torch.arange(64), 63, False, 3, "cpu", rank, world)
+
+    x0, y = make()(5)
+    corners = ((x0[:, 0, 0, 0] + 1) * 127.5).round().int()
+    assert x0.shape == (63, 1, 8, 8) and set(corners.tolist()) == {0, 1, 9, 10}
+    for image, corner in zip(x0, corners.tolist()):
+        top, left = divmod(corner, 9)
+        assert torch.equal(image, diffuser.from_uint8(pixels[0, :, top : top + 8, left : left + 8]))
+    assert torch.equal(torch.cat([make(rank, 2)(5)[0] for rank in range(2)]), x0)
+    assert torch.equal(make()(5)[0], x0) and not torch.equal(make()(6)[0], x0)
+
+
+def test_images_to_crop_are_decoded_larger(image_folder, tmp_path):
+    """With --random_crop the cache has an eighth more on each side; what is trained keeps its size."""
+    data = load_data(folder_config(image_folder, tmp_path, random_crop=True))
+    assert data.images.shape == (12, 3, 16, 16) and data.uncropped.shape == (12, 3, 18, 18)
+    assert torch.equal(data.images, data.uncropped[:, :, 1:17, 1:17])
+    without = load_data(folder_config(image_folder, tmp_path, random_crop=True, use_labels=False))
+    assert without.class_names == [] and without.uncropped is not None
+    cfg = tiny_training(random_crop=True, batch_size=200)
+    x0, _ = diffuser.Trainer(cfg, diffuser.Devices(cfg)).batches(0)
+    assert x0.shape == (200, 1, 8, 8)
+
+
 def test_a_set_smaller_than_a_batch_still_trains():
     """Five images and a batch of twelve: the images repeat."""
     x0, y = Batches(numbered(5), torch.arange(5), 12, False, 0, "cpu")(3)

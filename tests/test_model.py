@@ -45,6 +45,17 @@ def test_ema_starts_late_and_skips():
     assert not torch.equal(ema.network.conv_in.weight, network.conv_in.weight)
 
 
+def test_a_half_life_is_in_images():
+    """--ema_halflife: after so many images half of what the average was is left (EDM), whatever batch and cadence."""
+    network = tiny_unet()
+    for size, every in ((8, 1), (16, 1), (8, 4)):
+        ema = diffuser.build_ema(network, configure(ema_halflife=640.0, ema_update_rate=every), size)
+        updates = 640 // (size * every)
+        assert ema.decay**updates == pytest.approx(0.5) and ema.every == every
+    assert diffuser.build_ema(network, configure(), 8).decay == 0.9999
+    assert diffuser.build_ema(network, configure(ema_halflife=640.0, use_ema=False), 8).decay == 0.0
+
+
 def model(**settings):
     cfg = configure(**{**BETAS, "schedule_type": "linear", "steps": 8, "sampler": "ddim", "device": "cpu", **settings})
     moments = Moments(torch.linspace(-1, 1, 4).view(4, 1, 1, 1).expand(4, 1, 8, 8).clone(), torch.full((4, 1, 8, 8), 0.1))
@@ -77,6 +88,38 @@ def test_more_images_leave_the_first_ones_alone():
     few, many = model().generate(["a"], 2), model().generate(["a"], 5)
     assert (few.int() - many[:2].int()).abs().max() <= 1
     assert (model().generate(["a"], 2, seed=1).int() - few.int()).abs().max() > 1
+
+
+def test_some_images_of_a_larger_draw():
+    """Image i alone, number and class, is the one of the whole draw; an image of a seed is the first one of that seed."""
+    m = model(sampler="ddpm")
+    labels = m.labels([0, 1, 2], 7)
+    whole = torch.cat(list(m.draw(labels, m.config)))
+    part = torch.cat(list(m.draw(m.labels([0, 1, 2], 2, first=4), m.config, first=4)))
+    assert m.labels([0, 1, 2], 2, first=4) == labels[4:6] and (part.int() - whole[4:6].int()).abs().max() <= 1
+
+    seeds = [5, 2, 2**62]
+    for size in (1, 2, 8):
+        cfg = dataclasses.replace(m.config, sample_batch_size=size)
+        drawn = torch.cat(list(m.draw([1, 1, 1], cfg, seeds=seeds)))
+        for image, seed in zip(drawn, seeds):
+            alone = torch.cat(list(m.draw([1], dataclasses.replace(cfg, seed=seed))))
+            assert (image.int() - alone[0].int()).abs().max() <= 1
+
+
+@pytest.mark.parametrize("asked, seeds", [("1,2,5-10", [1, 2, *range(5, 11)]), ("3 1,3", [3, 1]), ([7, 8], [7, 8]), ("0-0", [0])])
+def test_seeds_are_numbers_and_ranges(asked, seeds):
+    """As EDM's --seeds: in the order given, each once."""
+    assert diffuser.parse_seeds(asked) == seeds
+
+
+@pytest.mark.parametrize("asked, words", [
+    ("", "none"), ("x", "not 'x'"), ("-3", "not '-3'"), ("5-2", "above its end"), ("0-99999999", "100,000"), ("1.5", "1.5"),
+    (f"0-{2**63}", "at most"), (str(2**63), "between"), ("9" * 5000, "wants"), ("\u0663", "wants")])
+def test_seeds_that_are_none(asked, words):
+    """What is no list of seeds is refused in a line, however large its range."""
+    with pytest.raises(diffuser.UserError, match=words):
+        diffuser.parse_seeds(asked)
 
 
 def test_start_gaussian_is_plain_noise():

@@ -65,7 +65,8 @@ def test_metrics_have_every_column_and_each_step_once(folder):
 @pytest.mark.parametrize("options", [
     {}, dict(dropout=0.2, flip=True, gradient_accumulation_steps=3), dict(lr_schedule="cosine", optimizer="adam"),
     dict(precision="bf16", base_channels=32, dropout=0.2, batch_size=8),
-    dict(lr_schedule="constant", use_ema=False, warmup_steps=3), dict(use_labels=False, dataset="digits", conditioning="concat")])
+    dict(lr_schedule="constant", use_ema=False, warmup_steps=3), dict(adam_betas=(0.8, 0.9), ema_halflife=500.0, flip=True),
+    dict(lr_schedule="cosine_with_restarts", lr_cycles=3, random_crop=True), dict(lr_schedule="linear"), dict(use_labels=False, dataset="digits", conditioning="concat")])
 def test_a_resumed_run_equals_an_undisturbed_one_bit_for_bit(folder, options):
     """Stopped in the middle of an epoch and run again, everything ends as if it had not been."""
     settings = {**dict(iterations=36, batch_size=32, val_fraction=0.5, log_every=7), **options}  # 28 steps an epoch
@@ -191,6 +192,53 @@ def test_learning_rate_schedules(name, at):
     for step, rate in at.items():
         nearby = rates[max(0, step - 1) : step + 2]
         assert min(nearby) <= rate * 1.01 + 1e-9 and max(nearby) >= rate * 0.99, (step, nearby)
+
+
+@pytest.mark.parametrize("ours, theirs, options", [
+    ("linear", "linear", {}), ("cosine", "cosine", {}), ("constant", "constant", {}),
+    ("cosine_with_restarts", "cosine_with_restarts", dict(cycles=3))])
+def test_learning_rates_are_those_of_diffusers(ours, theirs, options):
+    """The same command line means the same curve: with and without warm-up, which begins one step earlier here."""
+    optimization = pytest.importorskip("diffusers.optimization")
+
+    def rates(make):
+        optimizer = torch.optim.Adam([torch.nn.Parameter(torch.zeros(1))], 1e-3)
+        schedule, found = make(optimizer), []
+        for _ in range(100):
+            found.append(optimizer.param_groups[0]["lr"])
+            optimizer.step()
+            schedule.step()
+        return found
+
+    for warmup in (0, 10):
+        if theirs != "constant":
+            given = dict(num_warmup_steps=warmup, num_training_steps=100, num_cycles=options.get("cycles", 1))
+            there = rates(lambda o, given=given: optimization.get_scheduler(theirs, o, **given))
+        else:
+            there = [1e-3] * 100
+        here = rates(lambda o, w=warmup: diffuser.LR_SCHEDULES[ours](o, 1e-3, w, 100, **options))
+        assert here[warmup:] == pytest.approx(there[warmup:], abs=1e-12) and here[warmup] == 1e-3
+        assert all(a < b for a, b in zip(here[:warmup], here[1:]))
+
+
+def test_restarts_are_as_many_as_asked_for(folder):
+    """--lr_cycles reaches the run: the learning rate comes back to its highest as often as said, four times by default."""
+    for cycles, peaks in ((2, 2), (None, 4)):
+        cfg = tiny_training(iterations=80, lr_schedule="cosine_with_restarts", lr_cycles=cycles, warmup_steps=0)
+        run = Trainer(cfg, Devices(cfg))
+        rates = [run.lr_schedule.lr_lambdas[0](step) for step in range(80)]
+        assert rates.count(1.0) == peaks
+
+
+def test_adam_gets_its_betas(folder):
+    """--adam_betas: the first step leaves moments of 1 - beta times the gradient, and its square."""
+    cfg = tiny_training(adam_betas=(0.7, 0.6), max_grad_norm=0.0)
+    run, kept = Trainer(cfg, Devices(cfg)), []
+    run.optimizer.register_step_pre_hook(lambda o, *_: kept.append(run.network.conv_out.weight.grad.clone()))
+    run.train_step()
+    moments = run.optimizer.state[run.network.conv_out.weight]
+    assert torch.allclose(moments["exp_avg"], 0.3 * kept[0], rtol=1e-4)
+    assert torch.allclose(moments["exp_avg_sq"], 0.4 * kept[0] ** 2, rtol=1e-4)
 
 
 def test_scale_lr_multiplies_by_the_devices(folder):
