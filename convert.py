@@ -428,36 +428,6 @@ def read_model(path: str, raw: bool) -> tuple[diffuser.Model, dict]:
     return diffuser.build_model(state, cfg), state
 
 
-def write_checkpoint(path: Path, network: diffuser.UNet, cfg: diffuser.Config, shape: Shape, class_names: list[str],
-                     moments: diffuser.Moments) -> None:
-    """Write a checkpoint of step 0 with these weights. Raises UserError where they are no whole model."""
-    weights = network.state_dict()
-    state = diffuser.new_checkpoint(
-        **diffuser.Progress().entries(),
-        config=dataclasses.asdict(cfg),
-        epoch=0.0,
-        shape=list(shape),
-        class_names=class_names,
-        data="",
-        moments=vars(moments),
-        model=weights,
-        ema=None,
-        optimizer=dict(state={}, param_groups=[]),
-        scaler={},
-    )
-    if not all(value.isfinite().all() for value in weights.values()):
-        raise UserError("its weights are not all finite")
-    diffuser.check_state(state)
-    write_atomically(path, lambda file: torch.save(state, file))
-
-
-def standard_moments(shape: Shape, num_classes: int) -> diffuser.Moments:
-    """Those of images of which nothing is known: drawing starts from N(0, I)."""
-    channels, height, width = shape
-    size = (num_classes + 1, channels, min(height, 64), min(width, 64))
-    return diffuser.Moments(torch.zeros(size), torch.ones(size))
-
-
 def count_parameters(network: nn.Module) -> int:
     """How many numbers it has to learn."""
     return sum(p.numel() for p in network.parameters())
@@ -608,8 +578,8 @@ def from_diffusers(folder: str, checkpoint: str, class_names: str | None = None,
 
     moments = extras.moments
     if moments is None or len(moments.mean) != len(names) + 1:
-        moments = standard_moments(shape, len(names))
-    write_checkpoint(target, network, cfg, shape, names, moments)
+        moments = diffuser.standard_moments(shape, len(names))
+    diffuser.write_checkpoint(target, network, cfg, shape, names, moments)
 
     notes.append(f"{target}: {count_parameters(network):,} parameters, images {height}x{width}x{cfg.channels}, "
                  f"{len(names)} classes")
@@ -780,7 +750,7 @@ def from_safetensors(path: str, checkpoint: str) -> str:
     with torch.device("meta"):
         network = diffuser.build_unet(cfg, shape[0], len(class_names))
     network.load_state_dict(tensors, assign=True)
-    write_checkpoint(target, network, cfg, shape, class_names, moments)
+    diffuser.write_checkpoint(target, network, cfg, shape, class_names, moments)
     return f"{target}: {count_parameters(network):,} parameters"
 
 

@@ -1673,6 +1673,13 @@ class Moments:
         return math.sqrt(alpha_bar_T) * mean + (alpha_bar_T * var + 1 - alpha_bar_T).sqrt() * noise
 
 
+def standard_moments(shape: tuple[int, int, int], num_classes: int) -> Moments:
+    """Those of images of which nothing is known: sampling starts from N(0, I)."""
+    channels, height, width = shape
+    size = (num_classes + 1, channels, min(height, 64), min(width, 64))
+    return Moments(torch.zeros(size), torch.ones(size))
+
+
 # ---- 6  Data -----------------------------------------------------------------------------------
 # Every dataset becomes ImageData, uint8 [N, C, H, W] with labels; a batch is a function of (seed, step).
 
@@ -1807,6 +1814,29 @@ def load_data(cfg: Config, train: bool = True) -> ImageData:
     larger = (height + math.ceil(height / 8), width + math.ceil(width / 8))
     data = load(dataclasses.replace(cfg, img_size=larger), train)
     return select_labels(cfg, crop_to_middle(data, height, width))
+
+
+def settle_dataset(cfg: Config, data: ImageData | None = None) -> Config:
+    """The settings with a dataset; images of one's own, `data`, have the folder's. Raises UserError for wrong ones."""
+    if data is None:
+        if not cfg.dataset:
+            raise UserError(f"--dataset is missing: one of {', '.join(DATASETS)}")
+        return cfg
+
+    images = data.images
+    labels = data.labels
+    if images.dtype != torch.uint8 or images.ndim != 4 or len(images) == 0 or images.shape[1] not in (1, 3):
+        raise UserError(f"images have to be uint8 [N, C, H, W], C 1 or 3, not {images.dtype} {list(images.shape)}; "
+                        "to_uint8 makes them of float ones in [-1, 1]")
+    if labels.dtype != torch.int64 or labels.shape != images.shape[:1]:
+        raise UserError(f"labels have to be int64 [{len(images)}], one for each image, not {labels.dtype} "
+                        f"{list(labels.shape)}")
+    if labels.min() < 0 or labels.max() >= max(1, len(data.class_names)):
+        raise UserError(f"labels lie between {labels.min()} and {labels.max()}, but there are {len(data.class_names)} "
+                        "class_names")
+    if cfg.random_crop and data.uncropped is None:
+        raise UserError("--random_crop needs larger images: ImageData with them as uncropped, see crop_to_middle")
+    return dataclasses.replace(cfg, dataset=cfg.dataset or "folder")
 
 
 def crop_to_middle(data: ImageData, height: int, width: int) -> ImageData:
@@ -2388,7 +2418,7 @@ def check_sampler_options(overrides: dict, cfg: Config) -> None:
             raise UserError(f"--{name} is for --sampler {' or '.join(takers)}, not {cfg.sampler}: leave it out")
 
 
-@dataclass
+@dataclass(repr=False)
 class Model:
     """A network with all that drawing images needs, as `load` makes it from a checkpoint.
 
@@ -2404,6 +2434,45 @@ class Model:
     compute: ComputeConfig = field(default_factory=ComputeConfig)
     guide: nn.Module | None = None
 
+    @classmethod
+    def from_network(cls, network: nn.Module, config: Config, shape: tuple[int, int, int],
+                     class_names: Sequence[str] = (), moments: Moments | None = None) -> Model:
+        """The model around a network of one's own, (xt [N, C, H, W], t [N], y [N] or None) -> [N, C, H, W].
+
+        config: schedule, prediction, and how to draw; shape: (C, H, W); y: class numbers, or len(class_names) for no
+        class; moments: those of the images, for the start of sampling, by default of noise. The network is used where
+        it is, in float32, and put into eval mode.
+        """
+        if moments is None:
+            moments = standard_moments(shape, len(class_names))
+        device = next((p.device for p in network.parameters()), torch.device("cpu"))
+        return cls(network.eval(), build_diffusion(config, device), moments, config, tuple(shape), list(class_names),
+                   ComputeConfig(device.type))
+
+    def save(self, path: str | Path) -> Path:
+        """Write a checkpoint that `load` and --mode inference take; returns its path.
+
+        Raises UserError for a network that the options do not describe.
+        """
+        network = getattr(self.network, "_orig_mod", self.network)           # within a compiled one
+        cfg = dataclasses.replace(self.config, dataset=self.config.dataset or "folder", channels=self.shape[0],
+                                  img_size=self.shape[1:], use_labels=bool(self.class_names))
+        try:
+            write_checkpoint(Path(path), network, cfg, self.shape, self.class_names, self.moments)
+        except UserError as error:
+            raise UserError(f"{path} was not written: {error}") from error
+        return Path(path)
+
+    def __repr__(self) -> str:
+        """Three lines for people."""
+        cfg = self.config
+        guidance = f", guidance {cfg.guidance_scale:g}" if cfg.guidance_scale else ""
+        return "\n".join([
+            f"Model    {describe_images(cfg, self.shape, self.class_names)}",
+            f"network  {describe_network(self.network)} on {self.device}, {self.compute}",
+            f"drawing  {cfg.schedule_type}, T = {self.diffusion.T}, predicts {cfg.prediction}; "
+            f"{cfg.sampler}, {sampling_steps(cfg)} steps{guidance}"])
+
     @property
     def device(self) -> torch.device:
         return self.diffusion.signal.device
@@ -2413,25 +2482,42 @@ class Model:
         """The label of no label."""
         return len(self.class_names)
 
-    def generate(self, classes: list[str | int] | None = None, num_images: int | None = None, *, pil: bool = False,
-                 each_step: bool = False, **settings) -> Tensor | list[Image.Image] | Iterator[tuple]:
+    def generate(self, classes: int | str | list[str | int] | None = None, num_images: int | None = None, *,
+                 first: int = 0, seeds: str | Sequence[int] = (), pil: bool = False, each_step: bool = False,
+                 **settings) -> Tensor | list[Image.Image] | Iterator[tuple]:
         """num_images of the classes (names or numbers) in turn, by default one each: uint8 [N, C, H, W] on the CPU.
 
-        pil: PIL images instead; each_step: an iterator over the sampling steps instead, of (t, x, x0_hat), both images
-        of that kind, all drawn at once; settings: sampling options, such as steps, sampler, seed. Raises UserError for
-        an unknown class or option.
+        A number alone is that of images, of no class. first: number of the first image; seeds: an image for each of
+        them; pil: PIL images instead; each_step: an iterator over the sampling steps instead, of (t, x, x0_hat), both
+        images of that kind, all drawn at once; settings: sampling options, such as steps, sampler, seed. Raises
+        UserError for an unknown class or option.
         """
-        numbers = [] if classes is None else parse_classes(classes, self.class_names)
+        if isinstance(classes, (int, np.integer)):
+            if num_images is not None:
+                raise UserError(f"{classes} and {num_images} are both numbers of images: put a class into a list, "
+                                f"generate([{classes}], {num_images})")
+            num_images = int(classes)
+            classes = None
         cfg = self.sampling_config(settings)
-        labels = self.labels(numbers, num_images or max(1, len(numbers)))
+        numbers = [] if classes is None else parse_classes(classes, self.class_names)
+
+        # Which images.
+        if num_images is not None:
+            check_value("num_images", num_images)
+        check_value("first", first)
+        if isinstance(seeds, str) or len(seeds):
+            seeds = parse_seeds(seeds)
+            if num_images is not None or first or "seed" in settings:
+                raise UserError("seeds are one for each image: leave seed, first and the number of images out")
+        labels = self.labels(numbers, len(seeds) or num_images or max(1, len(numbers)), first)
 
         def as_images(x: Tensor) -> Tensor | list[Image.Image]:
             return [to_pil(image) for image in x] if pil else x
 
         if each_step:
             return ((t, as_images(to_uint8(x)), as_images(to_uint8(x0_hat)))
-                    for t, x, x0_hat in self.sample(labels, cfg))
-        return as_images(torch.cat(list(self.draw(labels, cfg))))
+                    for t, x, x0_hat in self.sample(labels, cfg, first, seeds))
+        return as_images(torch.cat(list(self.draw(labels, cfg, first=first, seeds=seeds))))
 
     def sampling_config(self, settings: dict) -> Config:
         """The model's settings with others for sampling. Raises UserError."""
@@ -2530,6 +2616,21 @@ class Model:
         eps = torch.randn(x0.shape, generator=random)
         y = labels.to(self.device) if labels is not None else None
         return self.diffusion.loss(self.network, x0.to(self.device), t.to(self.device), eps.to(self.device), y)
+
+
+def describe_images(cfg: Config, shape: tuple[int, int, int], class_names: list[str]) -> str:
+    """What images are drawn or trained on, on part of a line."""
+    channels, height, width = shape
+    text = f"{cfg.dataset or 'images'} {height}x{width}x{channels}, {len(class_names)} classes"
+    if class_names:
+        text += f": {textwrap.shorten(', '.join(class_names), 60, placeholder=' ...')}"
+    return text
+
+
+def describe_network(network: nn.Module) -> str:
+    """Its kind and size, on part of a line."""
+    inner = getattr(network, "_orig_mod", network)               # within a compiled one
+    return f"{type(inner).__name__}, {sum(p.numel() for p in inner.parameters()):,} parameters"
 
 
 def list_classes(class_names: list[str], most: int = 30) -> str:
@@ -2893,6 +2994,29 @@ def save_checkpoint(state: dict, cfg: Config) -> Path:
     return path
 
 
+def write_checkpoint(path: Path, network: nn.Module, cfg: Config, shape: tuple[int, int, int], class_names: list[str],
+                     moments: Moments) -> None:
+    """Write a checkpoint of step 0 with these weights. Raises UserError where they are no whole model."""
+    weights = {name: value.cpu() for name, value in network.state_dict().items()}
+    state = new_checkpoint(
+        **Progress().entries(),
+        config=dataclasses.asdict(cfg),
+        epoch=0.0,
+        shape=list(shape),
+        class_names=class_names,
+        data="",
+        moments=vars(moments),
+        model=weights,
+        ema=None,
+        optimizer=dict(state={}, param_groups=[]),
+        scaler={},
+    )
+    if not all(value.isfinite().all() for value in weights.values()):
+        raise UserError("its weights are not all finite")
+    check_state(state)
+    write_atomically(path, lambda file: torch.save(state, file))
+
+
 def set_aside(path: Path, state: dict, cfg: Config) -> None:
     """Rename the checkpoint that `state` is about to replace, where it is to be kept."""
     before = try_load(path, peek=True)
@@ -3033,7 +3157,7 @@ def check_tensors(state: dict, cfg: Config) -> None:
             raise wrong
 
 
-def check_compatible(path: str | Path, overrides: dict, stored: dict, advice: str = "Leave those flags out.") -> None:
+def check_compatible(path: str | Path, overrides: dict, stored: dict, advice: str = "Leave those options out.") -> None:
     """Raise UserError if a setting asked for shapes the network or schedule differently from the checkpoint."""
     differing = []
     for name, value in overrides.items():
@@ -3075,7 +3199,7 @@ def find_resume_checkpoint(cfg: Config, asked: dict, processes: Processes | None
             continue
         if not named and not same_run(cfg, state):
             break
-        check_compatible(path, asked, state["config"], "Leave those flags out to go on with it, or start another run "
+        check_compatible(path, asked, state["config"], "Leave those options out to go on with it, or start another run "
                          "with --experiment_name NAME or --resume never.")
         if processes is not None:
             for problem in problems:
@@ -3113,7 +3237,7 @@ def pretrained_options(asked: dict) -> dict:
 
     network = inspect.signature(UNet).parameters.keys() | {"channels"}
     check_compatible(path, {name: value for name, value in asked.items() if name in network}, stored,
-                     "Leave those flags out, or the recipe that sets them.")
+                     "Leave those options out, or the recipe that sets them.")
 
     own = {"dataset", "use_labels"}
     if asked.get("dataset", "folder") != "folder":
@@ -3259,15 +3383,18 @@ def training_length(cfg: Config, images: int) -> tuple[int, int, int]:
 class Trainer:
     """The state of a run, and its step: network, average, optimizer, learning rate, progress."""
 
-    def __init__(self, cfg: Config, devices: Devices, state: dict | None = None, compute: ComputeConfig | None = None):
-        """state: the checkpoint to go on from; compute: how the network is run, by default chosen here.
+    def __init__(self, cfg: Config, devices: Devices | None = None, state: dict | None = None,
+                 compute: ComputeConfig | None = None, data: ImageData | None = None):
+        """devices: by default those of the settings; state: the checkpoint to go on from; compute: how the network is
+        run, by default chosen here; data: images of one's own, instead of the dataset's.
 
         Raises UserError for data, checkpoint and settings that do not go together.
         """
+        devices = devices or Devices(cfg)
         self.devices = devices
         self.device = devices.device
         self.processes = devices.processes
-        self.load_images(cfg)
+        self.load_images(cfg, data)
         cfg = self.cfg                                           # completed by what the images are
 
         # Length and memory, before anything large is made.
@@ -3314,10 +3441,27 @@ class Trainer:
         if state:
             self.resume(state)
 
-    def load_images(self, cfg: Config) -> None:
+    def __repr__(self) -> str:
+        """Three lines for people."""
+        cfg = self.cfg
+        lr = self.optimizer.param_groups[0]["lr"]
+        images = f"{len(self.batches.indices):,} images of {describe_images(cfg, self.shape, self.data.class_names)}"
+        return "\n".join([
+            f"Trainer  {images}",
+            f"network  {describe_network(self.network)} on {self.devices}, {self.compute}",
+            f"training step {self.step:,} of {self.total:,}, epoch {self.epoch:.4g}, {self.size} images a step, "
+            f"{cfg.optimizer}, learning rate {lr:.3g}"])
+
+    def load_images(self, cfg: Config, data: ImageData | None = None) -> None:
         """Load the images; what they settle, size, channels, labels and flips, becomes part of the settings."""
-        with self.processes.main_first():
-            self.data = load_data(cfg)
+        cfg = settle_dataset(cfg, data)
+        if data is not None:
+            self.data = select_labels(cfg, data)
+            _, height, width = data.images.shape[1:]
+            check_image_size(height, width, len(cfg.channel_mults), cfg.patch_size)
+        else:
+            with self.processes.main_first():
+                self.data = load_data(cfg)
         self.shape = tuple(self.data.images.shape[1:])
         self.null_class = len(self.data.class_names)
         flip = DATASETS[cfg.dataset].flip if cfg.flip is None else cfg.flip
@@ -3890,14 +4034,14 @@ class Pace:
 USABLE_SECONDS = 57                                              # of a minute of --train_minutes: some slack
 
 
-def steps_for_minutes(cfg: Config, devices: Devices, state: dict | None,
-                      deadline: float) -> tuple[Config, ComputeConfig]:
+def steps_for_minutes(cfg: Config, devices: Devices, state: dict | None, deadline: float,
+                      data: ImageData | None = None) -> tuple[Config, ComputeConfig]:
     """The configuration with as many iterations as fit until the deadline (a perf_counter); how their trial computed.
 
     By the time of a few real steps, a validation and a grid on a copy of the run, which is thrown away.
     """
     endless = dataclasses.replace(cfg, iterations=10**9)
-    trainer = Trainer(endless, devices, copy.deepcopy(state))
+    trainer = Trainer(endless, devices, copy.deepcopy(state), data=data)
     first = trainer.step
 
     def measure(work: Callable) -> float:
@@ -3927,19 +4071,23 @@ def steps_for_minutes(cfg: Config, devices: Devices, state: dict | None,
 # The run.
 
 
-def train(cfg: Config, devices: Devices | None = None) -> Path:
-    """Train as configured, going on from find_resume_checkpoint's; returns the last checkpoint. Raises UserError."""
+def train(cfg: Config, devices: Devices | None = None, data: ImageData | None = None) -> Path:
+    """Train as configured, going on from find_resume_checkpoint's; returns the last checkpoint.
+
+    data: images of one's own, instead of the dataset's. Raises UserError.
+    """
+    cfg = settle_dataset(cfg, data)
     devices = devices or Devices(cfg)
     processes = devices.processes
     signals = Signals(processes)
     with signals.catch(*save_signals()), run_lock(cfg) if processes.is_main else nullcontext():
         processes.barrier()                                      # until rank 0 holds the lock
-        path = train_locked(cfg, devices, signals)
+        path = train_locked(cfg, devices, signals, data)
         processes.barrier()                                      # until rank 0 has saved its last checkpoint
         return path
 
 
-def train_locked(cfg: Config, devices: Devices, signals: Signals) -> Path:
+def train_locked(cfg: Config, devices: Devices, signals: Signals, data: ImageData | None) -> Path:
     """What train does once nobody else may write to the run's files."""
     start_time = time.perf_counter()
     processes = devices.processes
@@ -3952,9 +4100,9 @@ def train_locked(cfg: Config, devices: Devices, signals: Signals) -> Path:
         cfg = dataclasses.replace(cfg, iterations=state["config"]["iterations"])
     elif cfg.train_minutes:
         deadline = start_time + USABLE_SECONDS * cfg.train_minutes
-        cfg, compute = steps_for_minutes(cfg, devices, state, deadline)
+        cfg, compute = steps_for_minutes(cfg, devices, state, deadline, data)
 
-    trainer = Trainer(cfg, devices, state, compute)
+    trainer = Trainer(cfg, devices, state, compute, data)
     del state                                                    # of twice the size of the network and more
     folder = samples_path(cfg)
     if processes.is_main:

@@ -29,6 +29,7 @@ import traceback
 import zipfile
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
+from contextvars import ContextVar
 from functools import partial
 from pathlib import Path
 from typing import BinaryIO
@@ -36,13 +37,21 @@ from typing import BinaryIO
 # ---- Errors ------------------------------------------------------------------------------------
 
 
+# Whether a script is at work, so that options are flags.
+IN_SCRIPT = ContextVar("IN_SCRIPT", default=False)
+
+
 class UserError(Exception):
     """An expected failure, whose message says in a line or two what is wrong and what to do.
 
-    code: the exit status; 1 failed at run time, 2 bad usage or input, 128 + n ended by signal n.
+    message: it names options as flags, such as --steps; called from Python, where there are none, it names them
+    without the dashes. code: the exit status; 1 failed at run time, 2 bad usage or input, 128 + n ended by signal n.
+    about_flags: whether it is about flags in any case.
     """
 
-    def __init__(self, message: str, code: int = 2):
+    def __init__(self, message: str, code: int = 2, about_flags: bool = False):
+        if not (about_flags or IN_SCRIPT.get()):
+            message = re.sub(r"(?<![\w-])--(?=[a-z])", "", message)
         super().__init__(message)
         self.code = code
 
@@ -158,7 +167,7 @@ class Parser(argparse.ArgumentParser):
         super().__init__(*args, allow_abbrev=False, formatter_class=formatter, **options)
 
     def error(self, message: str):
-        raise UserError(f"{message} (see --help)")
+        raise UserError(f"{message} (see --help)", about_flags=True)
 
     def parse_known_args(self, args=None, namespace=None) -> tuple[argparse.Namespace, list[str]]:
         """As argparse does, but for the dashes."""
@@ -171,7 +180,7 @@ class Parser(argparse.ArgumentParser):
         if unknown:
             flag = unknown[0].split("=")[0]
             hint = did_you_mean(flag, self._option_string_actions) or " (see --help)"
-            raise UserError(f"unknown option {unknown[0]}{hint}")
+            raise UserError(f"unknown option {unknown[0]}{hint}", about_flags=True)
         return options
 
 
@@ -211,6 +220,7 @@ def run_script(script: str, parse: Callable[[], argparse.Namespace], work: Calla
     where another process tells it. With --debug errors pass through, traceback and all.
     """
     debug = False
+    outside = IN_SCRIPT.set(True)
     try:
         options = parse()
         debug = getattr(options, "debug", False)
@@ -224,6 +234,8 @@ def run_script(script: str, parse: Callable[[], argparse.Namespace], work: Calla
             raise
         clearer = explain(error)
         return 1 if clearer is None else report_failure(script, clearer)
+    finally:
+        IN_SCRIPT.reset(outside)
 
 
 def report_failure(script: str, error: Exception) -> int:

@@ -105,10 +105,10 @@ def checkpoint(path, classes=3, **options):
     shape = diffuser.image_shape(cfg)
     network = tiny_unet(shape[0], classes, **{name: getattr(cfg, name) for name in diffuser.FIELDS
                                               if name in inspect.signature(diffuser.UNet).parameters})
-    moments = convert.standard_moments(shape, classes)
+    moments = diffuser.standard_moments(shape, classes)
     moments.mean.add_(0.3)
     moments.var.mul_(0.5)
-    convert.write_checkpoint(path, network, cfg, shape, [f"class {i}" for i in range(classes)], moments)
+    diffuser.write_checkpoint(path, network, cfg, shape, [f"class {i}" for i in range(classes)], moments)
     return path
 
 

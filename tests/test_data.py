@@ -286,7 +286,7 @@ def test_a_cache_larger_than_the_disk_is_refused(image_folder, tmp_path, monkeyp
     """Before decoding, not when the disk is full."""
     usage = type("Usage", (), {"free": 1000})
     monkeypatch.setattr("diffuser_lib.images.shutil.disk_usage", lambda path: usage)
-    with pytest.raises(UserError, match="--data_dir"):
+    with pytest.raises(UserError, match="data_dir"):
         load_data(folder_config(image_folder, tmp_path))
 
 

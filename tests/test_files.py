@@ -747,7 +747,7 @@ def test_an_error_lets_go(tmp_path):
 def test_a_place_that_cannot_be_written_is_told_at_once(tmp_path):
     """A file where a folder should be: the message names the option that chose it."""
     (tmp_path / "taken").write_text("")
-    with (pytest.raises(UserError, match="choose another --out") as error,
+    with (pytest.raises(UserError, match="choose another out") as error,
           hold_lock(tmp_path / "taken" / "x" / "model.pt", "--out", "wait for it")):
         pytest.fail("held")
     assert "\n" not in str(error.value)

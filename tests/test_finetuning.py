@@ -149,7 +149,7 @@ def test_a_model_of_diffusers_is_fine_tuned_on_a_folder(folder, image_folder):
     path, = folder.glob("checkpoints/*.pt")
     state = load_checkpoint(path)
     assert state["shape"] == [3, 16, 16] and state["config"]["timesteps"] == 50 and state["config"]["sin_first"]
-    with pytest.raises(UserError, match="--init_from CHECKPOINT"):           # it is no earlier part of this run
+    with pytest.raises(UserError, match="init_from CHECKPOINT"):           # it is no earlier part of this run
         train(configure(load_checkpoint("start.pt")["config"], **NEW, path_to_data=str(image_folder), resume_from_checkpoint="start.pt"))
 
 

@@ -158,11 +158,11 @@ def test_classes_of_the_same_name_keep_their_paths(tmp_path):
 
 
 @pytest.mark.parametrize("what, words", [
-    ("missing", "--images .*missing: there is no such folder or ZIP file"),
-    ("empty", "--images .*empty holds no PNG, JPG, JPEG, BMP, GIF, WEBP image"),
-    ("broken.zip", "--images .*broken.zip is no whole ZIP file"),
-    ("text.png", "--images .*text.png is no whole ZIP file"),
-    ("", "--images is needed: a folder or ZIP file of images")])
+    ("missing", "images .*missing: there is no such folder or ZIP file"),
+    ("empty", "images .*empty holds no PNG, JPG, JPEG, BMP, GIF, WEBP image"),
+    ("broken.zip", "images .*broken.zip is no whole ZIP file"),
+    ("text.png", "images .*text.png is no whole ZIP file"),
+    ("", "images is needed: a folder or ZIP file of images")])
 def test_a_place_without_images_is_refused(tmp_path, what, words):
     """No folder, nothing in it, a file that is no ZIP file, no path at all: one line that says so and names the option."""
     (tmp_path / "empty").mkdir()
@@ -177,7 +177,7 @@ def test_a_place_without_images_is_refused(tmp_path, what, words):
 def test_a_path_can_be_checked_before_anything_is_read(tmp_path):
     """Dry runs only ask whether something is there."""
     require_images(str(tmp_path), "--images")
-    with pytest.raises(UserError, match="--images"):
+    with pytest.raises(UserError, match="images"):
         require_images(str(tmp_path / "gone"), "--images")
 
 
@@ -634,7 +634,7 @@ def test_workers_that_fail_are_told(tmp_path, monkeypatch):
         raise RuntimeError("DataLoader worker (pid 7) is killed by signal: Killed.")
 
     monkeypatch.setattr(images, "decode_into", fail)
-    with pytest.raises(UserError, match=r"worker .* killed .* try --num_workers 0") as error:
+    with pytest.raises(UserError, match=r"worker .* killed .* try num_workers 0") as error:
         load(tmp_path / "some.zip", tmp_path)
     assert error.value.code == 1
     assert not list((tmp_path / "cache").glob("*.bin"))
@@ -727,7 +727,7 @@ def test_a_cache_larger_than_the_disk_is_refused(image_folder, tmp_path, monkeyp
     """Before decoding, not when the disk is full; the message has both numbers."""
     usage = type("Usage", (), {"free": 1000})
     monkeypatch.setattr(images.shutil, "disk_usage", lambda path: usage)
-    with pytest.raises(UserError, match=r"GiB are free in .*--data_dir") as error:
+    with pytest.raises(UserError, match=r"GiB are free in .*data_dir") as error:
         load(image_folder, tmp_path)
     assert error.value.code == 1
     assert not list((tmp_path / "cache").glob("*.bin"))

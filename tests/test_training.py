@@ -516,7 +516,7 @@ def test_devices_are_picked_in_order(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     monkeypatch.setattr(torch.backends.mps, "is_available", lambda: True)
     assert diffuser.pick_device("auto").type == "mps" and diffuser.pick_device("cpu").type == "cpu"
-    with pytest.raises(UserError, match="--device cuda"):
+    with pytest.raises(UserError, match="device cuda"):
         diffuser.pick_device("cuda")
 
 
