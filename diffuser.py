@@ -10,6 +10,7 @@
     python diffuser.py --mode train --path_to_data PHOTOS --img_size 64
     python diffuser.py --mode inference                asks what to draw
     python diffuser.py --mode inference --num_images 1000 --save_dir out
+    python diffuser.py --check                         what this machine can do
     torchrun --nproc_per_node 4 diffuser.py --mode train --dataset cifar10
 
 The same command resumes an interrupted run. From Python:
@@ -53,6 +54,15 @@ import signal
 if __name__ == "__main__" and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
     signal.signal(signal.SIGINT, signal.SIG_DFL)                 # Ctrl-C while torch is imported: no traceback
 
+import importlib.util
+import sys
+
+if __name__ == "__main__":
+    missing = [name for name in ("torch", "numpy", "PIL", "tqdm") if importlib.util.find_spec(name) is None]
+    if missing:
+        sys.exit(f"diffuser: not installed: {', '.join(missing)}; pip install -r requirements.txt, or uv run "
+                 "diffuser.py")
+
 import argparse
 import copy
 import dataclasses
@@ -67,7 +77,6 @@ import re
 import shlex
 import shutil
 import statistics
-import sys
 import tempfile
 import textwrap
 import time
@@ -85,6 +94,7 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
 
 from diffuser_lib import cpu_kernels
@@ -116,6 +126,15 @@ from diffuser_lib.images import (
     save_png,
     to_pil,
     to_uint8,
+)
+from diffuser_lib.machine import (
+    PACKAGES,
+    duration,
+    is_installed,
+    matrix_rate,
+    nearest_folder,
+    package_version,
+    why_not_writable,
 )
 from diffuser_lib.metrics import MetricsLogger, TensorBoard, WeightsAndBiases
 from diffuser_lib.processes import (
@@ -166,7 +185,10 @@ class Config:
         "", "options from a run's config.json, to repeat it", per_run=True, common=True)
     seed: int = opt(0, "seed of everything random", lo=0, hi=2**63 - 1, common=True)
     yes: bool = opt(False, "ask nothing: take every default", per_run=True, common=True)
-    dry_run: bool = opt(False, "print settings, parameters, steps and memory, then stop", per_run=True, common=True)
+    dry_run: bool = opt(
+        False, "print settings, parameters, steps, memory and time, then stop", per_run=True, common=True)
+    check: bool = opt(
+        False, "look at this machine: what it has, what is missing, whether it can train", per_run=True, common=True)
     debug: bool = opt(False, "show the traceback of a failure", per_run=True)
 
     data_dir: str = opt(
@@ -959,7 +981,8 @@ def read_options(path: str) -> dict:
     except (OSError, ValueError, AttributeError, TypeError, RecursionError) as error:
         raise UserError(f"--config {path} holds no options ({first_line(error)}): give a run's config.json") from error
 
-    dropped = {"mode", "config", "recipe", "yes", "dry_run", "debug", "resume", "resume_from_checkpoint", *LENGTHS}
+    dropped = {"mode", "config", "recipe", "yes", "dry_run", "check", "debug", "resume", "resume_from_checkpoint",
+               *LENGTHS}
     for length in ("iterations", "train_minutes", "epochs"):
         if options.get(length):                                  # it counts; those behind it do not
             dropped.remove(length)
@@ -2276,6 +2299,16 @@ def run_on_meta(cfg: Config, shape: tuple[int, int, int], num_classes: int, watc
                 module.register_forward_hook(hook)
         network(torch.zeros(2, *shape), torch.zeros(2, dtype=torch.long))   # of one, a norm may not like a 1x1 map
     return network
+
+
+@lru_cache
+def network_operations(cfg: Config, shape: tuple[int, int, int], num_classes: int) -> int:
+    """Additions and multiplications of the configured network for one image. Nothing is computed."""
+    with torch.device("meta"):
+        network = build_unet(dataclasses.replace(cfg, gradient_checkpointing=False), shape[0], num_classes)
+        with FlopCounterMode(display=False) as counter:
+            network(torch.zeros(2, *shape), torch.zeros(2, dtype=torch.long))
+    return counter.get_total_flops() // 2
 
 
 def training_memory(cfg: Config, shape: tuple[int, int, int], num_classes: int, batch: int,
@@ -4014,6 +4047,7 @@ class Pace:
     def __init__(self, trainer: Trainer, deadline: float | None):
         self.deadline = deadline
         self.checks = set()                                      # steps at which to look at the clock
+        self.told = deadline is not None                         # how long it will take
         if deadline is not None:
             left = trainer.total - trainer.step
             self.checks = {trainer.step + left * tenth // 10 for tenth in (1, 3, 6, 8)}
@@ -4029,6 +4063,25 @@ class Pace:
         now = time.perf_counter()
         seconds_a_step = (now - self.start_time) / (step - self.first_step)
         return int((self.deadline - now) / seconds_a_step)
+
+    def tell_time(self, trainer: Trainer) -> str:
+        """What to say, once, of how long the run will take, by its first seconds; empty at all other times.
+
+        The first step does not count: it takes longer.
+        """
+        if self.told:
+            return ""
+        now = time.perf_counter()
+        if trainer.step == self.first_step + 1:
+            self.second_step_time = now
+            return ""
+        steps = trainer.step - self.first_step - 1
+        if now - self.second_step_time < 2 or steps < 3:
+            return ""
+        self.told = True
+        seconds = (now - self.second_step_time) / steps
+        left = trainer.total - trainer.step
+        return f"time     about {duration(left * seconds)} for {left:,} steps of {duration(seconds)}"
 
 
 USABLE_SECONDS = 57                                              # of a minute of --train_minutes: some slack
@@ -4066,6 +4119,57 @@ def steps_for_minutes(cfg: Config, devices: Devices, state: dict | None, deadlin
     steps = max(1, devices.processes.broadcast(int(left / each)))
     devices.processes.print0(f"{step * 1000:.3g} ms a step: {steps:,} steps fit into {cfg.train_minutes:g} minutes")
     return dataclasses.replace(cfg, iterations=first + steps), trainer.compute
+
+
+class TrialTrainer(Trainer):
+    """A trainer whose steps take only `part` of a batch, to find out how long a whole one takes."""
+
+    part = 1
+
+    def batch(self) -> list[Tensor]:
+        return [values[: self.part] for values in super().batch()]
+
+
+TRIAL_WORK = 1e11                                                # operations of a CPU that may take a second or two
+
+
+def time_a_step(cfg: Config, devices: Devices, shape: tuple[int, int, int], num_classes: int) -> float | None:
+    """Seconds that a step takes here, from a few real ones on made-up images; None where that would take long.
+
+    With as many images, up to a batch, as are done within half a second.
+    """
+    parameters, _ = network_size(cfg, shape, num_classes)
+    work = 3 * network_operations(cfg, shape, num_classes)       # of an image, forwards and backwards
+    budget = TRIAL_WORK if devices.device.type == "cpu" else 100 * TRIAL_WORK
+    if work + 100 * parameters > budget:
+        return None
+
+    size = cfg.batch_size * cfg.gradient_accumulation_steps
+    batch = max(devices.count, min(size, int(budget / work)))
+    images = torch.randint(256, (16, *shape), dtype=torch.uint8)
+    data = ImageData(images, torch.zeros(16, dtype=torch.int64), [str(i) for i in range(num_classes)])
+    trial = dataclasses.replace(cfg, batch_size=batch, gradient_accumulation_steps=1, iterations=1000, init_from="",
+                                compile=False, random_crop=False, val_fraction=0.0)
+    trainer = TrialTrainer(trial, devices, data=data)
+
+    def measure() -> float:
+        begun = time.perf_counter()
+        trainer.train_step()
+        float(trainer.grad_norm)                                 # waits for the device
+        return time.perf_counter() - begun
+
+    measure()                                                    # the first one takes longer
+    seconds = measure()
+    here = batch // devices.processes.world                      # images of this process
+    while seconds < 0.4 and trainer.part < here:
+        trainer.part = min(here, 4 * trainer.part)
+        seconds = measure()
+
+    times = [seconds]
+    end = time.perf_counter() + 0.5
+    while len(times) < 10 and time.perf_counter() + seconds < end:
+        times.append(measure())
+    return statistics.median(times) * size / (trainer.part * devices.processes.world)
 
 
 # The run.
@@ -4321,7 +4425,13 @@ def training_loop(trainer: Trainer, monitor: Monitor, signals: Signals, bar: tqd
             trainer.progress.loss_sums[1] = 0
         if trainer.step in pace.checks and not done:             # before it is saved
             left = processes.broadcast(pace.steps_left(trainer.step))
+            before = trainer.total
             trainer.set_total_steps(trainer.step + max(1, left))
+            if trainer.total != before:
+                processes.print0(f"step {trainer.step:,}: {trainer.total:,} steps fit into the time, not {before:,}")
+        time_needed = pace.tell_time(trainer)
+        if time_needed and not done:
+            processes.print0(time_needed)
 
         # Save and draw.
         if due.grid or due.save:
@@ -4448,9 +4558,29 @@ def run_training(asked: dict) -> None:
         return
     start_time = time.perf_counter()
     path = train(cfg, devices)
-    print0(f"trained in {time.perf_counter() - start_time:.0f} s: {path}\n"
-           f"samples and metrics: {samples_path(cfg)}\n"
+    print0(f"trained in {duration(time.perf_counter() - start_time)}: {path}\n"
+           f"samples  {describe_folder(samples_path(cfg))}\n"
            f"draw with it: python diffuser.py --mode inference --model_path {path}")
+
+
+def describe_folder(folder: Path) -> str:
+    """What a run has written into its folder, the pictures of a kind together."""
+    kinds = {"epoch_*_loss_*.png": [], "step_*.png": []}
+    others = []
+    for path in sorted(folder.iterdir()):
+        kind = next((kind for kind in kinds if path.match(kind)), None)
+        if kind:
+            kinds[kind].append(path.name)
+        elif not path.name.startswith("."):
+            others.append(path.name + "/" * path.is_dir())
+
+    parts = []
+    for kind, names in kinds.items():
+        if len(names) > 1:
+            parts.append(f"{len(names)} x {kind}")
+        else:
+            parts += names
+    return f"{folder}/: {', '.join(parts + others)}"
 
 
 def ask_training(asked: dict) -> dict:
@@ -4561,6 +4691,8 @@ def describe_run(cfg: Config, devices: Devices, shape: tuple[int, int, int], num
              f"data     {cfg.dataset}: {images:,} images {height}x{width}x{channels}, {num_classes} classes",
              f"network  {parameters:,} parameters",
              f"training {length}",
+             f"output   checkpoint {checkpoint_path(cfg, 'STEP')}",
+             f"         grids of samples, metrics.csv, config.json and report in {samples_path(cfg)}/",
              f"noise    {cfg.schedule_type}, T = {cfg.timesteps}, {left:.2%} of the signal is left at T"]
     if left > 0.01:
         start = "use --start matched"
@@ -4571,7 +4703,7 @@ def describe_run(cfg: Config, devices: Devices, shape: tuple[int, int, int], num
 
 
 def describe_dry_run(cfg: Config, devices: Devices) -> str:
-    """Settings, sizes and memory, without reading an image."""
+    """Settings, sizes, memory and time, without reading an image."""
     # What is known of the data.
     spec = DATASETS[cfg.dataset]
     classes = spec.classes
@@ -4592,16 +4724,124 @@ def describe_dry_run(cfg: Config, devices: Devices) -> str:
     need = sum(training_memory(cfg, shape, num_classes, batch, compute.precision))
     _, warning = plan_memory(cfg, shape, num_classes, batch, compute.precision, devices.device)
 
-    lines = [describe_settings(cfg), describe_run(cfg, devices, shape, num_classes, images, compute),
+    usual = complete(dict(dataset=cfg.dataset, path_to_data=cfg.path_to_data))
+    lines = [describe_settings(cfg, usual), describe_run(cfg, devices, shape, num_classes, images, compute),
              f"memory   about {need / 2**30:.2g} GiB for training on each device"]
     if warning:
         lines.append(f"warning  {warning}")
+    lines.append(f"time     {describe_time(cfg, devices, shape, num_classes, images)}")
     return "\n".join(lines)
 
 
-def describe_settings(cfg: Config) -> str:
-    """The settings that a checkpoint keeps, one on a line."""
-    return "\n".join(f"{name} = {getattr(cfg, name)}" for name in FIELDS if name not in PER_RUN)
+def describe_time(cfg: Config, devices: Devices, shape: tuple[int, int, int], num_classes: int, images: int) -> str:
+    """How long the run will take here, by a few steps on made-up images."""
+    try:
+        step = time_a_step(cfg, devices, shape, num_classes)
+    except (UserError, torch.OutOfMemoryError) as error:
+        return f"not measured: {first_line(error)}"
+    if cfg.train_minutes and not cfg.iterations:
+        length = duration(60 * cfg.train_minutes)
+        if step is None:
+            return length
+        return f"{length}: about {int(60 * cfg.train_minutes / step):,} steps of {duration(step)}"
+
+    if step is None:
+        work = 3 * network_operations(cfg, shape, num_classes) * cfg.batch_size * cfg.gradient_accumulation_steps
+        return f"not measured: a step of {work / 1e12:.3g} teraflop takes long on {devices.device.type}"
+    total, _, _ = training_length(cfg, images)
+    return f"about {duration(total * step)}: {total:,} steps of {duration(step)}, and the grids"
+
+
+def describe_settings(cfg: Config, usual: Config | None = None) -> str:
+    """The settings that a checkpoint keeps, one on a line; behind those that differ, what is usual."""
+    lines = []
+    for name in FIELDS:
+        if name in PER_RUN:
+            continue
+        line = f"{name} = {getattr(cfg, name)}"
+        if usual is not None and getattr(cfg, name) != getattr(usual, name):
+            line = f"{line:40} (preset: {getattr(usual, name)})"
+        lines.append(line)
+    return "\n".join(lines)
+
+
+# The machine.
+
+
+def check_machine(asked: dict) -> None:
+    """--check: say what this machine has, what is missing and how to get it. Raises UserError where it cannot train."""
+    start_time = time.perf_counter()
+    options = ("device", "precision", "data_dir", "working_directory", "generated_directory")
+    cfg = configure(dataset="digits", **{name: asked[name] for name in options if name in asked})
+    problems = []
+
+    print(f"python   {platform.python_version()}, {platform.platform()}")
+    gpus = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
+    print(f"torch    {torch.__version__}; cuda: {', '.join(gpus) or 'none'}; "
+          f"mps: {'yes' if torch.backends.mps.is_available() else 'none'}; cpu: {torch.get_num_threads()} threads, "
+          f"{os.cpu_count()} cores")
+    check_packages()
+    check_places(cfg, problems)
+    check_device(cfg, problems)
+
+    took = duration(time.perf_counter() - start_time)
+    if problems:
+        raise UserError("this machine cannot train as it is: " + "; ".join(problems), code=1)
+    print(f"all well: this machine can train (looked at in {took})")
+
+
+def check_packages() -> None:
+    """Say which optional packages are there, and how to get the others."""
+    there = [f"{package} {package_version(package)}".strip() for module, package, _ in PACKAGES if is_installed(module)]
+    print(f"packages {', '.join(there) or 'none of the optional ones'}")
+    for module, package, purpose in PACKAGES:
+        if not is_installed(module):
+            print(f"missing  {package}, for {purpose}: pip install {package}")
+
+
+def check_places(cfg: Config, problems: list[str]) -> None:
+    """Say how much room there is, and whether files can be made where a run makes them."""
+    for name in ("data_dir", "working_directory", "generated_directory"):
+        folder = getattr(cfg, name)
+        free = shutil.disk_usage(nearest_folder(folder)).free
+        reason = why_not_writable(folder)
+        state = f"cannot be written to ({reason})" if reason else "can be written to"
+        print(f"disk     --{name} {folder}: {free / 2**30:.1f} GiB free, {state}")
+        if reason and name != "data_dir":                        # that one is for downloads and caches
+            problems.append(f"{folder} cannot be written to ({reason}): choose another --{name}")
+        elif free < 2**28:
+            problems.append(f"{folder} has {free / 2**20:.0f} MiB left: make room, or choose another --{name}")
+
+
+def check_device(cfg: Config, problems: list[str]) -> None:
+    """Say what the device has and how fast it is; train and draw for a moment."""
+    try:
+        devices = Devices(cfg)
+        free = free_memory(devices.device)
+        if free < 2**59:
+            print(f"memory   {free / 2**30:.1f} GiB free on {devices.device.type}")
+        rates = {name: matrix_rate(devices.device, PRECISIONS[name]) for name in ("fp32", "bf16")}
+        shown = [f"{name} {rate:,.0f}" if rate >= 10 else f"{name} {rate:.1f}" for name, rate in rates.items()]
+        print(f"speed    {', '.join(shown)} GFLOP/s in products of matrices on {devices}")
+
+        trainer = Trainer(cfg, devices)
+        trainer.train_step()
+        begun = time.perf_counter()
+        for _ in range(5):
+            trainer.train_step()
+        if not trainer.grad_norm.isfinite():                     # waits for the device
+            problems.append(f"a training step on {devices.device.type} gives no finite gradient: try another --device")
+        took = (time.perf_counter() - begun) / 5
+        print(f"training {duration(took)} a step of the digits preset, {trainer.size} images, "
+              f"{trainer.compute}")
+
+        begun = time.perf_counter()
+        trainer.model.generate(["3"], steps=20)
+        print(f"drawing  a digit in {duration(time.perf_counter() - begun)}, 20 steps")
+    except Exception as error:                                   # whatever it is, it is what was looked for
+        print(f"failed   {first_line(error)}")
+        problems.append(f"training on --device {cfg.device} fails ({first_line(error)}): try --device cpu, or "
+                        "install torch anew (pytorch.org says how)")
 
 
 # Inference.
@@ -4790,7 +5030,8 @@ def save_images(model: Model, cfg: Config, numbers: list[int], count: int, sourc
         save_grid(shown, folder / "grid.png", columns)
         if cfg.trajectory:
             save_strip(model, labels[:10], cfg, folder / "trajectory.png", first, seeds)
-    print(f"{count} images in {folder / 'images'}, grid {folder / 'grid.png'}")
+    written = ["grid.png", *["trajectory.png"] * cfg.trajectory, "samples.json"]
+    print(f"{count} images in {folder / 'images'}, beside them in {folder}: {', '.join(written)}")
     return folder
 
 
@@ -5105,6 +5346,8 @@ def options_page() -> str:
 def run_command(options: argparse.Namespace) -> None:
     """Do what the command line asks for; asks for the mode where that is open."""
     asked = requested(translate_flags(vars(options)))
+    if asked.get("check"):
+        return check_machine(asked)
     if "mode" not in asked:
         asked = {**asked, "mode": "train"} if asked.get("yes") else ask_option("mode", asked, "train")
     COMMANDS[asked["mode"]](asked)

@@ -361,7 +361,7 @@ def decode_into(path: Path, decoded: DecodedImages, workers: int) -> tuple[list[
     labels = []
     unreadable = []
     with open(path, "wb") as file:
-        items = tqdm(itertools.chain.from_iterable(loader), "caching images", len(decoded), disable=None)
+        items = tqdm(itertools.chain.from_iterable(loader), "caching images", len(decoded), leave=False, disable=None)
         for item, name in zip(items, names):                     # in this order, so that the bar reaches its end
             if isinstance(item, str):
                 unreadable.append(f"{name}: {item}")

@@ -329,6 +329,7 @@ def test_inference_without_questions(trained, folder, capsys):
     record = json.loads((folder / "out/samples.json").read_text())
     assert record["sha256"] == hashlib.sha256(trained.read_bytes()).hexdigest() and record["config"]["steps"] == 3
     assert (folder / "out/grid.png").exists() and (folder / "out/trajectory.png").exists()
+    assert "grid.png, trajectory.png, samples.json" in capsys.readouterr().out
     assert "already holds images" in fails(capsys, *flags)                   # and nothing is overwritten
 
 
@@ -740,6 +741,70 @@ def test_conversation_in_a_terminal(trained, folder):
     assert status == 0 and len(os.listdir(folder / "samples/inference_digits_1/images")) == 2
 
 
+def test_no_bar_is_left_behind(folder, image_folder):
+    """In a terminal of 80 columns the first run over a folder, which fills the cache, leaves no dead bar above the live one."""
+    command = [sys.executable, ROOT / "diffuser.py", "--mode", "train", "--path_to_data", image_folder, "--img_size", "16", "--iterations",
+               "3", "--batch_size", "4", "--timesteps", "20", *TINY_FLAGS]
+    sized = ["sh", "-c", f"stty cols 80 rows 24; exec {shlex.join(map(str, command))}"]
+    output, status = terminal(sized, folder, [("caching images", b"")])
+    *lines, _ = output.split("\n")
+    seen = [line.rstrip("\r").rpartition("\r")[2] for line in lines]            # what stays of each line
+    assert status == 0 and any("trained in" in line for line in seen)
+    assert not any("caching" in line for line in seen), seen
+
+
+def test_dry_run_tells_the_time_and_what_is_unusual(folder, capsys, monkeypatch):
+    """--dry_run: a time from real steps on made-up images, and the preset's value behind what differs; no data is read."""
+    monkeypatch.setattr(diffuser, "load_data", lambda *a: pytest.fail("read"))
+    flags = ["--mode", "train", "--dataset", "mnist", "--dry_run", "--timesteps", "30", "--device", "cpu"]
+    assert main([*flags, "--base_channels", "8", "--iterations", "50"]) == 0
+    out = capsys.readouterr().out
+    assert re.search(r"(?m)^timesteps = 30 +\(preset: 500\)$", out) and re.search(r"(?m)^base_channels = 8 +\(preset: 32\)$", out)
+    assert re.search(r"(?m)^beta_end = 0.01$", out) and re.search(r"(?m)^time     about .*: 50 steps of [\d.]+ m?s, and the grids$", out)
+    assert main([*flags, "--base_channels", "8", "--train_minutes", "2"]) == 0
+    assert re.search(r"(?m)^time     2 min: about [\d,]+ steps of ", capsys.readouterr().out)
+    monkeypatch.setattr(diffuser, "TRIAL_WORK", 10.0)
+    assert main([*flags, "--base_channels", "8"]) == 0
+    assert "time     not measured: a step of" in capsys.readouterr().out and not list(folder.iterdir())
+
+
+def test_a_time_estimated_with_part_of_a_batch(folder, monkeypatch):
+    """A step is as long as the part of its batch that was tried, times the rest."""
+    clock = [0.0]
+    monkeypatch.setattr(diffuser.time, "perf_counter", lambda: clock[0])
+
+    def step(self):
+        clock[0] += 0.01 * self.part
+
+    monkeypatch.setattr(diffuser.Trainer, "train_step", step)
+    cfg = tiny_training(batch_size=100, gradient_accumulation_steps=2)
+    assert diffuser.time_a_step(cfg, diffuser.Devices(cfg), (1, 8, 8), 10) == pytest.approx(2.0)
+
+
+def test_check_says_what_is_missing(folder, capsys, monkeypatch):
+    """--check: machine, packages, room, speed, a step and a picture; 0 where it can train, 1 with the reason otherwise."""
+    monkeypatch.setattr(diffuser, "is_installed", lambda module: module != "wandb")
+    assert main(["--check", "--device", "cpu"]) == 0
+    out = capsys.readouterr().out
+    for words in ("python ", "torch ", "cpu: ", "GiB free", "fp32 ", "bf16 ", "GFLOP/s", "a step of the digits preset", "a digit in", "can train",
+                  "missing  wandb, for --use_wandb: pip install wandb\n"):
+        assert words in out, words
+    (folder / "file").write_text("")
+    assert "choose another --working_directory" in fails(capsys, "--check", "--working_directory", "file/x", code=1)
+    monkeypatch.setattr(diffuser.Trainer, "train_step", lambda self: 1 / 0)
+    assert "division by zero" in fails(capsys, "--check", code=1)
+    if not torch.cuda.is_available():
+        assert "--device cpu" in fails(capsys, "--check", "--device", "cuda", code=1)
+    assert os.listdir() == ["file"]
+
+
+def test_without_its_packages_the_program_says_how_to_get_them(folder):
+    """No torch: a line that names what is missing, and no traceback."""
+    done = subprocess.run([sys.executable, "-S", str(ROOT / "diffuser.py"), "--check"], capture_output=True, text=True, timeout=60)
+    assert done.returncode == 1 and "torch" in done.stderr and "requirements.txt" in done.stderr
+    assert len(done.stderr.splitlines()) == 1
+
+
 def test_the_choice_of_a_checkpoint(trained, monkeypatch, capsys):
     """Of several one is asked for, until a number of the list is given; q quits, as at every question of inference."""
     shutil.copy(trained, "checkpoints/other.pt")
@@ -932,7 +997,7 @@ def odd_command(chance, checkpoint):
     """A random command line that draws or trains nothing."""
     flags = list(chance.choice([["--mode", "train", "--dataset", "digits"], ["--mode", "train", "--path_to_data", "pictures"],
                                 ["--mode", "inference", "--model_path", checkpoint], ["--mode", "inference"], []]))
-    for name in chance.sample([n for n in diffuser.FIELDS if n not in ("mode", "data_dir", "debug", "dry_run")], chance.randrange(1, 4)):
+    for name in chance.sample([n for n in diffuser.FIELDS if n not in ("mode", "data_dir", "debug", "dry_run", "check")], chance.randrange(1, 4)):
         flags.append(chance.choice([f"--{name}"] * 20 + [f"--no-{name}", f"--{name[:-1]}", f"--{name}=", f"--{name.upper()}"]))
         if chance.random() < 0.9:
             flags.append(sensible(name, chance) if chance.random() < 0.8 else chance.choice(ODD))

@@ -585,9 +585,39 @@ def test_training_for_minutes(folder, capsys):
     assert load_checkpoint(train(longer))["step"] > first["step"]
 
 
-def test_the_number_of_steps_follows_the_pace(folder, monkeypatch):
-    """A run against a deadline sets its length anew on the way, in both directions; the learning rate still comes
-    down to its end and the number is stored, also in a checkpoint on the way."""
+def test_a_run_says_once_how_long_it_takes(folder, monkeypatch):
+    """After its first seconds, from all steps but the first, which takes longer; not where it has a deadline."""
+    cfg = tiny_training(iterations=1000)
+    run, now = Trainer(cfg, Devices(cfg)), [0.0]
+    monkeypatch.setattr(diffuser.time, "perf_counter", lambda: now[0])
+    pace, deadline = diffuser.Pace(run, None), diffuser.Pace(run, 100.0)
+    said = []
+    for step in range(1, 20):
+        run.progress.step = step
+        now[0] += 30.0 if step == 1 else 0.5
+        said.append(pace.tell_time(run))
+        assert deadline.tell_time(run) == ""
+    assert [text for text in said if text] == ["time     about 8 min for 995 steps of 500 ms"]
+
+
+def test_a_run_says_where_everything_goes(folder, capsys):
+    """At its start the checkpoint and the folder of samples; at its end every file in that folder, pictures together."""
+    flags = ["--mode", "train", "--dataset", "digits", "--timesteps", "20", "--iterations", "4", "--batch_size", "16", *TINY_FLAGS]
+    assert diffuser.main([*flags, "--checkpoint_rate", "2", "--plot_freq_interval", "10"]) == 0
+    out = capsys.readouterr().out
+    path, run = next(folder.rglob("*.pt")), next(folder.glob("samples/samples_*"))
+    start, end = out.split("trained in ")
+    assert f"checkpoint {path.relative_to(folder)}" in start and f"{run.relative_to(folder)}/" in start
+    assert "2 x epoch_*_loss_*.png, 2 x step_*.png, config.json" in end and str(path.relative_to(folder)) in end
+    others = {p.name for p in run.iterdir()} - {p.name for kind in ("epoch_*", "step_*", ".*") for p in run.glob(kind)}
+    assert {"config.json", "metrics.csv"} <= others and all(name in end for name in others)
+    assert diffuser.main([*flags, "--experiment_name", "e"]) == 0
+    assert "checkpoint checkpoints/e/checkpoint_STEP/model.pt" in capsys.readouterr().out
+
+
+def test_the_number_of_steps_follows_the_pace(folder, monkeypatch, capsys):
+    """A run against a deadline sets its length anew on the way, in both directions, and says so; the learning rate still
+    comes down to its end and the number is stored, also in a checkpoint on the way."""
     ticks = itertools.count()
     monkeypatch.setattr(diffuser.time, "perf_counter", lambda: next(ticks) / 10)  # each look at the clock takes 0.1 s
     for seconds, longer in ((0.0, False), (15.0, True)):
@@ -598,6 +628,7 @@ def test_the_number_of_steps_follows_the_pace(folder, monkeypatch):
         with diffuser.tqdm(disable=True) as bar:
             path = diffuser.training_loop(run, diffuser.Monitor(run, logger, folder), diffuser.Signals(run.processes), bar, pace)
         state = load_checkpoint(path)
+        assert "steps fit into the time, not 50" in capsys.readouterr().out
         assert (state["step"] > 50) == longer and state["step"] == state["config"]["iterations"] == run.total
         assert run.lr_schedule.get_last_lr()[0] < 0.1 * cfg.learning_rate
         assert load_checkpoint(diffuser.checkpoint_path(cfg, 5))["config"]["iterations"] != 50

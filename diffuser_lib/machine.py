@@ -1,0 +1,105 @@
+"""What a machine has and how fast it is.
+
+Packages    PACKAGES, missing_packages, package_version
+Places      nearest_folder, why_not_writable
+Speed       matrix_rate: products of matrices, in GFLOP/s
+Words       duration: seconds for people
+
+Needs torch.
+"""
+
+from __future__ import annotations
+
+import importlib.metadata
+import importlib.util
+import tempfile
+import time
+from pathlib import Path
+
+import torch
+
+# Packages that can be missing: what is imported, what is installed with pip, what asks for it.
+PACKAGES = (
+    ("torchvision", "torchvision", "the datasets mnist, cifar10 and celeba"),
+    ("matplotlib", "matplotlib", "plot_loss.py"),
+    ("tensorboard", "tensorboard", "--use_tensorboard"),
+    ("wandb", "wandb", "--use_wandb"),
+    ("psutil", "psutil", "the load of the machine in metrics.csv"),
+    ("pynvml", "nvidia-ml-py", "the load of NVIDIA GPUs"),
+    ("diffusers", "diffusers", "convert.py"),
+    ("safetensors", "safetensors", "convert.py"),
+    ("torch_fidelity", "torch-fidelity", "the Inception metrics of evaluate.py"),
+)
+
+
+def is_installed(module: str) -> bool:
+    """Whether a module could be imported, without importing it."""
+    try:
+        return importlib.util.find_spec(module) is not None
+    except (ImportError, ValueError):                            # half removed, or switched off
+        return False
+
+
+def package_version(package: str) -> str:
+    """The version of an installed package; empty where its files do not say."""
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return ""
+
+
+def nearest_folder(path: str | Path) -> Path:
+    """The path, or the nearest folder above it that is there."""
+    path = Path(path).absolute()
+    while not path.exists() and path != path.parent:
+        path = path.parent
+    return path
+
+
+def why_not_writable(path: str | Path) -> str:
+    """Why no file can be made in a folder that is there, or is to be made; empty where one can. Leaves nothing."""
+    try:
+        with tempfile.NamedTemporaryFile(dir=nearest_folder(path)) as file:
+            file.write(bytes(2**16))
+            file.flush()
+        return ""
+    except OSError as error:
+        return error.strerror or str(error)
+
+
+def matrix_rate(device: torch.device, dtype: torch.dtype, seconds: float = 0.4) -> float:
+    """How fast square matrices are multiplied, in GFLOP/s: the best of products that take about so many seconds."""
+    def multiply(size: int) -> float:
+        a = torch.ones(size, size, device=device, dtype=dtype)
+        begun = time.perf_counter()
+        float((a @ a)[0, 0])                                     # waits for the device
+        return time.perf_counter() - begun
+
+    size = 256
+    multiply(size)                                               # the first one loads a library
+    took = multiply(size)
+    while took < seconds / 10 and size < 8192:
+        size *= 2
+        took = min(multiply(size), multiply(size)) if took < seconds / 50 else multiply(size)
+
+    end = time.perf_counter() + seconds - took
+    while time.perf_counter() < end:
+        took = min(took, multiply(size))
+    return 2 * size**3 / took / 1e9
+
+
+def duration(seconds: float) -> str:
+    """Seconds as people say them: 182 ms, 4.5 s, 45 s, 12 min, 3 h 20 min, 26 days."""
+    if seconds < 0.995:
+        return f"{seconds * 1000:.3g} ms"
+    if seconds < 9.95:
+        return f"{seconds:.1f} s"
+    if seconds < 99.5:
+        return f"{seconds:.0f} s"
+    minutes = round(seconds / 60)
+    if minutes < 60:
+        return f"{minutes} min"
+    hours, minutes = divmod(minutes, 60)
+    if hours < 72:
+        return f"{hours} h {minutes} min"
+    return f"{round(hours / 24):,} days"
