@@ -68,7 +68,6 @@ import copy
 import dataclasses
 import hashlib
 import inspect
-import json
 import math
 import os
 import pickle
@@ -101,11 +100,15 @@ from diffuser_lib import cpu_kernels
 from diffuser_lib.files import (
     Parser,
     UserError,
+    cannot_write,
     did_you_mean,
     end_process,
     first_line,
     hold_lock,
     newest_first,
+    printable,
+    read_json_object,
+    require_writable,
     run_script,
     unused_path,
     warn,
@@ -623,7 +626,7 @@ def parse_value(name: str, text: str):
             value = kind(text)
         else:
             value = parse_tuple(kind, text)
-    except (KeyError, ValueError):
+    except (KeyError, ValueError, OverflowError):
         wanted = {bool: "True or False", int: "a whole number", float: "a number"}.get(kind, "numbers such as 1,2,2")
         raise UserError(f"--{name} wants {wanted}, not {text[:60]!r}") from None
 
@@ -646,6 +649,11 @@ def format_value(name: str, value) -> str:
     if isinstance(value, tuple):
         return ("x" if name == "img_size" else ",").join(map(str, value))
     return str(value)
+
+
+def readable(number: float) -> str:
+    """A number as people write it: 10,000,000 and 0.0001."""
+    return f"{number:,.0f}" if number == math.floor(number) else f"{number:g}"
 
 
 def allowed_values(name: str) -> tuple:
@@ -680,11 +688,14 @@ def fits_type(value, kind: type) -> bool:
 def check_value(name: str, value) -> None:
     """Type, choices and range of one option. Raises UserError."""
     spec = FIELDS[name]
-    if value == spec.default and value in (None, ""):
+    if isinstance(value, (str, type(None))) and value == spec.default and not value:
         return
 
     # Its type.
-    shown = repr(value)[:60]
+    try:
+        shown = repr(value)[:60]
+    except ValueError:                                           # Python writes out no number of thousands of digits
+        shown = "a number of thousands of digits"
     if not fits_type(value, TYPES[name]):
         raise UserError(f"--{name} cannot be {shown}")
     entries = value if isinstance(value, tuple) else (value,)
@@ -699,7 +710,13 @@ def check_value(name: str, value) -> None:
         raise UserError(f"--{name} is one of {', '.join(map(str, choices))}, not {shown}")
     lo, hi = spec.metadata["lo"], spec.metadata["hi"]
     if lo is not None and not all(lo <= entry <= hi for entry in entries):
-        raise UserError(f"--{name} lies between {lo:g} and {hi:g}, not {shown}")
+        raise UserError(f"--{name} lies between {readable(lo)} and {readable(hi)}, not {shown}")
+
+
+def check_values(options: dict) -> None:
+    """Type, choices and range of each option by itself. Raises UserError."""
+    for name, value in options.items():
+        check_value(name, value)
 
 
 # All values together.
@@ -709,8 +726,7 @@ MAX_CHANNELS = 16_384                                            # one 3x3 convo
 
 def check(cfg: Config) -> None:
     """Raise UserError for an option out of range or for options that contradict each other."""
-    for name in FIELDS:
-        check_value(name, getattr(cfg, name))
+    check_values(vars(cfg))
     check_network(cfg)
     if cfg.beta_end < cfg.beta_start:
         raise UserError(f"--beta_end {cfg.beta_end:g} is below --beta_start {cfg.beta_start:g}: noise has to grow")
@@ -724,11 +740,36 @@ def check(cfg: Config) -> None:
         raise UserError(f"--lr_cycles is for --lr_schedule cosine_with_restarts, not {cfg.lr_schedule}: leave it out")
     if cfg.steps and cfg.steps > cfg.timesteps:
         raise UserError(f"--steps {cfg.steps} is more than the {cfg.timesteps} timesteps of the schedule")
-    if cfg.experiment_name == "." or ".." in Path(cfg.experiment_name).parts:
-        raise UserError(f"--experiment_name {cfg.experiment_name} is no name for a folder below --working_directory")
+    if cfg.experiment_name:
+        check_experiment_name(cfg)
     if cfg.dataset:
         _, height, width = image_shape(cfg)
         check_image_size(height, width, len(cfg.channel_mults), cfg.patch_size)
+
+
+MAX_FILE_NAME = 255                                              # bytes, on all usual file systems
+
+
+def check_experiment_name(cfg: Config) -> None:
+    """Raise UserError for a name that makes no folder below --working_directory, or one whose name is too long."""
+    name = cfg.experiment_name
+    shown = name if len(name) <= 60 else f"{name[:60]}..."
+    for part in re.split(r"[/\\]", name):
+        if part.strip() in ("", ".", ".."):
+            raise UserError(f"--experiment_name {shown} is no name for a folder below --working_directory: leave out "
+                            "'.', '..' and a slash at either end")
+    if Path(name).drive:
+        raise UserError(f"--experiment_name {shown} is no name for a folder below --working_directory")
+
+    # The longest of the names made of it, with that of the lock beside it.
+    folders = samples_path(cfg).relative_to(cfg.generated_directory).parts
+    longest = max(len(os.fsencode(f".{folder}.owner")) for folder in folders)
+    if longest > MAX_FILE_NAME:
+        raise UserError(f"--experiment_name {shown} is too long by {longest - MAX_FILE_NAME} bytes: the run's folders "
+                        f"are named after it, and a name has {MAX_FILE_NAME} at most")
+    size = len(os.fsencode(name))
+    if size > 1000:
+        raise UserError(f"--experiment_name {shown} is too long: it has {size:,} bytes, 1,000 at most")
 
 
 def check_network(cfg: Config) -> None:
@@ -806,6 +847,7 @@ def requested(overrides: dict) -> dict:
     """What is asked for: flags, then the recipe that they name, then the file of --config. Raises UserError."""
     # 1. Flags.
     asked = normalize_options(overrides)
+    check_values(asked)
     if asked.get("train_minutes") and (asked.get("epochs") or asked.get("iterations")):
         raise UserError("--train_minutes sets the number of steps: leave out --epochs and --iterations")
     if asked.get("path_to_data") and not asked.get("dataset"):
@@ -831,8 +873,6 @@ def requested(overrides: dict) -> dict:
     if asked.get("epochs") or asked.get("iterations"):
         # Name the others, too, or a checkpoint would add its own.
         asked = {"iterations": 0, "train_minutes": 0.0, **asked}
-    for name, value in asked.items():
-        check_value(name, value)
     return asked
 
 
@@ -854,6 +894,7 @@ def complete(asked: dict, checkpoint: dict | None = None) -> Config:
         inherited = pretrained_options(asked)
     inherited = {name: value for name, value in inherited.items() if name in FIELDS and name not in PER_RUN}
     known = {**with_tuples(inherited), **asked}
+    check_values(known)
 
     # 5. The preset, where it fits what is known by now.
     preset = preset_of(known)
@@ -862,8 +903,6 @@ def complete(asked: dict, checkpoint: dict | None = None) -> Config:
         preset["attention_levels"] = tuple(level for level in preset["attention_levels"] if level in levels)
     if "head_dim" in preset:                                     # as far as it divides all levels
         network = {**preset, **known}
-        check_value("base_channels", network["base_channels"])
-        check_value("channel_mults", network["channel_mults"])
         widths = level_widths(network["base_channels"], network["channel_mults"])
         preset["head_dim"] = math.gcd(preset["head_dim"], *widths)
 
@@ -972,14 +1011,23 @@ def read_options(path: str) -> dict:
 
     Those about a single invocation are left out, and of its lengths all but the one that counts. Raises UserError.
     """
+    advice = "give a run's config.json"
     try:
-        content = json.loads(Path(path).read_text(encoding="utf-8"))
-        inner = content.get("config", content)                   # a string there: the option of that name
-        options = normalize_options(content if isinstance(inner, str) else inner)
+        content = read_json_object(Path(path))
+    except OSError as error:
+        raise UserError(f"--config {path} holds no options ({error.strerror}): {advice}") from error
+    except ValueError as error:
+        raise UserError(f"--config {path} holds no options ({first_line(error)}): {advice}") from error
+
+    inner = content.get("config", content)                       # a string there: the option of that name
+    if isinstance(inner, str):
+        inner = content
+    if not isinstance(inner, dict):
+        raise UserError(f"--config {path} holds no options (its \"config\" is no object): {advice}")
+    try:
+        options = normalize_options(inner)
     except UserError as error:
         raise UserError(f"--config {path}: {error}") from None
-    except (OSError, ValueError, AttributeError, TypeError, RecursionError) as error:
-        raise UserError(f"--config {path} holds no options ({first_line(error)}): give a run's config.json") from error
 
     dropped = {"mode", "config", "recipe", "yes", "dry_run", "check", "debug", "resume", "resume_from_checkpoint",
                *LENGTHS}
@@ -988,6 +1036,10 @@ def read_options(path: str) -> dict:
             dropped.remove(length)
             break
     kept = {name: value for name, value in options.items() if name not in dropped and value != ""}
+    try:
+        check_values(kept)
+    except UserError as error:
+        raise UserError(f"--config {path}: {error}") from None
     return {"mode": "train", **kept}
 
 
@@ -1777,9 +1829,13 @@ def in_shape(cfg: Config, images: Tensor, labels: list[int], train: bool = True)
 
 
 def cached(cfg: Config, source, shape: tuple[int, int, int], key: tuple, class_names: list[str]) -> ImageData:
-    """The images of `source`, (PIL image, label) each, from a cache below --data_dir."""
-    return cached_images(source, shape, class_names, folder=Path(cfg.data_dir, "cache"), name=cfg.dataset, key=key,
-                         workers=cfg.num_workers)
+    """The images of `source`, (PIL image, label) each, from a cache below --data_dir. Raises UserError."""
+    folder = Path(cfg.data_dir, "cache")
+    try:
+        return cached_images(source, shape, class_names, folder=folder, name=cfg.dataset, key=key,
+                             workers=cfg.num_workers)
+    except OSError as error:
+        raise cannot_write(folder, "--data_dir", error) from error
 
 
 def torchvision_dataset(name: str, cfg: Config, files: str, place: str, **options):
@@ -1872,6 +1928,9 @@ def crop_to_middle(data: ImageData, height: int, width: int) -> ImageData:
 
 def select_labels(cfg: Config, data: ImageData) -> ImageData:
     """The images with or without labels, as asked for. Raises UserError where there are none."""
+    if len(data.class_names) > MAX_CLASSES:
+        raise UserError(f"there are {len(data.class_names):,} classes, {MAX_CLASSES:,} at most: put images into fewer "
+                        "folders")
     if cfg.use_labels and not data.class_names:
         raise UserError(f"--use_labels: dataset {cfg.dataset} has no classes (in a folder, subfolders make them)")
     if cfg.use_labels is False:
@@ -2821,7 +2880,7 @@ def is_count(v, least: int = 0, most: int = 2**40) -> bool:
 
 
 def is_number(v) -> bool:
-    return type(v) in (int, float)
+    return type(v) in (int, float) and abs(v) < 2**40            # nan fails too
 
 
 def is_type(kind: type) -> Callable[[object], bool]:
@@ -2838,22 +2897,51 @@ def is_list(valid: Callable[[object], bool], length: int | None = None) -> Calla
     return check_list
 
 
+FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+
+
 def is_tensor(v, shape: tuple[int, ...]) -> bool:
     """Whether v is a tensor of floats of that shape, with memory for each of them."""
-    if not (isinstance(v, Tensor) and v.shape == shape and v.is_floating_point() and v.is_cpu):
+    if not (isinstance(v, Tensor) and v.shape == shape and v.dtype in FLOATS and v.is_cpu):
         return False
     return v.untyped_storage().nbytes() >= v.numel() * v.element_size()
 
 
+def is_finite(v: Tensor) -> bool:
+    """Whether all numbers are finite in float32, which everything is computed from."""
+    return bool(v.float().isfinite().all())
+
+
+def is_finite_tensor(v, shape: tuple[int, ...]) -> bool:
+    return is_tensor(v, shape) and is_finite(v)
+
+
+MAX_CLASSES = 100_000
+MAX_CLASS_NAME = 1000                                            # characters
+
+
+def are_class_names(v) -> bool:
+    if type(v) is not list or len(v) > MAX_CLASSES:
+        return False
+    return all(type(name) is str and len(name) <= MAX_CLASS_NAME for name in v)
+
+
 def is_log(v) -> bool:
     """[step, mean loss]."""
-    return type(v) is list and [type(n) for n in v] == [int, float]
+    return type(v) is list and [type(n) for n in v] == [int, float] and is_count(v[0])
 
 
 def is_compute(v) -> bool:
+    if type(v) is not dict:
+        return False
     plain = vars(ComputeConfig())
     same_types = {name: type(n) for name, n in v.items()} == {name: type(n) for name, n in plain.items()}
-    return same_types and v["precision"] in PRECISIONS
+    return same_types and v["precision"] in PRECISIONS and is_count(v["split"], least=1)
+
+
+def is_scaler(v) -> bool:
+    """The state of a GradScaler, empty for one that is not used."""
+    return type(v) is dict and all(is_number(n) for n in v.values())
 
 
 def saved_field(key: str, valid: Callable[[object], bool], initial: object, required: bool = False):
@@ -2879,11 +2967,12 @@ class Progress:
     # [[step, mean loss], ...], a row per log.
     loss_history: list = saved_field("loss_history", is_list(is_log), [], required=True)
     # Sums since the last log and since the epoch began: [log or epoch, quartile of t, loss or count].
-    loss_sums: Tensor = saved_field("meter", partial(is_tensor, shape=(2, 4, 2)), torch.zeros(2, 4, 2), required=True)
+    loss_sums: Tensor = saved_field(
+        "meter", partial(is_finite_tensor, shape=(2, 4, 2)), torch.zeros(2, 4, 2), required=True)
     # Steps that were not finite: in a row now, most in a row since the last log, in all.
-    nonfinite_steps: Tensor = saved_field("faults", partial(is_tensor, shape=(3,)), torch.zeros(3))
+    nonfinite_steps: Tensor = saved_field("faults", partial(is_finite_tensor, shape=(3,)), torch.zeros(3))
     # How often the learning rate was halved after a divergence.
-    lr_halvings: int = saved_field("slowed", is_count, 0)
+    lr_halvings: int = saved_field("slowed", lambda v: is_count(v, most=Guard.MAX_HALVINGS), 0)
     # Losses from this step on can be compared: since then no setting has changed.
     baseline_step: int = saved_field("range_since", is_count, 0)
 
@@ -2910,14 +2999,14 @@ CHECKPOINT = {
     "format": Entry(lambda v: type(v) is int and v == FORMAT, FORMAT),
     "config": Entry(is_type(dict)),
     "shape": Entry(is_list(partial(is_count, least=1, most=4096), length=3)),    # (C, H, W)
-    "class_names": Entry(is_list(is_type(str))),
+    "class_names": Entry(are_class_names),
     "data": Entry(is_type(str)),                                 # ImageData.digest
     "epoch": Entry(is_number),
     **{f.metadata["key"]: f.metadata["entry"] for f in dataclasses.fields(Progress)},
     "good": Entry(is_type(bool), True),                          # made while the loss was finite and in its range
     "arithmetic": Entry(is_compute, vars(ComputeConfig(device=""))),
     "lr_schedule": Entry(is_type(dict), {}),
-    "scaler": Entry(lambda v: all(is_number(n) for n in v.values())),
+    "scaler": Entry(is_scaler),
     # Tensors, checked by check_tensors against the configured network.
     "model": Entry(lambda v: isinstance(v, dict)),               # state_dict() gives an OrderedDict
     "ema": Entry(lambda v: v is None or isinstance(v, dict)),
@@ -3002,6 +3091,15 @@ def run_lock(cfg: Config) -> Iterator[None]:
 # Saving.
 
 
+def write_tensors(content: dict, file) -> None:
+    """torch.save into an open file. Raises OSError where the disk is full, for which torch has an error of its own."""
+    try:
+        torch.save(content, file)
+    except RuntimeError as error:
+        cause = error.__context__
+        raise cause if isinstance(cause, OSError) else OSError(first_line(error)) from error
+
+
 def save_checkpoint(state: dict, cfg: Config) -> Path:
     """Write the state and let go of the oldest beyond num_keep_checkpoints, but never of the newest good one.
 
@@ -3009,20 +3107,13 @@ def save_checkpoint(state: dict, cfg: Config) -> Path:
     """
     path = checkpoint_path(cfg, state["step"])
 
-    def write(file) -> None:
-        try:
-            torch.save(state, file)
-        except RuntimeError as error:                            # its way to say that the disk is full
-            cause = error.__context__
-            raise cause if isinstance(cause, OSError) else OSError(first_line(error)) from error
-
     def before_replace(temporary: Path) -> None:
         if not zip_is_sound(temporary):
             raise OSError(f"{path} was not written as it should be")
         if not cfg.experiment_name:
             set_aside(path, state, cfg)
 
-    write_atomically(path, write, before_replace)
+    write_atomically(path, partial(write_tensors, state), before_replace)
     remove_old_checkpoints(path, state, cfg)
     return path
 
@@ -3100,27 +3191,33 @@ def load_checkpoint(path: str | Path, peek: bool = False) -> dict:
     except UserError as error:
         raise UserError(f"{path} cannot be used: {error}") from error
     except Exception as error:                                   # anything may be anywhere
-        raise UserError(f"{path} cannot be used ({type(error).__name__}: {first_line(error)})") from error
+        raise UserError(f"{path} cannot be used: its content is not that of a checkpoint of this program "
+                        f"({type(error).__name__}: {first_line(error)})") from error
 
 
 def read_checkpoint(path: str | Path, peek: bool) -> dict:
     """What torch.load finds in a file of this program. Raises UserError."""
+    if not os.path.exists(path):
+        raise UserError(f"there is no checkpoint {path}")
+    if not os.path.isfile(path):
+        raise UserError(f"{path} is no file: name a checkpoint, such as checkpoints/NAME.pt")
+    damaged = f"{path} is damaged, or was never a checkpoint of this program"
     try:
         with open(path, "rb") as file:
             sound = zipfile.is_zipfile(file) if peek else zip_is_sound(file)
         if not sound:
-            raise UserError(f"{path} is damaged, or was never a checkpoint of this program")
+            raise UserError(damaged)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             state = torch.load(path, map_location="cpu", weights_only=True, mmap=peek)
     except UserError:
         raise
-    except FileNotFoundError:
-        raise UserError(f"there is no checkpoint {path}") from None
+    except OSError as error:
+        raise UserError(f"{path} cannot be read ({error.strerror or error})") from error
     except pickle.UnpicklingError as error:
         raise UserError(f"{path} is refused: it holds more than tensors and plain values, it could run code") from error
-    except Exception as error:                                   # torch raises many kinds here
-        raise UserError(f"{path} is not a readable checkpoint of this program ({first_line(error)})") from error
+    except Exception as error:                                   # torch raises many kinds here, for itself to read
+        raise UserError(damaged) from error
 
     if type(state) is not dict or not CHECKPOINT["format"].valid(state.get("format")):
         raise UserError(f"{path} is not a checkpoint of this program (format {FORMAT})")
@@ -3144,6 +3241,8 @@ def check_state(state: dict, peek: bool = False) -> dict:
     for name, entry in CHECKPOINT.items():
         if name not in state and entry.default is not REQUIRED:
             state[name] = entry.make_default()
+        if name not in state:
+            raise UserError(f"it lacks its {name}")
         if not entry.valid(state[name]):
             raise UserError(f"its {name} is not that of a checkpoint")
 
@@ -3151,7 +3250,10 @@ def check_state(state: dict, peek: bool = False) -> dict:
     if not cfg.dataset:
         raise UserError("it names no dataset")
     if not peek:
+        state["moments"] = dict(state["moments"])
         check_tensors(state, cfg)
+        for name, v in state["moments"].items():                 # drawing computes with them as they are
+            state["moments"][name] = v.float()
     return state
 
 
@@ -3172,22 +3274,43 @@ def check_tensors(state: dict, cfg: Config) -> None:
         if not all(is_tensor(weights[name], shape) for name, shape in shapes.items()):
             raise wrong
 
+        for name in shapes:
+            if not is_finite(weights[name]):
+                raise UserError(f"its weights hold numbers that are not finite, in {name}: its training went wrong")
+
     # The optimizer's moments; a run of no step has none.
-    adam = state["optimizer"]["state"]
+    adam = state["optimizer"].get("state")
     if type(adam) is not dict:
         raise wrong
-    for i, shape in enumerate(shapes.values() if adam else ()):
-        for key in ("exp_avg", "exp_avg_sq"):
-            if not is_tensor(adam[i][key], shape):
+    for i, (name, shape) in enumerate(shapes.items() if adam else ()):
+        moments = adam.get(i)
+        if type(moments) is not dict:
+            raise wrong
+        for key, size in (("exp_avg", shape), ("exp_avg_sq", shape), ("step", ())):
+            if not is_tensor(moments.get(key), size):
                 raise wrong
-        if not is_tensor(adam[i]["step"], ()):
-            raise wrong
+            if not is_finite(moments[key]):
+                raise UserError(f"its optimizer holds numbers that are not finite, of {name}: its training went wrong")
 
-    moments = Moments(**state["moments"])
-    pooled = [min(n, 64) for n in moments.mean.shape[2:]]
-    for v in (moments.mean, moments.var):
-        if not is_tensor(v, (num_classes + 1, channels, *pooled)):
+    # The moments of the images.
+    check_moments(state["moments"], num_classes, channels)
+
+
+def check_moments(moments: dict, num_classes: int, channels: int) -> None:
+    """Raise UserError unless these are Moments of so many classes, of at most 64 x 64 pixels."""
+    wrong = UserError("its moments are not those of its images")
+    mean = moments.get("mean")
+    if moments.keys() != {"mean", "var"} or not isinstance(mean, Tensor) or mean.dim() != 4:
+        raise wrong
+    if not all(1 <= n <= 64 for n in mean.shape[2:]):
+        raise wrong
+    for v in moments.values():
+        if not is_tensor(v, (num_classes + 1, channels, *mean.shape[2:])):
             raise wrong
+        if not is_finite(v):
+            raise UserError("its moments hold numbers that are not finite")
+    if moments["var"].min() < 0:
+        raise UserError("its moments hold variances below 0")
 
 
 def check_compatible(path: str | Path, overrides: dict, stored: dict, advice: str = "Leave those options out.") -> None:
@@ -3858,7 +3981,8 @@ class Guard:
             trainer.ema.network.load_state_dict(trainer.network.state_dict())
             trainer.start_over()
 
-        trainer.progress.lr_halvings = max(halvings, trainer.progress.lr_halvings + 1)
+        halvings = max(halvings, trainer.progress.lr_halvings + 1)
+        trainer.progress.lr_halvings = min(halvings, self.MAX_HALVINGS)
         trainer.set_total_steps(trainer.total)
         part = 0.5**trainer.progress.lr_halvings
         trainer.processes.print0(f"step {diverged_at}: {reason}; going on from step {trainer.step} with {part:g} times "
@@ -4477,7 +4601,7 @@ def ask(question: str, flag: str, parse: Callable[[str], object], default: str =
     shown = f" [{default}]" if default else ""
     while True:
         try:
-            answer = input(wrap(f"{question}{shown}: ")).strip()
+            answer = input(wrap(printable(f"{question}{shown}: "))).strip()
         except (EOFError, RuntimeError):                         # RuntimeError: there is no input at all
             print()
             raise UserError(f"input ended at a question: answer it with {flag}, or all with --yes") from None
@@ -4858,6 +4982,8 @@ def run_inference(asked: dict) -> None:
     for name in ("seed", "num_images", "first"):
         if seeds and name in asked:
             raise UserError(f"--seeds draws one image for each seed: leave --{name} out")
+    if asked.get("save_dir"):
+        require_writable(asked["save_dir"], "--save_dir", folder=True)
     path = Path(asked["model_path"]) if asked.get("model_path") else choose_checkpoint(asked)
     if path is None:
         return

@@ -1,8 +1,10 @@
 """Files that survive, and scripts that end with a clear line.
 
-Errors      UserError, first_line, did_you_mean, warn, warn_on_oserror
+Errors      UserError, first_line, did_you_mean, warn, warn_on_oserror, cannot_write, is_full_disk
+Text        printable, read_json_object: what others wrote, shown and read with care
 Scripts     Parser, run_script, end_process: every script parses, fails and ends in the same way
-Writing     write_atomically, write_json: a file is whole and on the disk, or the old one is untouched
+Writing     write_atomically, write_json: a file is whole and on the disk, or the old one is untouched;
+            require_writable: whether it could be, before there is work to lose
 Checking    zip_is_sound: every part of a ZIP file against its checksum
 Names       newest_first, unused_path
 Locks       hold_lock: one process at a time
@@ -32,7 +34,7 @@ from contextlib import contextmanager, suppress
 from contextvars import ContextVar
 from functools import partial
 from pathlib import Path
-from typing import BinaryIO
+from typing import BinaryIO, TextIO
 
 # ---- Errors ------------------------------------------------------------------------------------
 
@@ -57,8 +59,10 @@ class UserError(Exception):
 
 
 def first_line(error: Exception) -> str:
-    """What a library's error says, on one short line."""
-    return str(error).strip().split("\n")[0][:120] or type(error).__name__
+    """What a library's error says, on one short line, without addresses of its objects."""
+    text = f"there is no {error}" if isinstance(error, KeyError) else str(error)
+    text = re.sub(r" ?<[\w.]+ object at 0x[0-9a-fA-F]+>", "", text)
+    return text.strip().split("\n")[0][:120] or type(error).__name__
 
 
 def did_you_mean(wrong: str, known: Iterable[str]) -> str:
@@ -105,7 +109,7 @@ def likeness(a: str, b: str) -> float:
 def warn(text: str) -> None:
     """Print a line on stderr. stderr may itself be a file on a full disk, so a failure is let pass."""
     with suppress(OSError):
-        print(text, file=sys.stderr)
+        print(printable(text), file=sys.stderr)
 
 
 def warn_on_oserror(what: str, write: Callable[[], object]) -> bool:
@@ -118,10 +122,84 @@ def warn_on_oserror(what: str, write: Callable[[], object]) -> bool:
         return False
 
 
+# Errors of the operating system that mean a bad path was given, not that the machine failed.
+BAD_PATH = (errno.ENAMETOOLONG, errno.ENOTDIR, errno.EISDIR, errno.EEXIST, errno.ELOOP, errno.ENOENT, errno.EACCES,
+            errno.EPERM, errno.ENXIO, errno.ENODEV)
+FULL_DISK = (errno.ENOSPC, getattr(errno, "EDQUOT", errno.ENOSPC))
+
+
+def is_full_disk(error: BaseException | None) -> bool:
+    """Whether an error says that a disk, or a user's share of it, is full. Some libraries have words of their own."""
+    if isinstance(error, OSError) and error.errno in FULL_DISK:
+        return True
+    return re.search("No space left on device|StorageFull|[Qq]uota exceeded", str(error)) is not None
+
+
+def cannot_write(path: str | Path, flag: str, error: OSError) -> UserError:
+    """What to say where nothing can be written to a path; flag: the option that chooses it."""
+    message = f"cannot write to {path} ({error.strerror or error}): choose another {flag}"
+    return UserError(message, code=1 if is_full_disk(error) else 2)
+
+
+# ---- Text --------------------------------------------------------------------------------------
+
+# All control characters but newline and tab, and those that turn the direction of writing round.
+CONTROL = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069]")
+
+# What progress bars write: back to the start of the line, up a line, clear it. And colours, as some libraries write.
+BAR_MOVES = re.compile(r"(?:[\r\n]|\x1b\[\d*[AK])+")
+COLOURS = re.compile(r"\x1b\[[\d;]*m")
+
+
+def printable(text: str) -> str:
+    """Text with its control characters spelled out, so that a name of somebody's commands no terminal: \\x1b[2J."""
+    return CONTROL.sub(lambda found: found[0].encode("unicode_escape").decode(), text)
+
+
+def printable_beside_bars(text: str) -> str:
+    """The same for stderr, where progress bars move about and libraries write in colours, which are left out."""
+    if BAR_MOVES.fullmatch(text):
+        return text
+    if text.startswith("\r"):                                    # a bar, with somebody's name in it
+        return "\r" + printable(text[1:])
+    return printable(COLOURS.sub("", text))
+
+
+def write_printably(stream: TextIO, name: str, filter_text: Callable[[str], str]) -> None:
+    """Let filter_text have all that is written to a stream of this process; an error of a full disk gets its name."""
+    def named(call: Callable) -> Callable:
+        def call_named(*arguments):
+            try:
+                return call(*arguments)
+            except OSError as error:
+                if is_full_disk(error):
+                    error.filename = name
+                raise
+
+        return call_named
+
+    write = named(stream.write)
+    stream.write = lambda text: write(filter_text(text))
+    stream.flush = named(stream.flush)
+
+
+def read_json_object(path: Path, most: int = 2**24) -> dict:
+    """The object in a JSON file of at most so many bytes. Raises OSError, or ValueError for anything else."""
+    with open(path, "rb") as file:
+        content = file.read(most + 1)
+    if len(content) > most:
+        raise ValueError(f"it is larger than {most / 2**20:.0f} MiB")
+    try:
+        value = json.loads(content.decode("utf-8-sig"))
+    except RecursionError:
+        raise ValueError("it is nested too deeply") from None
+    if not isinstance(value, dict):
+        raise ValueError("it holds no names with values")
+    return value
+
+
 # ---- Scripts -----------------------------------------------------------------------------------
 
-# Errors of the operating system that mean a bad path was given, not that the machine failed.
-BAD_PATH = (errno.ENAMETOOLONG, errno.ENOTDIR, errno.EISDIR, errno.EEXIST, errno.ELOOP)
 
 
 class HelpFormatter(argparse.RawDescriptionHelpFormatter):
@@ -242,14 +320,18 @@ def report_failure(script: str, error: Exception) -> int:
     """Say in a line or two why a script ends; returns the exit status. What nobody expected is kept in a file."""
     if isinstance(error, UserError):
         warn(f"{script}: {error}")
-        return error.code
+        return 1 if is_full_disk(error.__cause__) else error.code
     if isinstance(error, ModuleNotFoundError):
         package = (error.name or "").partition(".")[0]
         warn(f"{script}: {package} is not installed: pip install {package}")
         return 1
     if isinstance(error, OSError):
-        warn(f"{script}: {error}")
+        place = f"{os.fsdecode(error.filename)}: " if isinstance(error.filename, (str, bytes)) else ""
+        warn(f"{script}: {place}{error.strerror}" if place and error.strerror else f"{script}: {error}")
         return 2 if error.errno in BAD_PATH else 1
+    if is_full_disk(error):
+        warn(f"{script}: the disk is full ({first_line(error)})")
+        return 1
     if isinstance(error, UnicodeEncodeError) or "embedded null byte" in str(error):
         warn(f"{script}: a path holds characters that no file can have in its name ({first_line(error)})")
         return 2
@@ -274,6 +356,8 @@ def end_process(main: Callable[[], int]) -> None:
     for stream in (sys.stdin, sys.stdout):
         if stream is not None:
             stream.reconfigure(errors="replace")                 # answers and names may hold any bytes
+    write_printably(sys.stdout, "standard output", printable)
+    write_printably(sys.stderr, "standard error", printable_beside_bars)
 
     try:
         status = main()
@@ -285,8 +369,11 @@ def end_process(main: Callable[[], int]) -> None:
         try:
             if stream is not None:
                 stream.flush()
-        except OSError:                                          # its reader has gone, or its disk is full
+        except OSError as error:                                 # its reader has gone, or its disk is full
             os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
+            if stream is sys.stdout and error.errno != errno.EPIPE and not status:
+                warn(f"{Path(sys.argv[0]).stem}: standard output: {error.strerror}")
+                status = 1
     sys.exit(status)
 
 
@@ -314,6 +401,10 @@ def write_atomically(path: Path, write: Callable[[BinaryIO], object],
         os.replace(temporary, path)
         if through_power_cuts:
             sync_folder(path.parent)
+    except OSError as error:
+        if error.errno is not None and error.filename in (None, str(temporary)):
+            error.filename = str(path)                           # what the message is to name
+        raise
     finally:
         with suppress(OSError):
             temporary.unlink(missing_ok=True)
@@ -333,6 +424,32 @@ def write_json(path: Path, content: object) -> None:
     """Write JSON atomically. Raises OSError."""
     text = json.dumps(content, indent=1)
     write_atomically(path, lambda file: file.write(text.encode()))
+
+
+def require_writable(path: str | Path, flag: str, folder: bool = False) -> None:
+    """Raise UserError, naming the option that chooses the path, where no file can be written there, or into it.
+
+    folder: whether it is to be a folder of files. Where it is not there yet, it is not made.
+    """
+    path = Path(path)
+    try:
+        with suppress(FileNotFoundError):
+            os.lstat(path)                                       # a name too long, a file for a folder, a loop of links
+            if folder and not path.is_dir():
+                raise UserError(f"{flag} {path} is no folder: name another")
+            if not folder and not path.is_file():
+                raise UserError(f"{flag} {path} is no file that could be replaced: name another")
+        with suppress(FileNotFoundError):
+            os.lstat(path.absolute().with_name(f".{path.name}.tmp"))             # as write_atomically has it
+
+        # Make a nameless file in the nearest folder that is there.
+        home = path if folder else path.parent
+        while not home.exists():
+            home = home.parent
+        with tempfile.TemporaryFile(dir=home) as file:
+            file.write(b"0")
+    except OSError as error:
+        raise cannot_write(path, flag, error) from error
 
 
 # ---- Checking ----------------------------------------------------------------------------------
@@ -398,7 +515,7 @@ def hold_lock(place: Path, flag: str, advice: str, patience: float = 6.0) -> Ite
         name = owner.read_text(errors="replace") if owner.exists() else "another process"
         raise UserError(f"{place} is in use by {name}\n{advice}") from None
     except OSError as error:
-        raise UserError(f"cannot write to {place.parent} ({error.strerror}): choose another {flag}") from error
+        raise cannot_write(place.parent, flag, error) from error
 
     try:
         with suppress(OSError):                                  # a full disk is no reason not to start
