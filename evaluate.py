@@ -9,7 +9,8 @@
 DIR is a folder as `diffuser.py --mode inference --save_dir DIR` leaves it, or any folder or ZIP of images. The judge
 is a small classifier, trained once on the reference and kept in --data_dir: class accuracy is the share of images
 that it takes for the class in their file name, the distance is that of Heusel et al. 2017 between its features. Its
-floor is the distance that real images outside the training set have.
+floor is the distance that real images outside the training set have. A metric that the images are too few for is left
+out, with the number that it needs.
 """
 
 from __future__ import annotations
@@ -40,7 +41,10 @@ from diffuser_lib.files import (
     add_debug,
     end_process,
     first_line,
+    require_writable,
     run_script,
+    warn,
+    warn_on_oserror,
     write_atomically,
     write_json,
 )
@@ -73,9 +77,10 @@ class Reference:
 def find_images(path: str) -> ImageFiles:
     """The image files of a folder or ZIP; of DIR/images, where there is one. Raises UserError."""
     inner = Path(path, "images")
-    if inner.is_dir():
-        path = str(inner)
-    return ImageFiles(path, "DIR")
+    try:
+        return ImageFiles(str(inner) if inner.is_dir() else path, "DIR")
+    except UserError:
+        raise UserError(f"{path} is no folder or ZIP file with images in it") from None
 
 
 def shape_of_first(files: ImageFiles) -> Shape:
@@ -97,11 +102,7 @@ def read_images(path: str, shape: Shape | None = None) -> ImageData:
     The label is the class in a name such as 000012_cat.png, else the folder's. shape: (C, H, W), by default the first
     image's own. Raises UserError, also for a single image that cannot be read: figures without it would be wrong.
     """
-    try:
-        files = find_images(path)
-    except UserError:
-        raise UserError(f"{path} is no folder or ZIP file with images in it") from None
-
+    files = find_images(path)
     if shape is None:
         try:
             shape = shape_of_first(files)
@@ -149,6 +150,13 @@ def load_reference(against: str, data_dir: str, shape: Shape) -> Reference:
     return Reference(against, data, diffuser.load_data(cfg, train=False), own_test=True)
 
 
+def count_reference(against: str) -> int:
+    """How many real images load_reference will find, but for a test part of their own. Raises UserError."""
+    if against in diffuser.DATASETS and against != "folder":
+        return diffuser.DATASETS[against].num_images or 10**6    # unknown: of a dataset of one's own
+    return len(find_images(against))
+
+
 def divide(data: ImageData) -> tuple[ImageData, ImageData]:
     """Five sixths and one sixth of the images, the same ones every time."""
     order = torch.randperm(len(data.images), generator=torch.Generator().manual_seed(0))
@@ -166,6 +174,8 @@ def read_tensors(path: str) -> dict:
     """The tensors in a file; nothing in it is executed. Raises UserError."""
     try:
         return torch.load(path, map_location="cpu", weights_only=True)
+    except OSError as error:
+        raise UserError(f"{path} cannot be read ({error.strerror or error})") from error
     except Exception as error:                                   # torch raises many kinds here
         raise UserError(f"{path} is not a readable file of tensors ({type(error).__name__})") from error
 
@@ -295,20 +305,23 @@ def frechet_distance(a: tuple[Tensor, Tensor], b: tuple[Tensor, Tensor]) -> floa
 class ReferenceStats:
     """The classifier of a reference, trained or found in data_dir, and what it makes of the reference's own images.
 
-    accuracy: on the test images; floor: the distance of all test images. Raises UserError for images without classes.
+    accuracy: on the test images; floor: the distance of all test images, nan for too few of them. Raises UserError for
+    images without classes.
     """
 
     def __init__(self, reference: Reference, data_dir: str):
         self.class_names = reference.train.class_names
-        if len(self.class_names) < 2:
-            raise UserError(f"{reference.name} has no classes to train a judge on: use --metrics fid")
+        require_classes(reference)
         self.classifier = load_or_train_classifier(reference, data_dir)
 
         train_features, _ = extract_features(self.classifier, reference.train.images)
+        self.train_size = len(train_features)
         self.real = moments(train_features)
         self.test_features, choice = extract_features(self.classifier, reference.test.images)
         self.accuracy = (choice == reference.test.labels).double().mean().item()
-        self.floor = frechet_distance(self.real, moments(self.test_features))
+        self.floor = math.nan
+        if len(self.test_features) > Classifier.FEATURES:
+            self.floor = frechet_distance(self.real, moments(self.test_features))
 
     def floor_of(self, n: int) -> float:
         """The distance of n test images, the mean of up to five draws: what n perfect images would score.
@@ -322,21 +335,20 @@ class ReferenceStats:
         return sum(distances) / len(draws)
 
     def scores(self, images: Tensor, labels: Tensor | None = None) -> dict[str, float]:
-        """accuracy (only with labels int64 [N]) and distance of images uint8 [N, C, H, W].
-
-        Raises UserError for fewer images than the covariance of the features needs.
-        """
-        width = Classifier.FEATURES
-        if len(images) <= width:
-            raise UserError(f"{len(images)} images are too few for a Frechet distance over {width} features: "
-                            f"their covariance would be singular; give at least {width + 1}, better 1,000")
-
+        """accuracy (only with labels int64 [N]) and distance (only of enough images) of images uint8 [N, C, H, W]."""
         features, choice = extract_features(self.classifier, images)
         scores = {}
         if labels is not None:
             scores["accuracy"] = (choice == labels).double().mean().item()
-        scores["distance"] = frechet_distance(self.real, moments(features))
+        if min(len(images), self.train_size) > Classifier.FEATURES:
+            scores["distance"] = frechet_distance(self.real, moments(features))
         return scores
+
+
+def require_classes(reference: Reference) -> None:
+    """Raise UserError for images without classes."""
+    if len(reference.train.class_names) < 2:
+        raise UserError(f"{reference.name} has no classes to train a judge on: use --metrics fid")
 
 
 def load_or_train_classifier(reference: Reference, data_dir: str) -> Classifier:
@@ -349,11 +361,27 @@ def load_or_train_classifier(reference: Reference, data_dir: str) -> Classifier:
 
     if path.exists():
         classifier = Classifier(shape, len(reference.train.class_names)).to(device).eval()
-        classifier.load_state_dict(read_tensors(str(path)))
+        weights = read_tensors(str(path))
+        try:
+            classifier.load_state_dict(weights)
+        except Exception as error:                               # anything may be in it
+            raise UserError(f"{path} is no judge of {reference.name}: remove it, and a new one is trained") from error
         return classifier
 
+    # A folder of datasets may well be for reading only.
+    can_keep = True
+    try:
+        require_writable(path, "--data_dir")
+    except UserError as error:
+        if not Path(data_dir).is_dir():
+            raise
+        warn(f"evaluate: {error}, or the judge is trained anew each time")
+        can_keep = False
+
     classifier = train_classifier(reference, device)
-    write_atomically(path, lambda file: torch.save(classifier.state_dict(), file))
+    if can_keep:
+        write = partial(diffuser.write_tensors, classifier.state_dict())
+        warn_on_oserror(f"the judge, {path},", lambda: write_atomically(path, write))
     return classifier
 
 
@@ -373,9 +401,11 @@ def classifier_scores(generated: ImageData, stats: ReferenceStats) -> dict[str, 
     labels = labels_in_reference(generated, stats.class_names)
     scores = stats.scores(generated.images, labels)
 
+    # The floor of a distance is a distance, too.
     count = min(len(generated.images), len(stats.test_features))
-    scores["floor"] = stats.floor
-    scores[f"floor of {count} images"] = stats.floor_of(count)
+    if "distance" in scores and not math.isnan(stats.floor):
+        scores["floor"] = stats.floor
+        scores[f"floor of {count} images"] = stats.floor_of(count)
     scores["judge's own accuracy"] = stats.accuracy
     return scores
 
@@ -401,18 +431,12 @@ class ColourImages(torch.utils.data.Dataset):
         return self.images[i].expand(3, -1, -1)
 
 
-def require_enough_images(metric: str, generated: int, real: int, features: int, subset: int) -> None:
-    """Raise UserError for fewer images than a metric needs."""
-    needs = {
-        "fid": (features + 1, f"its covariance has {features} dimensions"),
-        "kid": (subset, "its subsets are that large (--kid_subset_size)"),
-        "is": (100, "it averages over ten parts"),
-        "pr": (100, "it looks for nearest neighbours"),
-    }
-    least, why = needs[metric]
-    count = generated if metric == "is" else min(generated, real)
-    if count < least:
-        raise UserError(f"{count} images are too few for {metric}: it needs {least}, since {why}")
+def require_inception(metrics: list[str], weights: str) -> None:
+    """Raise UserError where torch-fidelity is missing, or the weights are no file of tensors but code to be run."""
+    if importlib.util.find_spec("torch_fidelity") is None:
+        raise UserError(f"{', '.join(metrics)} need torch-fidelity: pip install torch-fidelity")
+    if weights:
+        read_tensors(weights)
 
 
 def inception_scores(generated: Tensor, real: Tensor, metrics: list[str], weights: str, features: int,
@@ -420,14 +444,9 @@ def inception_scores(generated: Tensor, real: Tensor, metrics: list[str], weight
     """FID, KID (subsets of `subset` images), Inception Score, precision and recall of images uint8 [N, C, H, W].
 
     weights: a file of the network's weights, else torch-fidelity downloads them; features: width of the layer, 64, 192,
-    768 or 2048 (the usual one). Raises UserError for too few images.
+    768 or 2048 (the usual one). Raises UserError for what cannot be loaded.
     """
-    if importlib.util.find_spec("torch_fidelity") is None:
-        raise UserError(f"{', '.join(metrics)} need torch-fidelity: pip install torch-fidelity")
-    for metric in metrics:
-        require_enough_images(metric, len(generated), len(real), features, subset)
-    if weights:
-        read_tensors(weights)                                    # torch-fidelity would run its code
+    require_inception(metrics, weights)
     from torch_fidelity import calculate_metrics
 
     layers = {f"feature_layer_{name}": str(features) for name in ("fid", "kid", "prc")}
@@ -576,34 +595,93 @@ def build_parser() -> Parser:
 
 
 def choose_metrics(args: argparse.Namespace) -> list[str]:
-    """The metrics asked for, or those that are usual for what is compared with. Raises UserError."""
+    """The metrics asked for, or those that are usual for what is compared with; the judge's by their own names.
+
+    Raises UserError.
+    """
     usual = "judge" if args.against in diffuser.DATASETS else "fid"
     names = args.metrics or usual
-    metrics = [name.strip() for name in names.split(",")]
-    for name in metrics:
-        if name != "judge" and name not in METRICS:
+    metrics = []
+    for name in names.split(","):
+        name = name.strip()
+        if name == "judge":
+            metrics += ["accuracy", "distance"]
+        elif name in METRICS:
+            metrics.append(name)
+        else:
             raise UserError(f"--metrics {name}: choose from judge, {', '.join(METRICS)}")
     return metrics
+
+
+def too_few_for(metric: str, generated: int, real: int, args: argparse.Namespace) -> str:
+    """Why a metric cannot be computed from so many generated and real images; empty where it can be.
+
+    The judge makes two of them, accuracy and distance.
+    """
+    width = Classifier.FEATURES
+    title = f"a Frechet distance over {width} features" if metric == "distance" else metric
+    needs = {
+        "accuracy": (1, ""),
+        "distance": (width + 1, "its covariance would be singular; 1,000 are better"),
+        "fid": (args.features + 1, f"its covariance has {args.features} dimensions"),
+        "kid": (args.kid_subset_size, "its subsets are that large (--kid_subset_size)"),
+        "is": (100, "it averages over ten parts"),
+        "pr": (100, "it looks for nearest neighbours"),
+    }
+    least, why = needs[metric]
+    if metric in ("accuracy", "distance"):
+        trained_on = real - real // 6
+        if trained_on < 10:
+            return f"{real} real images are too few to train a judge on: it needs 12"
+        real = trained_on
+    if generated < least:
+        return f"{generated} images are too few for {title}: it needs {least}, since {why}"
+    if metric not in ("accuracy", "is") and real < least:
+        return f"{real} real images are too few for {title}: it needs {least}, since {why}"
+    return ""
+
+
+def choose_possible(metrics: list[str], generated: int, real: int, args: argparse.Namespace) -> list[str]:
+    """The metrics that so many images are enough for; says which are left out. Raises UserError where all are."""
+    problems = {metric: too_few_for(metric, generated, real, args) for metric in metrics}
+    possible = [metric for metric, problem in problems.items() if not problem]
+    left_out = [problem for problem in problems.values() if problem]
+    if not possible:
+        raise UserError("\n".join(dict.fromkeys(left_out)))
+    for problem in left_out:
+        warn(f"evaluate: left out: {problem}")
+    return possible
 
 
 def evaluate(args: argparse.Namespace) -> dict[str, float]:
     """The figures that the command line asks for, by name. Raises UserError."""
     if args.num_images < 1 or args.kid_subset_size < 2:
-        raise UserError("--num_images and --kid_subset_size must be positive")
+        raise UserError("--num_images has to be at least 1, --kid_subset_size at least 2")
     if args.bpd:
         return checkpoint_bpd(args.bpd, args.data_dir, args.num_images)
     if not args.folder or not args.against:
         raise UserError("name a folder of images and what to hold them --against: evaluate.py DIR --against mnist")
 
-    metrics = choose_metrics(args)
+    # Counts and packages first: reading, training a judge and Inception take their time.
+    wanted = choose_metrics(args)
+    inception = [name for name in wanted if name in METRICS]
+    if inception:
+        require_inception(inception, args.weights)
+    metrics = choose_possible(wanted, len(find_images(args.folder)), count_reference(args.against), args)
+    inception = [name for name in metrics if name in METRICS]
+
     generated = read_images(args.folder)
     reference = load_reference(args.against, args.data_dir, tuple(generated.images.shape[1:]))
-
     figures: dict[str, float] = {"images": len(generated.images)}
-    if "judge" in metrics:
+    if "accuracy" in metrics:
+        require_classes(reference)
+        if labels_in_reference(generated, reference.train.class_names) is None:
+            problem = f"accuracy needs the classes of {reference.name} in names of files (000012_cat.png) or folders"
+            if metrics == ["accuracy"]:
+                raise UserError(f"{problem}; a distance needs {Classifier.FEATURES + 1} images")
+            warn(f"evaluate: left out: {problem}")
         stats = ReferenceStats(reference, args.data_dir)
         figures |= classifier_scores(generated, stats)
-    inception = [name for name in metrics if name != "judge"]
     if inception:
         real = reference.everything().images
         figures |= inception_scores(generated.images, real, inception, args.weights, args.features,
@@ -614,6 +692,8 @@ def evaluate(args: argparse.Namespace) -> dict[str, float]:
 def run(args: argparse.Namespace) -> None:
     """Print what the command line asks for, and write it to a file where one is given. Raises UserError, OSError."""
     start_time = time.perf_counter()
+    if args.json:
+        require_writable(args.json, "--json")
     figures = evaluate(args)
     for name, value in figures.items():
         print(f"{name:40} {value:.5g}")
@@ -624,8 +704,8 @@ def run(args: argparse.Namespace) -> None:
 
 def main(argv: list[str] | None = None) -> int:
     """Run the command line; returns the exit status."""
-    return run_script("evaluate", lambda: build_parser().parse_args(argv), run,
-                      partial(diffuser.explain, remedy="give fewer or smaller images, or close other programs"))
+    explain = partial(diffuser.explain, remedy="give fewer images at a time, or close other programs")
+    return run_script("evaluate", lambda: build_parser().parse_args(argv), run, explain)
 
 
 if __name__ == "__main__":

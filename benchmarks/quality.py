@@ -38,7 +38,7 @@ from torch import Tensor
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import diffuser
 from diffuser import ImageData
-from diffuser_lib.files import Parser, UserError, add_debug, end_process, run_script, write_json
+from diffuser_lib.files import Parser, UserError, add_debug, end_process, require_writable, run_script, write_json
 from evaluate import Classifier, ReferenceStats, load_reference
 
 Draw = Callable[[list[int]], Tensor]                             # labels -> uint8 [N, C, H, W]
@@ -247,10 +247,7 @@ def race(args: argparse.Namespace, stats: ReferenceStats, data: ImageData) -> li
     """Train and score each contestant: a row per contestant."""
     rows = []
     for name in args.contestants.split(","):
-        train, package = CONTESTANTS[name]
-        if package and importlib.util.find_spec(package) is None:
-            print(f"{name}: left out, {package} is not installed")
-            continue
+        train, _ = CONTESTANTS[name]
 
         # Train.
         torch.manual_seed(args.seed)
@@ -414,9 +411,30 @@ def check(args: argparse.Namespace) -> diffuser.Model | None:
     return model
 
 
+def leave_out_missing(args: argparse.Namespace) -> None:
+    """Take the contestants whose package is missing off the list, and say so. Raises UserError where nobody is left."""
+    there = []
+    for name in args.contestants.split(","):
+        _, package = CONTESTANTS[name]
+        if package and importlib.util.find_spec(package) is None:
+            print(f"{name}: left out, {package} is not installed", flush=True)
+        else:
+            there.append(name)
+    if not there:
+        raise UserError("none of the --contestants is installed")
+    args.contestants = ",".join(there)
+
+
 def work(args: argparse.Namespace) -> None:
     """Race or study, and print the table."""
+    if args.json:
+        require_writable(args.json, "--json")
+    for flag in ("keep", "pictures"):
+        if getattr(args, flag):
+            require_writable(getattr(args, flag), f"--{flag}", folder=True)
     model = check(args)
+    if not model:
+        leave_out_missing(args)
     args.device = diffuser.pick_device("auto")
 
     # The real images, and the judge trained on them.
@@ -424,6 +442,9 @@ def work(args: argparse.Namespace) -> None:
     reference = load_reference(args.path_to_data or args.dataset, args.data_dir, shape)
     count = len(reference.test.images)
     if count < args.images:
+        if count <= Classifier.FEATURES:
+            raise UserError(f"there are {count} images to test with, a sixth of all: a Frechet distance needs "
+                            f"{Classifier.FEATURES + 1}")
         args.images = count
         print(f"drawing {args.images} images, as many as there are to test with")
     stats = ReferenceStats(reference, args.data_dir)

@@ -24,6 +24,7 @@ if __name__ == "__main__" and signal.getsignal(signal.SIGINT) is signal.default_
 
 import argparse
 import dataclasses
+import importlib.util
 import json
 import math
 import os
@@ -45,7 +46,16 @@ from torch import Tensor, nn
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import diffuser
 from benchmarks.quality import machine, table
-from diffuser_lib.files import Parser, UserError, add_debug, end_process, run_script, write_json
+from diffuser_lib.files import (
+    Parser,
+    UserError,
+    add_debug,
+    end_process,
+    require_writable,
+    run_script,
+    warn_on_oserror,
+    write_json,
+)
 
 # ---- Networks and images -----------------------------------------------------------------------
 
@@ -253,6 +263,7 @@ CONTESTANTS = {
     "denoising-diffusion-pytorch": (lucidrains, "no"),
     "denoising-diffusion-pytorch bf16": (lucidrains, "bf16"),
 }
+PACKAGES = {ours: (), diffusers: ("diffusers", "accelerate"), lucidrains: ("denoising_diffusion_pytorch",)}
 
 
 # ---- Measuring ---------------------------------------------------------------------------------
@@ -337,9 +348,10 @@ def in_process(*flags: object) -> dict:
     """The JSON that this script prints last when it is run with the flags. Raises UserError where it fails."""
     command = [sys.executable, __file__, *map(str, flags)]
     done = subprocess.run(command, capture_output=True, text=True)
-    if done.returncode:
+    lines = done.stdout.strip().splitlines()
+    if done.returncode or not lines:
         raise UserError(reason(done.stderr), code=1)
-    return json.loads(done.stdout.strip().splitlines()[-1])
+    return json.loads(lines[-1])
 
 
 def reason(stderr: str) -> str:
@@ -352,6 +364,19 @@ def reason(stderr: str) -> str:
 def medians(results: list[dict]) -> dict:
     """The median of each value over results with the same keys."""
     return {key: statistics.median(result[key] for result in results) for key in results[0]}
+
+
+def tell(row: dict, rows: list[dict], args: argparse.Namespace) -> None:
+    """Add a row to the others, print it and keep it: those after it take minutes each, and may fail."""
+    rows.append(row)
+    print(row, flush=True)
+    if args.json:
+        warn_on_oserror(args.json, lambda: write_rows(args, rows))
+
+
+def write_rows(args: argparse.Namespace, rows: list[dict]) -> None:
+    """Write the file that --json asks for. Raises OSError."""
+    write_json(Path(args.json), dict(machine=machine(), command=sys.argv[1:], rows=rows))
 
 
 def short(number: float) -> float:
@@ -377,8 +402,7 @@ def compare(args: argparse.Namespace) -> list[dict]:
             for name, found in results.items():
                 row = {"network": network, "batch": batch, "": name}
                 row.update(compare_row(args, int(batch), found, statistics.median(rates)))
-                rows.append(row)
-                print(row, flush=True)
+                tell(row, rows, args)
 
     middle = statistics.median(rates) / 1e12
     print(f"matrix rate: {middle:.2f} TFLOP/s ({min(rates) / 1e12:.2f} to {max(rates) / 1e12:.2f})")
@@ -469,8 +493,7 @@ def curves(args: argparse.Namespace) -> list[dict]:
                 "loading (ms)": short(1000 * middle["loading"]),
                 "peak GiB": short(middle["memory"]),
             }
-            rows.append(row)
-            print(row, flush=True)
+            tell(row, rows, args)
     return rows
 
 
@@ -585,14 +608,35 @@ def build_parser() -> Parser:
 
 def check(args: argparse.Namespace) -> None:
     """Raise UserError for a name or number that would fail later."""
-    for given, known in ((args.networks, NETWORKS), (args.contestants, CONTESTANTS), (args.curves, CURVES)):
-        unknown = [name for name in given.split(",") if name and name not in known]
-        if unknown:
+    lists = [(args.networks, NETWORKS), (args.contestants, CONTESTANTS), (args.curves, CURVES),
+             (args.start, diffuser.PRESETS)]
+    for given, known in lists:
+        unknown = [name for name in given.split(",") if name not in known]
+        if given and unknown:
             raise UserError(f"unknown: {', '.join(unknown)}; there are {', '.join(known)}")
 
-    sound = all(batch.isdigit() and int(batch) > 0 for batch in args.batches.split(","))
+    if not args.networks or not args.contestants:
+        raise UserError("--networks and --contestants each want a name at least")
+    sound = all(batch.isdecimal() and int(batch) > 0 for batch in args.batches.split(","))
     if not sound or args.rounds < 1 or args.images < 0:
         raise UserError("--batches wants numbers such as 16,64, --rounds at least 1, --images at least 0")
+    if args.steps < 1 or args.jpegs < 0 or not 0 <= args.seconds < 10**6:
+        raise UserError("--steps wants at least 1, --jpegs at least 0, --seconds at least 0")
+
+
+def leave_out_missing(args: argparse.Namespace) -> None:
+    """Take contestants whose packages are missing off the list, and say so. Raises UserError where nobody is left."""
+    there = []
+    for name in args.contestants.split(","):
+        make, _ = CONTESTANTS[name]
+        missing = [package for package in PACKAGES[make] if importlib.util.find_spec(package) is None]
+        if missing:
+            print(f"{name}: left out, {' and '.join(missing)} not installed", flush=True)
+        else:
+            there.append(name)
+    if not there:
+        raise UserError("none of the --contestants is installed")
+    args.contestants = ",".join(there)
 
 
 def measure_one(args: argparse.Namespace) -> dict:
@@ -611,6 +655,11 @@ def work(args: argparse.Namespace) -> None:
         print("\n" + json.dumps(measure_one(args)))
         return
 
+    if args.json:
+        require_writable(args.json, "--json")
+    if not (args.curves or args.jpegs or args.start):
+        leave_out_missing(args)
+
     print(machine(), flush=True)
     if args.curves:
         rows = curves(args)
@@ -622,7 +671,7 @@ def work(args: argparse.Namespace) -> None:
         rows = compare(args)
     print(table(rows))
     if args.json:
-        write_json(Path(args.json), dict(machine=machine(), command=sys.argv[1:], rows=rows))
+        write_rows(args, rows)
 
 
 def main(argv: list[str] | None = None) -> int:
