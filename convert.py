@@ -25,6 +25,7 @@ import dataclasses
 import inspect
 import json
 import math
+import os
 import tempfile
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
@@ -40,6 +41,9 @@ from diffuser_lib.files import (
     add_debug,
     end_process,
     first_line,
+    is_full_disk,
+    read_json_object,
+    require_writable,
     run_script,
     write_atomically,
     write_json,
@@ -428,21 +432,34 @@ def read_model(path: str, raw: bool) -> tuple[diffuser.Model, dict]:
     return diffuser.build_model(state, cfg), state
 
 
+def write_checkpoint(source: str, path: Path, network: diffuser.UNet, cfg: diffuser.Config, shape: Shape,
+                     class_names: list[str], moments: diffuser.Moments) -> None:
+    """Write a checkpoint of step 0 with these weights. Raises UserError, naming their source, for no whole model."""
+    try:
+        diffuser.write_checkpoint(path, network, cfg, shape, class_names, moments)
+    except UserError as error:
+        raise UserError(f"{source} cannot be used: {error}") from error
+
+
 def count_parameters(network: nn.Module) -> int:
     """How many numbers it has to learn."""
     return sum(p.numel() for p in network.parameters())
 
 
-def require_free(path: str) -> Path:
-    """The path. Raises UserError where something is that would be overwritten."""
-    if Path(path).exists():
+def require_free(path: str, name: str) -> Path:
+    """The path. Raises UserError where something is that would be overwritten, or where nothing can be written.
+
+    name: that of the argument, for messages.
+    """
+    if os.path.lexists(path):
         raise UserError(f"{path} exists: give another name, or remove it")
+    require_writable(path, name.upper())
     return Path(path)
 
 
 def require_free_checkpoint(path: str) -> Path:
     """The path. Raises UserError also where it has another ending than a checkpoint."""
-    require_free(path)
+    require_free(path, "checkpoint")
     if not path.endswith(".pt"):
         raise UserError(f"{path} does not end in .pt: it would not be found as a checkpoint")
     return Path(path)
@@ -458,7 +475,7 @@ def to_diffusers(checkpoint: str, folder: str, raw: bool = False, label: str | N
     """
     from diffusers import DDPMPipeline
 
-    target = require_free(folder)
+    target = require_free(folder, "folder")
     model, state = read_model(checkpoint, raw)
     number = None
     if label is not None:
@@ -536,8 +553,21 @@ def read_extras(folder: Path) -> Extras:
     if not (folder / "diffuser.json").is_file():
         return Extras()
     about = read_json(folder / "diffuser.json")
-    moments = diffuser.Moments(**load_file(folder / "moments.safetensors"))
-    return Extras(about.get("config") or {}, about.get("class_names"), moments)
+    config = about.get("config") or {}
+    class_names = about.get("class_names")
+    if type(config) is not dict or not diffuser.are_class_names(class_names or []):
+        raise UserError(f"{folder / 'diffuser.json'} is damaged: without it the folder is read like any other")
+
+    path = folder / "moments.safetensors"
+    try:
+        moments = load_file(path)
+    except Exception as error:                                   # safetensors raises many kinds
+        raise UserError(f"{path} is missing or damaged ({first_line(error)}): without it and diffuser.json the folder "
+                        "is read like any other") from error
+    if moments.keys() != {"mean", "var"} or any(v.dim() != 4 for v in moments.values()):
+        raise UserError(f"{path} does not hold the mean and var of images: without it and diffuser.json the folder is "
+                        "read like any other")
+    return Extras(config, class_names, diffuser.Moments(**moments))
 
 
 # ---- From diffusers ----------------------------------------------------------------------------
@@ -579,7 +609,7 @@ def from_diffusers(folder: str, checkpoint: str, class_names: str | None = None,
     moments = extras.moments
     if moments is None or len(moments.mean) != len(names) + 1:
         moments = diffuser.standard_moments(shape, len(names))
-    diffuser.write_checkpoint(target, network, cfg, shape, names, moments)
+    write_checkpoint(folder, target, network, cfg, shape, names, moments)
 
     notes.append(f"{target}: {count_parameters(network):,} parameters, images {height}x{width}x{cfg.channels}, "
                  f"{len(names)} classes")
@@ -629,12 +659,11 @@ def read_class_names(given: str | None, embeddings: int, stored: list[str] | Non
 def read_json(path: Path) -> dict:
     """A configuration in JSON. Raises UserError."""
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+        return read_json_object(path)
+    except OSError as error:
+        raise UserError(f"{path} cannot be read ({error.strerror or error})") from error
+    except ValueError as error:
         raise UserError(f"{path} is no configuration ({first_line(error)})") from error
-    if not isinstance(content, dict):
-        raise UserError(f"{path} is no configuration (it holds a {type(content).__name__})")
-    return content
 
 
 def read_unet2d(folder: Path):
@@ -647,17 +676,26 @@ def read_unet2d(folder: Path):
     if not (home / "config.json").is_file():
         raise UserError(f"{folder} holds neither unet/config.json nor config.json: it is no folder of diffusers. One "
                         "from the hub has to be downloaded first: hf download NAME --local-dir DIR")
-    kind = read_json(home / "config.json").get("_class_name")
+    config = read_json(home / "config.json")
+    kind = config.get("_class_name")
     if kind not in (None, "UNet2DModel"):
         raise UserError(f"{home} is a {kind}: this program has the counterpart of UNet2DModel alone")
+    require_known_network(sketch_unet2d(home / "config.json", config).config)
 
     # Of the kinds of files: safetensors before a pickle (read with weights_only), half precision where it is alone.
     names = [path.name for path in home.glob("diffusion_pytorch_model*")]
     use_safetensors = any(name.endswith(".safetensors") for name in names)
     only_half = names and all(".fp16." in name for name in names)
     variant = "fp16" if only_half else None
-    theirs, found = UNet2DModel.from_pretrained(home, local_files_only=True, use_safetensors=use_safetensors,
-                                                variant=variant, low_cpu_mem_usage=False, output_loading_info=True)
+    try:
+        theirs, found = UNet2DModel.from_pretrained(
+            home, local_files_only=True, use_safetensors=use_safetensors, variant=variant, low_cpu_mem_usage=False,
+            output_loading_info=True)
+    except (ImportError, MemoryError):
+        raise
+    except Exception as error:                                   # the libraries raise many kinds
+        raise UserError(f"the weights in {home} are missing, damaged, or not those of its config.json "
+                        f"({first_line(error)}): download them anew") from error
 
     # Weights that are missing would be random ones.
     wrong = []
@@ -667,6 +705,111 @@ def read_unet2d(folder: Path):
     if wrong:
         raise UserError(f"the weights in {home} are not those of its config.json: {'; '.join(wrong)}")
     return theirs.float().eval().requires_grad_(False)
+
+
+# What a config.json may say before anything is built from it: names of diffusers, and the ranges of our own options.
+UNET_RANGES = dict(
+    block_out_channels=(1, diffuser.MAX_CHANNELS),
+    layers_per_block=(1, diffuser.FIELDS["num_res_blocks"].metadata["hi"]),
+    in_channels=(1, 3),
+    sample_size=(1, diffuser.FIELDS["img_size"].metadata["hi"]),
+    norm_num_groups=(1, diffuser.FIELDS["norm_groups"].metadata["hi"]),
+    attn_norm_num_groups=(1, diffuser.FIELDS["norm_groups"].metadata["hi"]),
+    attention_head_dim=(1, diffuser.FIELDS["head_dim"].metadata["hi"]),
+    time_embedding_dim=(1, 4 * diffuser.FIELDS["emb_dim"].metadata["hi"]),
+    num_class_embeds=(1, diffuser.MAX_CLASSES + 1),
+    norm_eps=(0, 1),
+    dropout=(0, 1),
+)
+SCHEDULER_RANGES = dict(
+    num_train_timesteps=(2, diffuser.FIELDS["timesteps"].metadata["hi"]),
+    beta_start=(0, 1),
+    beta_end=(0, 1),
+    trained_betas=(0, 1),
+)
+MAX_LEVELS = 16
+
+
+def check_config(path: Path, config: dict, kind: type, ranges: dict) -> None:
+    """Raise UserError, naming the entry, where a config.json holds what no object of diffusers of that kind can have.
+
+    The types are those of the defaults of its constructor.
+    """
+    for name, parameter in inspect.signature(kind).parameters.items():
+        value = config.get(name)
+        if value is None:                                        # the default, or none
+            continue
+        wrong = f"{path} cannot be used: its {name} is {repr(value)[:60]}"
+        if not has_type_of(value, parameter.default):
+            raise UserError(wrong)
+        if name in ranges:
+            low, high = ranges[name]
+            numbers = (int,) if high > 1 else (int, float)
+            entries = value if isinstance(value, list) else [value]
+            if not all(type(n) in numbers and low <= n <= high for n in entries):
+                raise UserError(f"{wrong}, and lies between {low:,} and {high:,} here")
+
+
+def has_type_of(value, default) -> bool:
+    """Whether a value from JSON is of the type that the default has; any but an object will do where that is None."""
+    if isinstance(default, bool):
+        return isinstance(value, bool)
+    if isinstance(default, (int, float)):
+        return type(value) in (int, float)
+    if isinstance(default, str):
+        return isinstance(value, str)
+    if isinstance(default, tuple):
+        return isinstance(value, list) and all(has_type_of(entry, default[0]) for entry in value)
+    return not isinstance(value, dict)
+
+
+def sketch_unet2d(path: Path, config: dict):
+    """The UNet2DModel of a config.json without its weights, in no memory. Raises UserError, naming the entry."""
+    from diffusers import UNet2DModel
+
+    check_config(path, config, UNet2DModel, UNET_RANGES)
+    parameters = inspect.signature(UNet2DModel).parameters
+    known = {name: config.get(name, parameter.default) for name, parameter in parameters.items()}
+
+    # Levels that fit together.
+    widths = known["block_out_channels"] or ()
+    if not 1 <= len(widths) <= MAX_LEVELS:
+        raise UserError(f"{path} cannot be used: its block_out_channels has {len(widths)} entries, 1 to {MAX_LEVELS} "
+                        "are possible")
+    for name in ("down_block_types", "up_block_types"):
+        if len(known[name] or ()) != len(widths):
+            raise UserError(f"{path} cannot be used: its {name} has another number of entries than its "
+                            "block_out_channels")
+    for name in ("norm_num_groups", "attention_head_dim"):
+        unit = known[name]
+        if unit and any(width % unit for width in attended_widths(known, every=name == "norm_num_groups")):
+            raise UserError(f"{path} cannot be used: its {name}, {unit}, does not divide its block_out_channels")
+
+    try:
+        with torch.device("meta"):
+            sketch = UNet2DModel(**known)
+    except Exception as error:                                   # diffusers raises many kinds here
+        raise UserError(f"{path} cannot be used: no network can be made of it ({first_line(error)})") from error
+
+    need = 8 * count_parameters(sketch)                          # theirs and ours
+    free = diffuser.free_memory(torch.device("cpu"))
+    if need > free:
+        raise UserError(f"{path}: the network takes {need / 2**30:.2g} GiB, {free / 2**30:.2g} GiB are free")
+    return sketch
+
+
+def attended_widths(config: dict, every: bool) -> list[int]:
+    """The channels of all levels, or of those with attention; the middle has those of the last."""
+    widths = list(config["block_out_channels"])
+    if every:
+        return widths
+    attended = []
+    for width, down, up in zip(widths, config["down_block_types"], config["up_block_types"][::-1]):
+        if down.startswith("Attn") or up.startswith("Attn"):
+            attended.append(width)
+    if config["add_attention"]:
+        attended.append(widths[-1])
+    return attended
 
 
 def find_scheduler_config(folder: Path) -> Path | None:
@@ -692,6 +835,7 @@ def read_scheduler(folder: Path, notes: list[str]):
     config = {name: value for name, value in read_json(path).items() if value is not None}
     if "beta_schedule" not in config and "trained_betas" not in config:
         raise UserError(f"{path} is a {config.get('_class_name')}, which has no betas: nothing here matches it")
+    check_config(path, config, DDPMScheduler, SCHEDULER_RANGES)
     limit = config.get("clip_sample_range", 1.0)
     if limit != 1:
         notes.append(f"its scheduler clips images to +-{limit}: here it is +-1, or --clip_x0 false")
@@ -712,7 +856,7 @@ def to_safetensors(checkpoint: str, path: str, raw: bool = False) -> str:
     """
     from safetensors.torch import save
 
-    target = require_free(path)
+    target = require_free(path, "path")
     model, state = read_model(checkpoint, raw)
     tensors = dict(model.network.state_dict())
     for name, value in vars(model.moments).items():
@@ -737,20 +881,42 @@ def from_safetensors(path: str, checkpoint: str) -> str:
     target = require_free_checkpoint(checkpoint)
     if not Path(path).is_file():
         raise UserError(f"{path}: there is no such file")
-    with safe_open(path, "pt") as file:
-        about = json.loads((file.metadata() or {}).get("diffuser", "null"))
-        tensors = {name: file.get_tensor(name) for name in file.keys()}          # noqa: SIM118 (not a dictionary)
-    if about is None:
-        raise UserError(f"{path} holds no configuration of this program in its metadata")
+    try:
+        with safe_open(path, "pt") as file:
+            text = (file.metadata() or {}).get("diffuser", "null")
+            tensors = {name: file.get_tensor(name).float() for name in file.keys()}  # noqa: SIM118 (not a dictionary)
+    except Exception as error:                                   # safetensors raises many kinds
+        raise UserError(f"{path} is no whole file of safetensors ({first_line(error)})") from error
 
-    cfg = diffuser.configure(about["config"])
+    # The configuration in the metadata.
+    try:
+        about = json.loads(text)
+    except (ValueError, RecursionError):
+        about = None
+    if not isinstance(about, dict):
+        raise UserError(f"{path} holds no configuration of this program in its metadata")
+    for name in ("config", "shape", "class_names"):
+        if not diffuser.CHECKPOINT[name].valid(about.get(name)):
+            raise UserError(f"{path} cannot be used: the {name} in its metadata is missing, or not that of a model")
+    for name in ("moments.mean", "moments.var"):
+        if name not in tensors:
+            raise UserError(f"{path} cannot be used: it lacks the tensor {name}")
+    try:
+        cfg = diffuser.configure(about["config"])
+    except UserError as error:
+        raise UserError(f"{path} cannot be used: {error}") from error
+
+    # The network.
     shape = tuple(about["shape"])
     class_names = about["class_names"]
     moments = diffuser.Moments(tensors.pop("moments.mean"), tensors.pop("moments.var"))
     with torch.device("meta"):
         network = diffuser.build_unet(cfg, shape[0], len(class_names))
-    network.load_state_dict(tensors, assign=True)
-    diffuser.write_checkpoint(target, network, cfg, shape, class_names, moments)
+    try:
+        network.load_state_dict(tensors, assign=True)
+    except RuntimeError as error:
+        raise UserError(f"{path} cannot be used: its tensors are not those of its configuration") from error
+    write_checkpoint(path, target, network, cfg, shape, class_names, moments)
     return f"{target}: {count_parameters(network):,} parameters"
 
 
@@ -914,6 +1080,9 @@ def convert(args: argparse.Namespace) -> str:
     except ImportError as error:
         raise UserError(f"{error.name} is needed: pip install diffusers safetensors", code=1) from error
     except Exception as error:                                   # the libraries raise many kinds
+        clearer = diffuser.explain(error, "close other programs, or use a larger machine")
+        if clearer is not error or isinstance(error, OSError) or is_full_disk(error):
+            raise clearer from None
         raise UserError(f"{command} failed ({type(error).__name__}: {first_line(error)})", code=1) from error
 
 

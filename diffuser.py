@@ -3137,8 +3137,8 @@ def write_checkpoint(path: Path, network: nn.Module, cfg: Config, shape: tuple[i
     )
     if not all(value.isfinite().all() for value in weights.values()):
         raise UserError("its weights are not all finite")
-    check_state(state)
-    write_atomically(path, lambda file: torch.save(state, file))
+    state = check_state(state)
+    write_atomically(path, lambda file: write_tensors(state, file))
 
 
 def set_aside(path: Path, state: dict, cfg: Config) -> None:

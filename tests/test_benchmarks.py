@@ -1,7 +1,9 @@
 """benchmarks/quality.py: the race and the studies, on the digits and for seconds instead of minutes."""
 
+import importlib
 import importlib.util
 import json
+import subprocess
 
 import pytest
 from conftest import cli
@@ -94,3 +96,41 @@ def test_speed_refuses_bad_input(folder, flags, words):
     """One line and exit 2, before anything is measured."""
     done = cli(*flags, script="benchmarks/speed.py", cwd=folder)
     assert done.returncode == 2 and words in done.stderr and "Traceback" not in done.stderr
+
+
+def test_who_is_not_installed_is_told_at_the_start(folder, monkeypatch, capsys):
+    """Missing contestants are named before anything is measured, the others go on, and their rows are kept as they come;
+    a process that ends without a word is a failure of that contestant alone."""
+    speed = importlib.import_module("benchmarks.speed")
+    found = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "denoising_diffusion_pytorch" else found(name))
+    lines = []
+    result = dict(parameters=1000, step=0.1, memory=1.0, drawing=1.0, flops=10)
+
+    def run(command, **options):
+        lines.append(capsys.readouterr().out)
+        kept = folder / "rows.json"
+        lines.append(json.loads(kept.read_text())["rows"] if kept.exists() else [])
+        silent = "--batches" in command and command[command.index("--batches") + 1] == "4" and "diffuser fp32" in command
+        text = json.dumps(dict(rate=1.0) if "--rate" in command else result)
+        return subprocess.CompletedProcess(command, 0, "" if silent else text, "")
+
+    monkeypatch.setattr(speed.subprocess, "run", run)
+    flags = ["--networks", "tiny", "--batches", "2,4", "--rounds", "1", "--json", "rows.json"]
+    assert speed.main([*flags, "--contestants", "denoising-diffusion-pytorch,diffuser,diffuser fp32"]) == 0
+    assert "denoising-diffusion-pytorch: left out" in lines[0]
+    assert len(lines[-1]) == 2
+    rows = json.loads((folder / "rows.json").read_text())["rows"]
+    assert [(row["batch"], row[""]) for row in rows] == [("2", "diffuser"), ("2", "diffuser fp32"), ("4", "diffuser")]
+
+    assert speed.main([*flags, "--contestants", "denoising-diffusion-pytorch"]) == 2
+    assert "none of the --contestants is installed" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("script", ["speed", "quality"])
+def test_a_place_for_the_rows_that_cannot_be_written_is_told_first(folder, capsys, script):
+    """--json is looked at before anything is measured."""
+    module = importlib.import_module(f"benchmarks.{script}")
+    (folder / "file").write_text("")
+    assert module.main(["--json", "file/rows.json"]) == 2
+    assert "choose another --json" in capsys.readouterr().err

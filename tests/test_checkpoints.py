@@ -10,6 +10,7 @@ import random
 import re
 import stat
 import time
+import zipfile
 
 import pytest
 import torch
@@ -244,3 +245,80 @@ def test_a_write_that_went_wrong_is_no_checkpoint(folder, monkeypatch, capsys):
     with pytest.raises(UserError, match="last checkpoint"):
         train(tiny_training(iterations=6, checkpoint_rate=2))
     assert path.read_bytes() == before and capsys.readouterr().err.count("not written as it should be") == 2
+
+
+def broken(state, *where_and_value):
+    """A copy of a checkpoint's content with another value somewhere in it."""
+    *where, key, value = where_and_value
+    state = copy.deepcopy(state)
+    inner = state
+    for step in where:
+        inner = inner[step]
+    inner[key] = value
+    return state
+
+
+def test_what_would_break_later_is_refused_at_load(folder):
+    """Numbers that are not finite or out of their range, wherever they stand, and classes without end: one line with the
+    file's name when the file is read, not a failure when they are used."""
+    path = train(tiny_training())
+    good = load_checkpoint(path)
+    weights = good["model"]["conv_in.weight"].clone()
+    weights[0, 0, 0, 0] = math.nan
+    mean = good["moments"]["mean"]
+    adam = good["optimizer"]["state"][0]["exp_avg"]
+    cases = {
+        "slowed": broken(good, "slowed", 4),
+        "faults": broken(good, "faults", torch.full((3,), math.inf)),
+        "meter": broken(good, "meter", torch.full((2, 4, 2), math.nan)),
+        "arithmetic": broken(good, "arithmetic", "split", 0),
+        "epoch": broken(good, "epoch", math.inf),
+        "scaler": broken(good, "scaler", 3),
+        "weights .*not finite": broken(good, "model", "conv_in.weight", weights),
+        "weights .*not finite, in conv_in.weight": broken(good, "ema", "conv_in.weight", weights),
+        "optimizer .*not finite": broken(good, "optimizer", "state", 0, "exp_avg", torch.full_like(adam, math.inf)),
+        "moments .*not finite": broken(good, "moments", "mean", torch.full_like(mean, math.nan)),
+        "moments .*below 0": broken(good, "moments", "var", torch.full_like(mean, -1.0)),
+        "moments are not those": broken(good, "moments", "mean", torch.zeros(11, 1, 0, 0)),
+        "class_names": broken(good, "class_names", ["x"] * 100_001),
+        "class_names is": broken(good, "class_names", ["x" * 1001] * 10),
+    }
+    for words, state in cases.items():
+        torch.save(state, path)
+        with pytest.raises(UserError, match=rf"\.pt cannot be used: .*{words}") as error:
+            load_checkpoint(path)
+        assert "\n" not in str(error.value)
+    for key in good:
+        torch.save({name: value for name, value in good.items() if name != key}, path)
+        try:
+            load_checkpoint(path)
+        except UserError as error:
+            assert f"it lacks its {key}" in str(error) or "not a checkpoint" in str(error)
+
+
+def test_moments_in_double_precision_draw(folder):
+    """A file may have been written by other hands: drawing computes in float32."""
+    path = train(tiny_training())
+    state = load_checkpoint(path)
+    moments = {name: value.double() for name, value in state["moments"].items()}
+    torch.save({**state, "moments": moments}, path)
+    assert load_checkpoint(path)["moments"]["mean"].dtype == torch.float32
+    assert diffuser.load(path, device="cpu").generate([0], 1, steps=2).dtype == torch.uint8
+
+
+def test_what_is_no_file_is_no_checkpoint(folder):
+    """A folder or a pipe in a checkpoint's place is told at once; nothing waits for a pipe."""
+    os.mkfifo(folder / "pipe.pt")
+    (folder / "folder.pt").mkdir()
+    for name in ("pipe.pt", "folder.pt"):
+        with pytest.raises(UserError, match=f"{name} is no file"):
+            load_checkpoint(folder / name)
+
+
+def test_torchs_own_words_stay_inside(folder):
+    """A file that torch cannot read is damaged, whatever torch says to itself."""
+    with zipfile.ZipFile(folder / "c.pt", "w") as archive:
+        archive.writestr("archive/data.pkl", b"rubbish")
+    with pytest.raises(UserError, match=r"c\.pt (is damaged|is refused)") as error:
+        load_checkpoint(folder / "c.pt")
+    assert "inline_container" not in str(error.value) and "enforce" not in str(error.value)

@@ -318,7 +318,7 @@ def test_an_empty_choice_is_none():
     assert diffuser.requested({"dataset": "", "mode": "", "epochs": 3}) == {"epochs": 3, "iterations": 0, "train_minutes": 0.0}
 
 
-@pytest.mark.parametrize("name", [".", "..", "../x", "a/../../x"])
+@pytest.mark.parametrize("name", [".", "..", "../x", "a/../../x", "a/../b", "a/.", "./a", "/a", "a/", "a//b", "a\\..\\b", " "])
 def test_an_experiment_stays_below_its_folder(name):
     """Its name is that of a folder below --working_directory: others would take checkpoints of other runs along."""
     with pytest.raises(UserError, match="experiment_name"):
@@ -371,3 +371,32 @@ def test_a_stronger_option_switches_off_what_would_overrule_it():
     assert configure(stored, ema_decay=0.9).ema_halflife == 0 and configure(stored).ema_halflife == 1000
     assert configure(stored, lr_schedule="linear").lr_cycles is None and configure(stored).lr_cycles == 3
     assert configure(dict(ema_decay=0.9), ema_halflife=5.0).ema_halflife == 5
+
+
+@pytest.mark.parametrize("name", ["x" * 300, "é" * 127, "x" * 230, "a/" + "x" * 230, "ab/" * 400 + "z"])
+def test_a_name_too_long_says_so(name):
+    """Before the system does, and without showing all of it: the folders of samples and their locks have longer names."""
+    with pytest.raises(UserError, match=r"experiment_name .* is too long") as error:
+        configure(dataset="digits", experiment_name=name)
+    assert len(str(error.value)) < 250
+    assert configure(dataset="digits", experiment_name="x" * 200).experiment_name == "x" * 200
+
+
+def test_ranges_are_written_as_people_write_them():
+    """No message has 1e+07 in it."""
+    with pytest.raises(UserError, match=r"epochs lies between 1 and 10,000,000, not 0"):
+        configure(epochs=0)
+    with pytest.raises(UserError, match=r"beta_start lies between 1e-09 and 0.999, not 2"):
+        configure(beta_start=2)
+
+
+@pytest.mark.parametrize("options", [
+    dict(dataset={}), dict(dataset=[[1]]), dict(recipe=[{}]), dict(epochs=10**5000), dict(img_size=[None]),
+    dict(channel_mults=[[1]]), dict(init_from=3), dict(config=["x"]), dict(learning_rate=float("nan"))])
+def test_odd_types_are_one_error_that_names_the_flag(options):
+    """From Python, a checkpoint or a file: no TypeError from the depths."""
+    with pytest.raises(UserError, match=f"{next(iter(options))} "):
+        configure(**options)
+    if "config" not in options and "recipe" not in options and "init_from" not in options:
+        with pytest.raises(UserError, match=f"{next(iter(options))} "):
+            configure(options)

@@ -357,7 +357,7 @@ def test_weights_that_do_not_fit_their_config_are_refused(folder):
     with pytest.raises(UserError, match="not all finite"):
         convert.from_diffusers("there", "here.pt")
     path.write_bytes(path.read_bytes()[:100])
-    assert convert.main(["from-diffusers", "there", "here.pt"]) == 1
+    assert convert.main(["from-diffusers", "there", "here.pt"]) == 2
     (folder / "there" / "config.json").write_text("[]")
     with pytest.raises(UserError, match="no configuration"):
         convert.from_diffusers("there", "here.pt")
@@ -485,3 +485,92 @@ def test_a_mistyped_command_line_is_one_line(arguments, words, capsys):
     assert convert.main(arguments.split()) == 2
     error = capsys.readouterr().err
     assert error.startswith("convert: ") and error.count("\n") == 1 and words in error
+
+
+@pytest.mark.parametrize("changes, words", [
+    (dict(block_out_channels=[10**9, 10**9]), "block_out_channels is .*lies between 1 and 16,384"),
+    (dict(block_out_channels=[16_384, 16_384], layers_per_block=16, norm_num_groups=32), "GiB"),
+    (dict(block_out_channels="wide"), "block_out_channels is 'wide'"), (dict(block_out_channels=[]), "0 entries"),
+    (dict(block_out_channels=[16, 32, 64]), "down_block_types has another number"),
+    (dict(layers_per_block=10**6), "layers_per_block is 1000000, and lies between 1 and 16"),
+    (dict(layers_per_block=1.5), "layers_per_block"), (dict(norm_num_groups=0), "norm_num_groups is 0"),
+    (dict(norm_num_groups=7), "norm_num_groups, 7, does not divide"), (dict(attention_head_dim=0), "attention_head_dim is 0"),
+    (dict(attention_head_dim=1000), "attention_head_dim, 1000, does not divide"),
+    (dict(num_class_embeds=10**9), "num_class_embeds"), (dict(sample_size=10**9), "sample_size"),
+    (dict(time_embedding_dim=10**9), "time_embedding_dim"), (dict(in_channels=10**6), "in_channels"),
+    (dict(down_block_types=["Nothing", "Nothing"]), "no network can be made of it"), (dict(act_fn=3), "act_fn is 3")])
+def test_the_sizes_of_a_foreign_network_are_checked_before_it_is_built(changes, words, folder, monkeypatch):
+    """config.json is read first: a network that no machine holds, or that is none, takes no memory and no weights."""
+    foreign(PLAIN).save_pretrained("there")
+    path = folder / "there" / "config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
+    monkeypatch.setattr(UNet2DModel, "from_pretrained", None)
+    with pytest.raises(UserError, match=rf"there/config\.json.*{words}"):
+        convert.from_diffusers("there", "here.pt")
+
+
+@pytest.mark.parametrize("changes, words", [
+    (dict(num_train_timesteps=10**9), "num_train_timesteps"), (dict(trained_betas=["x"]), "trained_betas"),
+    (dict(beta_start="low"), "beta_start"), (dict(clip_sample={}), "clip_sample")])
+def test_a_foreign_schedule_is_checked_before_it_is_built(changes, words, folder):
+    """The same for scheduler_config.json: its table of betas is made in memory."""
+    DDPMPipeline(foreign(PLAIN), DDPMScheduler()).save_pretrained("there")
+    path = folder / "there" / "scheduler" / "scheduler_config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
+    with pytest.raises(UserError, match=rf"scheduler_config\.json cannot be used: its {words}"):
+        convert.from_diffusers("there", "here.pt")
+
+
+def test_safetensors_of_other_hands_are_converted_or_refused(folder):
+    """Tensors in double precision become float32; what is missing or does not fit is named, without a KeyError."""
+    path = str(diffuser.train(tiny_training()))
+    convert.to_safetensors(path, "there.safetensors")
+    with safe_open("there.safetensors", "pt") as file:
+        metadata = file.metadata()
+        tensors = {name: file.get_tensor(name) for name in file.keys()}         # noqa: SIM118 (not a dictionary)
+    save_file({name: value.double() for name, value in tensors.items()}, "double.safetensors", metadata)
+    convert.from_safetensors("double.safetensors", "double.pt")
+    state = torch.load("double.pt", weights_only=True)
+    assert {value.dtype for value in (*state["model"].values(), *state["moments"].values())} == {torch.float32}
+    assert load("double.pt", device="cpu").generate([0], 1, steps=2).dtype == torch.uint8
+
+    about = json.loads(metadata["diffuser"])
+    without = {name: value for name, value in tensors.items() if name != "moments.mean"}
+    bad = {
+        "it lacks the tensor moments.mean": (without, about),
+        "tensors are not those": ({**tensors, "more": torch.zeros(1)}, about),
+        "the shape in its metadata": (tensors, {**about, "shape": [1, "x", 8]}),
+        "the class_names in its metadata": (tensors, {**about, "class_names": 3}),
+        "the config in its metadata": (tensors, {**about, "config": []}),
+        "--dataset": (tensors, {**about, "config": {"dataset": {}}}),
+        "no configuration": (tensors, 3),
+        "moments": ({**tensors, "moments.var": torch.full_like(tensors["moments.var"], torch.nan)}, about),
+    }
+    for words, (content, text) in bad.items():
+        save_file(content, "bad.safetensors", {"diffuser": json.dumps(text)})
+        with pytest.raises(UserError, match=rf"bad\.safetensors .*{words}"):
+            convert.from_safetensors("bad.safetensors", "bad.pt")
+    (folder / "bad.safetensors").write_bytes(b"rubbish")
+    with pytest.raises(UserError, match="no whole file of safetensors"):
+        convert.from_safetensors("bad.safetensors", "bad.pt")
+    assert not (folder / "bad.pt").exists()
+
+
+def test_a_damaged_export_says_which_file(folder):
+    """diffuser.json and moments.safetensors beside a pipeline: a line that names the file, exit 2."""
+    convert.to_diffusers(str(diffuser.train(tiny_training())), "there")
+    (folder / "there" / "moments.safetensors").unlink()
+    with pytest.raises(UserError, match=r"moments\.safetensors is missing or damaged"):
+        convert.from_diffusers("there", "here.pt")
+    (folder / "there" / "diffuser.json").write_text('{"config": 3}')
+    with pytest.raises(UserError, match=r"diffuser\.json is damaged"):
+        convert.from_diffusers("there", "here.pt")
+
+
+def test_a_target_that_cannot_be_written_is_told_before_the_work(folder, capsys):
+    """The line names the argument, and nothing was read."""
+    (folder / "file").write_text("")
+    for arguments in (["from-diffusers", "nowhere", "file/x.pt"], ["to-safetensors", "nowhere.pt", "file/x"],
+                      ["to-diffusers", "nowhere.pt", "file/x"], ["from-safetensors", "nowhere", "file/x.pt"]):
+        assert convert.main(arguments) == 2
+        assert "cannot write to file/x" in capsys.readouterr().err

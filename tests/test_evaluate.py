@@ -170,7 +170,8 @@ def test_the_judge_knows_digits_from_noise(folder):
     for picture in sorted(too_few.iterdir())[100:]:
         picture.unlink()
     done = cli("real", "--against", "digits", script="evaluate.py", cwd=folder)
-    assert done.returncode == 2 and "100 images are too few for a Frechet distance over 128 features" in done.stderr
+    assert done.returncode == 0 and "100 images are too few for a Frechet distance over 128 features" in done.stderr
+    assert "it needs 129" in done.stderr and "accuracy" in done.stdout and "distance" not in done.stdout
 
 
 # ------------------------------------------------------------------------------------------------
@@ -309,3 +310,53 @@ def test_a_mistyped_command_line_is_one_line(arguments, words, capsys):
     assert evaluate.main(arguments.split()) == 2
     error = capsys.readouterr().err
     assert error.startswith("evaluate: ") and error.count("\n") == 1 and words in error
+
+
+def small_folders(folder, with_names):
+    """Folders with 100 and with 40 digits, with or without their classes in the file names."""
+    reference = evaluate.load_reference("digits", "data", (1, 8, 8))
+    names = diffuser.DIGITS if with_names else [""] * 10
+    for name, count in (("hundred", 100), ("forty", 40)):
+        part = ImageData(reference.test.images[:count], reference.test.labels[:count], reference.test.class_names)
+        save_images(folder / name, part, names)
+
+
+@pytest.mark.parametrize("flags, words", [
+    (["hundred", "--against", "digits"], "accuracy needs the classes of digits"),
+    (["forty", "--against", "hundred"], "40 images are too few for fid: it needs 2049"),
+    (["hundred", "--against", "digits", "--metrics", "is,fid", "--features", "192", "--weights", "gone.pth"], "gone.pth"),
+    (["hundred", "--against", "digits", "--json", "hundred/images/000000_.png/x"], "--json"),
+    (["hundred", "--against", "digits", "--data_dir", "hundred/images/000000_.png"], "--data_dir")])
+def test_nothing_is_done_where_nothing_can_come_of_it(folder, monkeypatch, capsys, flags, words):
+    """Counts, packages and places to write to come first: no judge is trained for an error."""
+    small_folders(folder, with_names="--data_dir" in flags)
+    if "--data_dir" in flags:
+        flags = [*flags[:-1], "hundred/images/" + min(path.name for path in (folder / "hundred/images").iterdir())]
+    monkeypatch.setattr(evaluate, "train_classifier", None)
+    assert evaluate.main(flags) == 2
+    errors = capsys.readouterr().err
+    assert words in errors and "unexpected" not in errors
+
+
+def test_what_can_be_computed_is(folder, monkeypatch, capsys):
+    """Accuracy needs no covariance: of a hundred images it is told, before the judge is trained that the distance is not;
+    a judge that cannot be kept is no reason to stop."""
+    small_folders(folder, with_names=True)
+    told = []
+    monkeypatch.setattr(evaluate, "train_classifier", lambda reference, device: told.append(capsys.readouterr().err)
+                        or evaluate.Classifier((1, 8, 8), 10).eval())
+    monkeypatch.setattr(evaluate, "write_atomically", lambda path, write: (_ for _ in ()).throw(OSError(28, "full")))
+    assert evaluate.main(["hundred", "--against", "digits", "--json", "scores.json"]) == 0
+    assert "left out: 100 images are too few for a Frechet distance" in told[0]
+    assert {"images", "accuracy", "judge's own accuracy"} == set(json.loads((folder / "scores.json").read_text()))
+    assert "could not be written" in capsys.readouterr().err
+
+
+def test_out_of_memory_is_said_as_everywhere(monkeypatch, capsys):
+    """What torch says of memory is one line that says what to do."""
+    def work(args):
+        raise RuntimeError("[enforce fail at alloc_cpu.cpp:100] data. DefaultCPUAllocator: can't allocate memory")
+
+    monkeypatch.setattr(evaluate, "run", work)
+    assert evaluate.main(["x"]) == 1
+    assert capsys.readouterr().err == "evaluate: out of memory: give fewer images at a time, or close other programs\n"

@@ -29,6 +29,9 @@ from diffuser_lib.files import (
     hold_lock,
     known_spellings,
     newest_first,
+    printable,
+    read_json_object,
+    require_writable,
     run_script,
     unused_path,
     warn,
@@ -63,10 +66,12 @@ def start(program, *arguments, **options):
 
 
 @pytest.mark.parametrize("message, expected", [
-    ("one\ntwo", "one"), ("\n  one  \n", "one"), ("x" * 500, "x" * 120), ("", "ValueError"), ("\n", "ValueError")])
+    ("one\ntwo", "one"), ("\n  one  \n", "one"), ("x" * 500, "x" * 120), ("", "ValueError"), ("\n", "ValueError"),
+    ("cannot identify image file <_io.BytesIO object at 0x7f12ab>", "cannot identify image file")])
 def test_what_a_library_says_becomes_one_short_line(message, expected):
     """The first line, cut where it is long; the kind of error where there is no text."""
     assert first_line(ValueError(message)) == expected
+    assert first_line(KeyError("mean")) == "there is no 'mean'"
 
 
 def test_the_nearest_name_is_suggested():
@@ -109,6 +114,15 @@ def test_a_failed_write_is_told_and_survived(capsys):
 
     with pytest.raises(ZeroDivisionError):
         warn_on_oserror("notes", lambda: 1 / 0)
+
+
+HOSTILE = "\x1b]0;title\x07 \x1b[2J \r over \u202e back \x9b1m \x7f"
+
+
+def test_control_characters_are_spelled_out():
+    """A name commands no terminal; newline, tab and all letters stay as they are."""
+    assert printable("a\tb\nc é 猫 🙂") == "a\tb\nc é 猫 🙂"
+    assert printable(HOSTILE) == r"\x1b]0;title\x07 \x1b[2J \r over \u202e back \x9b1m \x7f"
 
 
 # ---- Scripts: the parser -----------------------------------------------------------------------
@@ -249,6 +263,25 @@ def test_a_machine_that_fails_is_exit_1(capsys, number):
     error = capsys.readouterr().err
     assert os.strerror(number) in error
     assert error.count("\n") == 1
+
+
+@pytest.mark.parametrize("error, code", [
+    (PermissionError(errno.EACCES, "Permission denied", "there.json"), 2),
+    (FileNotFoundError(errno.ENOENT, "No such file", "there.json"), 2),
+    (OSError(errno.ENOSPC, "No space left on device", "there.json"), 1),
+    (OSError(errno.EDQUOT, "Disk quota exceeded", "there.json"), 1),
+    (RuntimeError("IoError(Os { code: 28, kind: StorageFull, message: there.json })"), 1)])
+def test_the_status_tells_a_full_disk_from_a_bad_path(capsys, error, code):
+    """1 for a disk that is full, 2 for a path that was given wrongly, also where a script has a line of its own for it;
+    the path is in the line."""
+    assert run(raising(error)) == code
+    text = capsys.readouterr().err
+    assert "there.json" in text and text.count("\n") == 1 and "Errno" not in text
+
+    def explained(options):
+        raise UserError("cannot draw it") from error
+
+    assert run(explained) == code
 
 
 def test_a_missing_package_is_named(capsys):
@@ -411,6 +444,53 @@ def test_a_full_disk_under_both_streams_leaves_the_status():
         assert process.wait(timeout=60) == 2
 
 
+@needs_dev_full
+def test_output_that_is_lost_is_told():
+    """What a script prints is what it was run for: on a full disk that is exit 1 and one line."""
+    with open("/dev/full", "w") as full:
+        process = start(SCRIPT, stdout=full, stderr=subprocess.PIPE)
+        _, errors = process.communicate(timeout=60)
+    assert (process.returncode, errors) == (1, "-c: standard output: No space left on device\n")
+    with open("/dev/full", "w") as full:
+        process = start(SCRIPT, "--times", 100_000, stdout=full, stderr=subprocess.PIPE)
+        _, errors = process.communicate(timeout=60)
+    assert (process.returncode, errors) == (1, "example: standard output: No space left on device\n")
+
+
+# Prints, warns, raises and shows a bar with a name in it.
+TELLER = """
+import sys
+from tqdm import tqdm
+from diffuser_lib.files import UserError, end_process, run_script, warn
+
+name = sys.argv[1]
+
+def work(options):
+    print(name)
+    print(name, file=sys.stderr)
+    warn(name)
+    for i in tqdm(range(3), name, file=sys.stderr):
+        tqdm.write(name)
+    raise UserError(name)
+
+end_process(lambda: run_script("teller", lambda: None, work))
+"""
+
+
+@pytest.mark.parametrize("environment", [
+    {}, {"PYTHONIOENCODING": "ascii:strict"}, {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}])
+def test_no_name_reaches_the_terminal_raw(environment):
+    """However a script writes, control characters in names come out spelled, on any terminal; bars move as ever."""
+    process = subprocess.Popen([sys.executable, "-c", TELLER, HOSTILE + "é"], text=True, stdout=subprocess.PIPE,
+                               stderr=subprocess.PIPE, env={**os.environ, "PYTHONPATH": str(ROOT), **environment})
+    out, errors = process.communicate(timeout=60)
+    assert process.returncode == 2 and "Traceback" not in errors
+    assert out.count(r"\x1b]0;title\x07 \x1b[2J") == 4
+    assert errors.count(r"\x1b]0;title\x07 \x1b[2J") > 3
+    for text in (out, errors):
+        assert not re.search("[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f\u202e]", text)
+
+
 # ---- Writing -----------------------------------------------------------------------------------
 
 
@@ -552,6 +632,36 @@ def test_a_disk_that_is_full_keeps_the_old_file(small_disk):
     assert path.read_bytes() == b"old" * 1000
     assert os.listdir(small_disk) == ["file"]
     assert shutil.disk_usage(small_disk).free == free
+
+
+def test_a_place_that_cannot_be_written_is_told_before_the_work(tmp_path):
+    """The line names the flag; nothing is made or replaced."""
+    (tmp_path / "file").write_text("")
+    for path, as_folder in (("file/x.json", False), ("x" * 300, False), ("x" * 252, False), (".", False), ("file", True),
+                            ("/dev/null", False), ("/proc/nothing/x.json", False)):
+        with pytest.raises(UserError, match="--json") as error:
+            require_writable(tmp_path / path, "--json", folder=as_folder)
+        assert error.value.code == 2 and "\n" not in str(error.value)
+    require_writable(tmp_path / "new" / "deeper" / "x.json", "--json")
+    require_writable(tmp_path / "new", "--save_dir", folder=True)
+    require_writable(tmp_path / "file", "--json")
+    require_writable("x.json", "--json")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["file"]
+
+
+def test_a_failed_write_names_the_file(tmp_path):
+    """Not the one beside it that has its content until it is whole."""
+    with pytest.raises(OSError) as error:
+        write_atomically(tmp_path / "x.json", no_space)
+    assert error.value.filename == str(tmp_path / "x.json")
+
+
+@pytest.mark.parametrize("content", [b"[" * 100_000, b"[]", b"{", b"\xff", b'{"a": ' + b"1" * 5000 + b"}", b" " * (2**24 + 1)])
+def test_json_of_any_kind_is_an_object_or_an_error(tmp_path, content):
+    """Nested without end, of another kind, or endless: a ValueError, which callers tell in their own words."""
+    (tmp_path / "x.json").write_bytes(content)
+    with pytest.raises(ValueError):
+        read_json_object(tmp_path / "x.json")
 
 
 def test_json_is_written_whole(tmp_path):
