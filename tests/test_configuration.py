@@ -256,11 +256,11 @@ def test_a_length_asked_for_beats_a_recipes_minutes():
 
 
 @pytest.mark.parametrize("options, words", [
-    (dict(zero_terminal_snr=True), "--zero_terminal_snr needs --prediction v or x0"),
-    (dict(train_minutes=5.0, epochs=3), "--train_minutes sets the number of steps"),
-    (dict(guide_path="weak.pt"), "--guide_path needs --guidance_scale"),
-    (dict(guidance_interval=(2.0, 0.5)), "--guidance_interval"), (dict(guidance_interval=(1.0,)), "--guidance_interval"),
-    (dict(train_minutes=-1.0), "--train_minutes"), (dict(time_scale=0.0), "--time_scale")])
+    (dict(zero_terminal_snr=True), "zero_terminal_snr needs prediction v or x0"),
+    (dict(train_minutes=5.0, epochs=3), "train_minutes sets the number of steps"),
+    (dict(guide_path="weak.pt"), "guide_path needs guidance_scale"),
+    (dict(guidance_interval=(2.0, 0.5)), "guidance_interval"), (dict(guidance_interval=(1.0,)), "guidance_interval"),
+    (dict(train_minutes=-1.0), "train_minutes"), (dict(time_scale=0.0), "time_scale")])
 def test_contradicting_sampling_and_training_options(options, words):
     """Options that contradict each other are one line that names the flag."""
     with pytest.raises(UserError, match=words):
