@@ -150,6 +150,7 @@ from diffuser_lib.processes import (
     stop_signals,
     world_size,
 )
+from diffuser_lib.spellings import FOREIGN_FLAGS, NO_COUNTERPART, translate_flags
 
 # ---- 1  Configuration --------------------------------------------------------------------------
 # One frozen dataclass holds every option; each field makes its flag, its help, its question and its check.
@@ -5184,193 +5185,9 @@ def how_to_go_on(cfg: Config, folder: Path, numbers: list[int], count: int, firs
 
 
 # ---- 12  Command line --------------------------------------------------------------------------
-# Flags made from the fields of Config, and what other programs call things.
+# Flags made from the fields of Config.
 
 COMMANDS = {"train": run_training, "inference": run_inference}
-
-
-# Flags of diffusers' train_unconditional.py, of lucidrains' denoising-diffusion-pytorch, and of EDM's train.py and
-# generate.py. Those that are only spelt otherwise are aliases in chapter 1; here are those whose value or unit differs.
-
-
-@dataclass(frozen=True)
-class ForeignFlag:
-    """A flag of another program, and what it means here.
-
-    translate: (its text, all that is given: options by name, other foreign flags as text) -> options by name. It raises
-    UserError for what has no counterpart.
-    """
-
-    help: str
-    translate: Callable[[str, dict], dict]
-    metavar: str = "NAME"
-    value_if_bare: str | None = None                             # of a switch: its text where none follows
-
-
-def output_folders(text: str, given: dict) -> dict:
-    """One folder for all that a run leaves."""
-    return dict(working_directory=text, generated_directory=text)
-
-
-def edm_outdir(text: str, given: dict) -> dict:
-    """train.py puts runs there, generate.py pictures."""
-    if given.get("mode") == "inference":
-        return dict(save_dir=text)
-    return output_folders(text, given)
-
-
-def edm_batch(text: str, given: dict) -> dict:
-    """train.py means the images of a step, generate.py those drawn at a time."""
-    name = "sample_batch_size" if given.get("mode") == "inference" else "batch_size"
-    return {name: parse_value(name, text)}
-
-
-def steps_for_images(images: float, given: dict) -> int:
-    """Steps that see so many images. Raises UserError where the images of a step are not given."""
-    if "batch_size" not in given:
-        raise UserError("counts images, which become steps by --batch_size: give it, too")
-    return max(1, math.ceil(images / (given["batch_size"] * given.get("gradient_accumulation_steps", 1))))
-
-
-def parse_positive(text: str) -> float:
-    """A number above 0. Raises UserError."""
-    try:
-        number = float(text)
-    except ValueError:
-        number = math.nan
-    if not 0 < number < math.inf:
-        raise UserError("wants a number above 0")
-    return number
-
-
-def edm_duration(text: str, given: dict) -> dict:
-    """Millions of images."""
-    return dict(iterations=steps_for_images(1e6 * parse_positive(text), given))
-
-
-def edm_tick(text: str, given: dict) -> dict:
-    """Thousands of images between lines of progress."""
-    return dict(log_every=steps_for_images(1e3 * parse_positive(text), given))
-
-
-def edm_snap(text: str, given: dict) -> dict:
-    """Ticks between snapshots; a tick is 50 thousand images unless --tick says otherwise."""
-    images = 1e3 * parse_positive(given.get("tick", "50")) * parse_positive(text)
-    return dict(checkpoint_rate=steps_for_images(images, given))
-
-
-def half_precision(text: str, given: dict) -> dict:
-    """A switch between float16 and float32."""
-    if text.lower() not in BOOLEANS:
-        raise UserError("wants True or False")
-    return dict(precision="fp16" if BOOLEANS[text.lower()] else "fp32")
-
-
-def trackers(text: str, given: dict) -> dict:
-    """The tracker of that name."""
-    known = {"tensorboard": dict(use_tensorboard=True), "wandb": dict(use_wandb=True),
-             "all": dict(use_tensorboard=True, use_wandb=True), "none": {}}
-    if text not in known:
-        raise UserError("wants tensorboard, wandb, all or none")
-    return known[text]
-
-
-def diffusers_lr_scheduler(text: str, given: dict) -> dict:
-    """diffusers' constant has no warm-up."""
-    if text == "constant":
-        return dict(lr_schedule="constant", warmup_steps=0)
-    if text == "constant_with_warmup":
-        return dict(lr_schedule="constant")
-    return dict(lr_schedule=parse_value("lr_schedule", text))
-
-
-def diffusers_beta_schedule(text: str, given: dict) -> dict:
-    """diffusers calls the curve of GeoDiff sigmoid."""
-    return dict(schedule_type="geodiff" if text == "sigmoid" else parse_value("schedule_type", text))
-
-
-def lucidrains_beta_schedule(text: str, given: dict) -> dict:
-    """lucidrains' linear betas are scaled to T."""
-    options = dict(schedule_type=parse_value("schedule_type", text))
-    if text == "linear":
-        options["scale_betas"] = True
-    return options
-
-
-def nothing_to_do(text: str, given: dict) -> dict:
-    """It is so anyway. Raises UserError where it is switched off."""
-    if not BOOLEANS.get(text.lower()):
-        raise UserError("cannot be switched off here")
-    return {}
-
-
-# In this order: what counts images needs --batch.
-FOREIGN_FLAGS = {
-    "batch": ForeignFlag("--batch_size; when drawing --sample_batch_size (EDM)", edm_batch, "N"),
-    "duration": ForeignFlag("millions of images to train on: --iterations (EDM)", edm_duration, "X"),
-    "tick": ForeignFlag("thousands of images: --log_every (EDM)", edm_tick, "N"),
-    "snap": ForeignFlag("ticks of 50 thousand images or as --tick says: --checkpoint_rate (EDM)", edm_snap, "N"),
-    "outdir": ForeignFlag("as --output_dir; when drawing --save_dir (EDM)", edm_outdir, "PATH"),
-    "output_dir": ForeignFlag("--working_directory and --generated_directory (diffusers)", output_folders, "PATH"),
-    "results_folder": ForeignFlag("the same (denoising-diffusion-pytorch)", output_folders, "PATH"),
-    "fp16": ForeignFlag("--precision fp16, or fp32 where False (EDM)", half_precision, "BOOL", "True"),
-    "amp": ForeignFlag("the same (denoising-diffusion-pytorch)", half_precision, "BOOL", "True"),
-    "logger": ForeignFlag("--use_tensorboard, --use_wandb (diffusers)", trackers, "{tensorboard,wandb}"),
-    "report_to": ForeignFlag("the same, or all (diffusers)", trackers),
-    "lr_scheduler": ForeignFlag("--lr_schedule; constant is without warm-up (diffusers)", diffusers_lr_scheduler),
-    "ddpm_beta_schedule": ForeignFlag(
-        "--schedule_type; sigmoid is geodiff (diffusers)", diffusers_beta_schedule),
-    "beta_schedule": ForeignFlag(
-        "--schedule_type; linear is with --scale_betas (denoising-diffusion-pytorch)", lucidrains_beta_schedule),
-    "center_crop": ForeignFlag("done anyway (diffusers)", nothing_to_do, "BOOL", "True"),
-    "enable_xformers_memory_efficient_attention": ForeignFlag(
-        "done anyway, by torch (diffusers)", nothing_to_do, "BOOL", "True"),
-}
-
-# Those of their flags that have no counterpart, and what to do instead.
-NO_COUNTERPART = {}
-for _names, _advice in (
-        ("dataset_name dataset_config_name",
-         "datasets of the Hugging Face Hub are not read here: take --dataset, or --path_to_data with a folder"),
-        ("push_to_hub hub_token hub_model_id hub_private_repo",
-         "leave it out; afterwards python convert.py to-diffusers CKPT DIR makes a folder for the Hub"),
-        ("logging_dir", "leave it out: trackers write into the run's folder below --generated_directory"),
-        ("overwrite_output_dir", "leave it out; --resume never starts over"),
-        ("eval_batch_size", "--num_generations is how many images a grid shows of each class, or in all"),
-        ("adam_epsilon", "leave it out: it is 1e-8"),
-        ("ema_inv_gamma ema_power",
-         "leave it out: the average's decay after n updates is (1 + n) / (10 + n), at most --ema_decay"),
-        ("num_samples", "--num_images is how many are drawn, --num_generations how many a grid shows in training"),
-        ("mixed_precision_type", "--precision says fp16 or bf16"),
-        ("min_snr_loss_weight", "--min_snr_gamma 5 switches it on"),
-        ("calculate_fid", "leave it out; python evaluate.py measures drawn images"),
-        ("arch precond", "--base_channels, --channel_mults and others set the network, --prediction its output"),
-        ("augment", "leave it out; --flip mirrors"),
-        ("batch_gpu", "leave it out: a step that does not fit into memory is computed in parts"),
-        ("ls bench cache", "leave it out: it is seen to"),
-        ("desc nosubdir", "leave it out; --experiment_name names a run"),
-        ("dump", "leave it out: a run goes on from any checkpoint; --checkpoint_rate says how often there is one"),
-        ("subdirs", "leave it out: images go into one folder"),
-        ("sigma_min sigma_max rho disc scaling",
-         "leave it out: the noise levels are those of the model's schedule; --spacing picks among them"),
-        ("S_churn S_min S_max S_noise", "leave it out; --sampler ddim --eta adds noise on the way")):
-    NO_COUNTERPART.update(dict.fromkeys(_names.split(), _advice))
-
-
-def translate_flags(given: dict) -> dict:
-    """Options as they are given on the command line, foreign ones in the terms of this program. Raises UserError."""
-    given = dict(given)
-    for name in NO_COUNTERPART:
-        if name in given:
-            raise UserError(f"--{name} is of another program: {NO_COUNTERPART[name]}")
-    for name, flag in FOREIGN_FLAGS.items():
-        if name not in given:
-            continue
-        try:
-            given.update(flag.translate(given[name], given))
-        except UserError as error:
-            raise UserError(f"--{name} {given[name]}: {error}") from None
-    return {name: value for name, value in given.items() if name not in FOREIGN_FLAGS}
 
 
 class ShowHelp(argparse.Action):
@@ -5471,7 +5288,7 @@ def options_page() -> str:
 
 def run_command(options: argparse.Namespace) -> None:
     """Do what the command line asks for; asks for the mode where that is open."""
-    asked = requested(translate_flags(vars(options)))
+    asked = requested(translate_flags(vars(options), parse_value))
     if asked.get("check"):
         return check_machine(asked)
     if "mode" not in asked:

@@ -164,7 +164,7 @@ PEERS = [
 def test_flags_of_peers_mean_the_same(line, options):
     """Other spellings, units and values are what they mean here, and nothing else is set."""
     given = vars(diffuser.build_parser().parse_args(shlex.split(line)))
-    assert diffuser.translate_flags(given) == options
+    assert diffuser.translate_flags(given, diffuser.parse_value) == options
     diffuser.requested(options)
 
 

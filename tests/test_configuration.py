@@ -203,7 +203,7 @@ SYSTEMS = [
 def test_recipes_are_what_other_systems_document(line, documented):
     """The command line of each system means what it meant: flags and, under them, the documented defaults."""
     given = diffuser.build_parser().parse_args(["--mode", "train", *line.split()])
-    cfg = configure(**diffuser.translate_flags(vars(given)))
+    cfg = configure(**diffuser.translate_flags(vars(given), diffuser.parse_value))
     assert {name: getattr(cfg, name) for name in documented} == documented
     shape = diffuser.image_shape(cfg)
     diffuser.network_size(cfg, shape, 0)                                     # it can be built

@@ -14,7 +14,7 @@ import edit
 
 # What each file may import of the project; everything else of it stands above.
 FILES = "diffuser_lib.files"
-GROUND_FLOOR = {f"diffuser_lib.{name}" for name in ("files", "images", "cpu_kernels", "machine", "processes", "metrics")}
+GROUND_FLOOR = {f"diffuser_lib.{name}" for name in ("files", "images", "cpu_kernels", "machine", "processes", "spellings", "metrics")}
 BELOW = {
     "diffuser_lib": set(),
     FILES: set(),
@@ -22,6 +22,7 @@ BELOW = {
     "diffuser_lib.images": {FILES},
     "diffuser_lib.processes": {FILES},
     "diffuser_lib.machine": set(),
+    "diffuser_lib.spellings": {FILES},
     "diffuser_lib.metrics": {FILES},
     "plot_loss": {FILES},
     "report": {FILES, "plot_loss"},
@@ -62,7 +63,7 @@ def test_arrows_point_down(module):
 @pytest.mark.parametrize("module, absent", [
     (FILES, ("torch", "numpy", "PIL")), ("plot_loss", ("torch",)), ("report", ("torch",)),
     ("diffuser_lib.cpu_kernels", ("diffuser", FILES, "PIL")), ("diffuser_lib.images", ("diffuser",)),
-    ("diffuser_lib.machine", ("diffuser", "PIL")), ("diffuser_lib.processes", ("diffuser",)), ("diffuser_lib.metrics", ("diffuser", "wandb", "tensorboard"))])
+    ("diffuser_lib.machine", ("diffuser", "PIL")), ("diffuser_lib.spellings", ("diffuser", "torch")), ("diffuser_lib.processes", ("diffuser",)), ("diffuser_lib.metrics", ("diffuser", "wandb", "tensorboard"))])
 def test_importing_brings_no_more_than_needed(tmp_path, module, absent):
     """The ground floor and the small scripts load alone, without torch where they need none, and write nothing."""
     code = f"import sys; sys.path.insert(0, {str(ROOT)!r}); import {module}; print([m for m in {absent} if m in sys.modules])"
