@@ -280,7 +280,7 @@ def test_what_is_no_file_is_never_opened(tmp_path, path):
     with socket.socket(socket.AF_UNIX) as server:
         os.chdir(tmp_path)                                       # names of sockets are short
         server.bind("socket")
-        with pytest.raises(UserError, match=f"--images {path} is a pipe, socket or device"):
+        with pytest.raises(UserError, match=f"images {path} is a pipe, socket or device"):
             ImageFiles(path, "--images")
 
 
@@ -307,7 +307,7 @@ def overlapping_zip(path, entries):
 def test_a_zip_file_whose_entries_overlap_is_refused(tmp_path):
     """A few bytes named a million times: one line, before anything is unpacked."""
     overlapping_zip(tmp_path / "bomb.zip", 1000)
-    with pytest.raises(UserError, match=r"--images .*bomb.zip is refused: its entries overlap"):
+    with pytest.raises(UserError, match=r"images .*bomb.zip is refused: its entries overlap"):
         ImageFiles(str(tmp_path / "bomb.zip"), "--images")
 
 
