@@ -4261,7 +4261,7 @@ TRIAL_WORK = 1e11                                                # operations of
 def time_a_step(cfg: Config, devices: Devices, shape: tuple[int, int, int], num_classes: int) -> float | None:
     """Seconds that a step takes here, from a few real ones on made-up images; None where that would take long.
 
-    With as many images, up to a batch, as are done within half a second.
+    With as many images, up to a batch, as are done within half a second, or with four.
     """
     parameters, _ = network_size(cfg, shape, num_classes)
     work = 3 * network_operations(cfg, shape, num_classes)       # of an image, forwards and backwards
@@ -4286,7 +4286,7 @@ def time_a_step(cfg: Config, devices: Devices, shape: tuple[int, int, int], num_
     measure()                                                    # the first one takes longer
     seconds = measure()
     here = batch // devices.processes.world                      # images of this process
-    while seconds < 0.4 and trainer.part < here:
+    while trainer.part < here and (seconds < 0.4 or trainer.part < 4):
         trainer.part = min(here, 4 * trainer.part)
         seconds = measure()
 
@@ -4849,13 +4849,22 @@ def describe_dry_run(cfg: Config, devices: Devices) -> str:
     need = sum(training_memory(cfg, shape, num_classes, batch, compute.precision))
     _, warning = plan_memory(cfg, shape, num_classes, batch, compute.precision, devices.device)
 
-    usual = complete(dict(dataset=cfg.dataset, path_to_data=cfg.path_to_data))
-    lines = [describe_settings(cfg, usual), describe_run(cfg, devices, shape, num_classes, images, compute),
+    lines = [describe_settings(cfg, usual_settings(cfg)),
+             describe_run(cfg, devices, shape, num_classes, images, compute),
              f"memory   about {need / 2**30:.2g} GiB for training on each device"]
     if warning:
         lines.append(f"warning  {warning}")
     lines.append(f"time     {describe_time(cfg, devices, shape, num_classes, images)}")
     return "\n".join(lines)
+
+
+def usual_settings(cfg: Config) -> Config:
+    """What the preset alone makes of the dataset; a folder's depends on the images' size and the length of the run."""
+    known = dict(dataset=cfg.dataset, path_to_data=cfg.path_to_data, device=cfg.device)
+    if cfg.dataset == "folder":
+        length = next(name for name in ("iterations", "train_minutes", "epochs") if getattr(cfg, name))
+        known |= {"img_size": cfg.img_size, length: getattr(cfg, length)}
+    return complete(known)
 
 
 def describe_time(cfg: Config, devices: Devices, shape: tuple[int, int, int], num_classes: int, images: int) -> str:
