@@ -5,12 +5,12 @@
 # ///
 """diffuser: train and sample denoising diffusion models of images.
 
-    python diffuser.py                                 asks what to do
-    python diffuser.py --mode train --dataset digits   on the shipped digits
+    python diffuser.py                                asks what to do
+    python diffuser.py --mode train --dataset digits  on the shipped digits
     python diffuser.py --mode train --path_to_data PHOTOS --img_size 64
-    python diffuser.py --mode inference                asks what to draw
+    python diffuser.py --mode inference               asks what to draw
     python diffuser.py --mode inference --num_images 1000 --save_dir out
-    python diffuser.py --check                         what this machine can do
+    python diffuser.py --check                        what this machine can do
     torchrun --nproc_per_node 4 diffuser.py --mode train --dataset cifar10
 
 The same command resumes an interrupted run. From Python:

@@ -85,12 +85,34 @@ def edm_snap(text: str, given: dict) -> dict:
     return dict(checkpoint_rate=steps_for_images(images, given))
 
 
+def edm_ema(text: str, given: dict) -> dict:
+    """Half-life in millions of images; 0 for none."""
+    if text.strip() == "0":
+        return dict(use_ema=False)
+    return dict(ema_halflife=1e6 * parse_positive(text))
+
+
+def adam_beta(place: int) -> Callable[[str, dict], dict]:
+    """The translation of one of Adam's two decays."""
+    def translate(text: str, given: dict) -> dict:
+        betas = [str(beta) for beta in given.get("adam_betas", (0.9, 0.999))]
+        betas[place] = text
+        return dict(adam_betas=",".join(betas))
+
+    return translate
+
+
+def is_switched_on(text: str) -> bool:
+    """The value of a switch. Raises UserError."""
+    values = {"true": True, "1": True, "false": False, "0": False}
+    if text.lower() not in values:
+        raise UserError("wants True or False")
+    return values[text.lower()]
+
+
 def half_precision(text: str, given: dict) -> dict:
     """A switch between float16 and float32."""
-    switched_on = {"true": True, "1": True, "false": False, "0": False}.get(text.lower())
-    if switched_on is None:
-        raise UserError("wants True or False")
-    return dict(precision="fp16" if switched_on else "fp32")
+    return dict(precision="fp16" if is_switched_on(text) else "fp32")
 
 
 def trackers(text: str, given: dict) -> dict:
@@ -103,7 +125,9 @@ def trackers(text: str, given: dict) -> dict:
 
 
 def diffusers_lr_scheduler(text: str, given: dict) -> dict:
-    """diffusers' constant has no warm-up."""
+    """diffusers' constant has no warm-up, its restarts are one cycle unless --lr_num_cycles says otherwise."""
+    if text == "cosine_with_restarts":
+        return dict(lr_schedule=text, lr_cycles=given.get("lr_cycles") or 1)
     if text == "constant":
         return dict(lr_schedule="constant", warmup_steps=0)
     if text == "constant_with_warmup":
@@ -124,9 +148,14 @@ def lucidrains_beta_schedule(text: str, given: dict) -> dict:
     return options
 
 
+def diffusers_center_crop(text: str, given: dict) -> dict:
+    """The middle of each image instead of a crop at random."""
+    return dict(random_crop=not is_switched_on(text))
+
+
 def nothing_to_do(text: str, given: dict) -> dict:
     """It is so anyway. Raises UserError where it is switched off."""
-    if text.lower() not in ("true", "1"):
+    if not is_switched_on(text):
         raise UserError("cannot be switched off here")
     return {}
 
@@ -140,16 +169,21 @@ FOREIGN_FLAGS = {
     "outdir": ForeignFlag("as --output_dir; when drawing --save_dir (EDM)", edm_outdir, "PATH"),
     "output_dir": ForeignFlag("--working_directory and --generated_directory (diffusers)", output_folders, "PATH"),
     "results_folder": ForeignFlag("the same (denoising-diffusion-pytorch)", output_folders, "PATH"),
+    "ema": ForeignFlag("millions of images: --ema_halflife (EDM)", edm_ema, "X"),
+    "adam_beta1": ForeignFlag("the first of --adam_betas (diffusers)", adam_beta(0), "X"),
+    "adam_beta2": ForeignFlag("the second of --adam_betas (diffusers)", adam_beta(1), "X"),
     "fp16": ForeignFlag("--precision fp16, or fp32 where False (EDM)", half_precision, "BOOL", "True"),
     "amp": ForeignFlag("the same (denoising-diffusion-pytorch)", half_precision, "BOOL", "True"),
     "logger": ForeignFlag("--use_tensorboard, --use_wandb (diffusers)", trackers, "{tensorboard,wandb}"),
     "report_to": ForeignFlag("the same, or all (diffusers)", trackers),
-    "lr_scheduler": ForeignFlag("--lr_schedule; constant is without warm-up (diffusers)", diffusers_lr_scheduler),
+    "lr_scheduler": ForeignFlag(
+        "--lr_schedule; constant is without warm-up, cosine_with_restarts one cycle (diffusers)",
+        diffusers_lr_scheduler),
     "ddpm_beta_schedule": ForeignFlag(
         "--schedule_type; sigmoid is geodiff (diffusers)", diffusers_beta_schedule),
     "beta_schedule": ForeignFlag(
         "--schedule_type; linear is with --scale_betas (denoising-diffusion-pytorch)", lucidrains_beta_schedule),
-    "center_crop": ForeignFlag("done anyway (diffusers)", nothing_to_do, "BOOL", "True"),
+    "center_crop": ForeignFlag("not --random_crop (diffusers)", diffusers_center_crop, "BOOL", "True"),
     "enable_xformers_memory_efficient_attention": ForeignFlag(
         "done anyway, by torch (diffusers)", nothing_to_do, "BOOL", "True"),
 }
@@ -172,7 +206,7 @@ for _names, _advice in (
         ("min_snr_loss_weight", "--min_snr_gamma 5 switches it on"),
         ("calculate_fid", "leave it out; python evaluate.py measures drawn images"),
         ("arch precond", "--base_channels, --channel_mults and others set the network, --prediction its output"),
-        ("augment", "leave it out; --flip mirrors"),
+        ("augment", "leave it out; --flip mirrors, --random_crop shifts"),
         ("batch_gpu", "leave it out: a step that does not fit into memory is computed in parts"),
         ("ls bench cache", "leave it out: it is seen to"),
         ("desc nosubdir", "leave it out; --experiment_name names a run"),

@@ -117,7 +117,7 @@ PEERS = [
     ("--train_data_dir=pics --resolution=64 --center_crop --random_flip --output_dir=ddpm-ema-64 --train_batch_size=16 "
      "--num_epochs=100 --gradient_accumulation_steps=1 --use_ema --learning_rate=1e-4 --lr_warmup_steps=500 "
      "--mixed_precision=no",
-     dict(path_to_data="pics", img_size=(64, 64), flip=True, working_directory="ddpm-ema-64",
+     dict(path_to_data="pics", img_size=(64, 64), random_crop=False, flip=True, working_directory="ddpm-ema-64",
           generated_directory="ddpm-ema-64", batch_size=16, epochs=100, gradient_accumulation_steps=1, use_ema=True,
           learning_rate=1e-4, warmup_steps=500, precision="fp32")),
     ("--save_images_epochs 10 --save_model_epochs 20 --checkpointing_steps 500 --checkpoints_total_limit 3 --logger wandb",
@@ -133,6 +133,10 @@ PEERS = [
     ("--lr_scheduler constant --lr_warmup_steps 500", dict(lr_schedule="constant", warmup_steps=0)),
     ("--lr_scheduler constant_with_warmup --lr_warmup_steps 500", dict(lr_schedule="constant", warmup_steps=500)),
     ("--lr_scheduler cosine", dict(lr_schedule="cosine")),
+    ("--lr_scheduler linear --adam_beta1 0.95 --adam_beta2 0.99", dict(lr_schedule="linear", adam_betas=(0.95, 0.99))),
+    ("--lr_scheduler cosine_with_restarts --adam_beta1 0.95",
+     dict(lr_schedule="cosine_with_restarts", lr_cycles=1, adam_betas=(0.95, 0.999))),
+    ("--lr_scheduler cosine_with_restarts --lr_num_cycles 3", dict(lr_schedule="cosine_with_restarts", lr_cycles=3)),
 
     # denoising-diffusion-pytorch's Unet, GaussianDiffusion and Trainer.
     ("--dim 64 --dim_mults 1,2,4,8 --image_size 128 --timesteps 1000 --sampling_timesteps 250 --objective pred_v "
@@ -153,9 +157,11 @@ PEERS = [
     ("--batch 500 --tick 10 --snap 5 --cbase 128 --cres 1,2,2 --workers 1 --transfer there.pt",
      dict(batch_size=500, log_every=20, checkpoint_rate=100, base_channels=128, channel_mults=(1, 2, 2), num_workers=1,
           init_from="there.pt")),
+    ("--ema 0.5", dict(ema_halflife=500_000.0)),
+    ("--ema 0", dict(use_ema=False)),
     ("--batch-size 1000 --snap 50", dict(batch_size=1000, checkpoint_rate=2500)),
-    ("--mode inference --network=C.pt --outdir=out --class=3 --batch=64 --steps=18 --solver=heun",
-     dict(mode="inference", model_path="C.pt", save_dir="out", classes="3", sample_batch_size=64, steps=18,
+    ("--mode inference --network=C.pt --outdir=out --seeds=0-63 --class=3 --batch=64 --steps=18 --solver=heun",
+     dict(mode="inference", model_path="C.pt", save_dir="out", seeds="0-63", classes="3", sample_batch_size=64, steps=18,
           sampler="heun")),
 ]
 
@@ -173,7 +179,7 @@ def test_flags_of_peers_mean_the_same(line, options):
     ("--duration 200", "--batch_size"), ("--duration many --batch 4", "above 0"), ("--snap 5", "--batch_size"),
     ("--precond edm", "--prediction"), ("--augment 0.12", "--flip"), ("--S_churn 40", "--eta"), ("--sigma_max 80", "--spacing"),
     ("--logger comet", "tensorboard"), ("--lr_scheduler polynomial", "cosine"), ("--amp maybe", "--amp maybe: wants True or False"),
-    ("--center_crop False", "cannot be switched off"), ("--num_samples 25", "--num_images"), ("--batch none", "--batch none: ")])
+    ("--enable_xformers_memory_efficient_attention False", "cannot be switched off"), ("--adam_beta1 2", "--adam_beta1 2: "), ("--num_samples 25", "--num_images"), ("--batch none", "--batch none: ")])
 def test_flags_of_peers_without_a_counterpart(folder, capsys, line, words):
     """One line that says what to do instead, before anything is made."""
     error = fails(capsys, "--mode", "train", "--dataset", "digits", *shlex.split(line))
