@@ -17,10 +17,11 @@ between the rounds.
 
 from __future__ import annotations
 
-import signal
+# signal itself imports others first, and Ctrl-C would print a traceback there.
+import _signal
 
-if __name__ == "__main__" and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
-    signal.signal(signal.SIGINT, signal.SIG_DFL)            # Ctrl-C while torch is imported: no traceback
+if __name__ == "__main__" and _signal.getsignal(_signal.SIGINT) is _signal.default_int_handler:
+    _signal.signal(_signal.SIGINT, _signal.SIG_DFL)              # Ctrl-C while torch is imported: no traceback
 
 import argparse
 import dataclasses

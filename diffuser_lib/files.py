@@ -308,12 +308,22 @@ def run_script(script: str, parse: Callable[[], argparse.Namespace], work: Calla
         warn(f"\n{script}: interrupted")
         return 130
     except Exception as error:
+        if was_interrupted(error):
+            warn(f"\n{script}: interrupted")
+            return 130
         if debug:
             raise
         clearer = explain(error)
         return 1 if clearer is None else report_failure(script, clearer)
     finally:
         IN_SCRIPT.reset(outside)
+
+
+def was_interrupted(error: BaseException | None) -> bool:
+    """Whether an error came of Ctrl-C, which some libraries turn into errors of their own while they are imported."""
+    while error is not None and not isinstance(error, KeyboardInterrupt):
+        error = error.__cause__ or error.__context__
+    return error is not None
 
 
 def report_failure(script: str, error: Exception) -> int:

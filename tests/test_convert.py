@@ -474,7 +474,7 @@ def test_debug_shows_the_traceback(arguments, folder):
     done = cli(*arguments, cwd=folder, script="convert.py")
     assert done.returncode == 1 and done.stderr.count("Traceback") == 2 and "SafetensorError" in done.stderr
     done = cli("from-safetensors", "some.st", "x.pt", cwd=folder, script="convert.py")
-    assert done.returncode == 1 and done.stderr.count("\n") == 1 and "from-safetensors failed (SafetensorError" in done.stderr
+    assert done.returncode == 2 and done.stderr.count("\n") == 1 and "some.st is no whole file of safetensors" in done.stderr
 
 
 @pytest.mark.parametrize("arguments, words", [

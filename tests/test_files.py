@@ -351,6 +351,47 @@ def test_an_interrupt_is_130(capsys):
         assert capsys.readouterr().err == "\nexample: interrupted\n"
 
 
+def test_an_interrupt_that_a_library_hides_is_130(capsys):
+    """An error that came of Ctrl-C during an import somewhere deep is told as what it is."""
+    def work(options):
+        try:
+            raise KeyboardInterrupt
+        except KeyboardInterrupt as interrupt:
+            raise ImportError("no such part") from interrupt
+
+    assert run(work) == 130
+    assert capsys.readouterr().err == "\nexample: interrupted\n"
+
+
+# Interrupts itself when its first import after its header begins.
+EARLY = """
+import os, runpy, signal, sys
+import _signal
+
+class Interrupt:
+    def find_spec(self, name, path=None, target=None):
+        if name in ("signal", "argparse", "torch"):
+            sys.meta_path.remove(self)
+            os.kill(os.getpid(), 2)
+
+for name in ("signal", "argparse", "torch"):
+    sys.modules.pop(name, None)
+_signal.signal(2, _signal.default_int_handler)
+sys.meta_path.insert(0, Interrupt())
+runpy.run_path(sys.argv[1], run_name="__main__")
+"""
+
+
+@pytest.mark.parametrize("script", [
+    "convert.py", "diffuser.py", "edit.py", "evaluate.py", "plot_loss.py", "report.py", "benchmarks/quality.py",
+    "benchmarks/speed.py"])
+def test_ctrl_c_during_the_first_imports_leaves_no_traceback(script, tmp_path):
+    """From the first import on that takes any time, in every script: it ends as a program does at Ctrl-C."""
+    done = subprocess.run([sys.executable, "-c", EARLY, str(ROOT / script)], cwd=tmp_path, capture_output=True, text=True,
+                          preexec_fn=heed_interrupts, timeout=60)
+    assert (done.returncode, done.stdout, done.stderr) == (-signal.SIGINT, "", "")
+
+
 # ---- Scripts: in a process of their own --------------------------------------------------------
 
 # Asks for nothing, prints what it is told to, and may wait to be interrupted.
