@@ -2252,30 +2252,17 @@ def use_cpu_kernels(network: nn.Module, compute: ComputeConfig) -> None:
 # Threads of a CPU.
 
 ALL_THREADS = torch.get_num_threads()                            # one per core, or OMP_NUM_THREADS
-SMALL_STEP = 4e9                                                 # multiply-adds
+SMALL_STEP = 8e9                                                 # operations
 
 
 def use_threads(cfg: Config, shape: tuple[int, int, int], num_classes: int) -> None:
     """Let torch use all threads, or one for networks so small that threads mostly wait for each other.
 
-    Two threads make digits' steps (1.3e9 multiply-adds) a quarter faster on two idle cores and three times slower where
+    Two threads make digits' steps (2.6e9 operations) a quarter faster on two idle cores and three times slower where
     anything else uses one of them. A rule, so that the same command computes the same.
     """
-    step = 3 * cfg.batch_size * multiply_adds(cfg, shape, num_classes)       # the backward pass is twice the forward
+    step = 3 * cfg.batch_size * network_operations(cfg, shape, num_classes)  # the backward pass is twice the forward
     torch.set_num_threads(1 if step < SMALL_STEP else ALL_THREADS)
-
-
-@lru_cache
-def multiply_adds(cfg: Config, shape: tuple[int, int, int], num_classes: int) -> int:
-    """Multiply-adds of the configured network's convolutions and linear layers for one image. Takes no memory."""
-    total = 0
-
-    def count(module: nn.Module, inputs: tuple, output: Tensor) -> None:
-        nonlocal total
-        total += output[0].numel() * module.weight[0].numel()
-
-    run_on_meta(cfg, shape, num_classes, lambda module: isinstance(module, (nn.Conv2d, nn.Linear)), count)
-    return total
 
 
 class CoreWatch:
@@ -2343,23 +2330,13 @@ def network_size(cfg: Config, shape: tuple[int, int, int], num_classes: int) -> 
         elif not isinstance(module, Concat):
             outputs.append(output[0].numel())
 
-    network = run_on_meta(cfg, shape, num_classes, lambda module: not list(module.children()), count)
-    return sum(p.numel() for p in network.parameters()), sum(outputs)
-
-
-def run_on_meta(cfg: Config, shape: tuple[int, int, int], num_classes: int, watched: Callable[[nn.Module], bool],
-                hook: Callable) -> UNet:
-    """Call the configured network without memory or arithmetic; hook(module, inputs, output) sees the watched modules.
-
-    Returns the network.
-    """
     with torch.device("meta"):
         network = build_unet(dataclasses.replace(cfg, gradient_checkpointing=False), shape[0], num_classes)
         for module in network.modules():
-            if watched(module):
-                module.register_forward_hook(hook)
+            if not list(module.children()):
+                module.register_forward_hook(count)
         network(torch.zeros(2, *shape), torch.zeros(2, dtype=torch.long))   # of one, a norm may not like a 1x1 map
-    return network
+    return sum(p.numel() for p in network.parameters()), sum(outputs)
 
 
 @lru_cache
