@@ -190,10 +190,8 @@ class Config:
         "", "options from a run's config.json, to repeat it", per_run=True, common=True)
     seed: int = opt(0, "seed of everything random", lo=0, hi=2**63 - 1, common=True)
     yes: bool = opt(False, "ask nothing: take every default", per_run=True, common=True)
-    dry_run: bool = opt(
-        False, "print settings, parameters, steps, memory and time, then stop", per_run=True, common=True)
-    check: bool = opt(
-        False, "look at this machine: what it has, what is missing, whether it can train", per_run=True, common=True)
+    dry_run: bool = opt(False, "print settings, sizes, memory, time; then stop", per_run=True, common=True)
+    check: bool = opt(False, "see what this machine has, lacks and can do", per_run=True, common=True)
     debug: bool = opt(False, "show the traceback of a failure", per_run=True)
 
     data_dir: str = opt(
@@ -1917,7 +1915,9 @@ def settle_dataset(cfg: Config, data: ImageData | None = None) -> Config:
                         "class_names")
     if cfg.random_crop and data.uncropped is None:
         raise UserError("--random_crop needs larger images: ImageData with them as uncropped, see crop_to_middle")
-    return dataclasses.replace(cfg, dataset=cfg.dataset or "folder")
+    channels, height, width = images.shape[1:]
+    check_image_size(height, width, len(cfg.channel_mults), cfg.patch_size)
+    return dataclasses.replace(cfg, dataset=cfg.dataset or "folder", channels=channels, img_size=(height, width))
 
 
 def crop_to_middle(data: ImageData, height: int, width: int) -> ImageData:
@@ -3592,8 +3592,6 @@ class Trainer:
         cfg = settle_dataset(cfg, data)
         if data is not None:
             self.data = select_labels(cfg, data)
-            _, height, width = data.images.shape[1:]
-            check_image_size(height, width, len(cfg.channel_mults), cfg.patch_size)
         else:
             with self.processes.main_first():
                 self.data = load_data(cfg)
