@@ -680,7 +680,7 @@ def test_a_place_that_cannot_be_written_is_told_before_the_work(tmp_path):
     (tmp_path / "file").write_text("")
     for path, as_folder in (("file/x.json", False), ("x" * 300, False), ("x" * 252, False), (".", False), ("file", True),
                             ("/dev/null", False), ("/proc/nothing/x.json", False)):
-        with pytest.raises(UserError, match="--json") as error:
+        with pytest.raises(UserError, match="json") as error:
             require_writable(tmp_path / path, "--json", folder=as_folder)
         assert error.value.code == 2 and "\n" not in str(error.value)
     require_writable(tmp_path / "new" / "deeper" / "x.json", "--json")
