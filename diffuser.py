@@ -4513,10 +4513,9 @@ def training_loop(trainer: Trainer, monitor: Monitor, signals: Signals, bar: tqd
             if due.log or due.grid:
                 bar.set_description(f"epoch {trainer.epoch:.4g}/{trainer.total / per_epoch:.4g} loss {loss:.4f}")
 
-        if due.log:
-            advice = cores.look()
-            if advice:
-                processes.print0(f"\n{advice}")
+        advice = cores.look()
+        if advice:
+            processes.print0(f"\n{advice}")
 
         # The length of the run: over early, or set anew to end on time.
         if due.log and cfg.early_stop_loss_change and monitor.plateaued():

@@ -405,7 +405,7 @@ def test_full_disk_leaves_the_old_figure(tmp_path, monkeypatch, capsys):
     before = sorted(run.iterdir())
 
     fill_disk(monkeypatch)
-    assert plot_loss.main([str(run)]) == 2
+    assert plot_loss.main([str(run)]) == 1
     errors = capsys.readouterr().err
     assert errors.startswith("plot_loss: cannot write") and errors.count("\n") == 1
     assert "loss.png" in errors and os.strerror(errno.ENOSPC) in errors and "--save" in errors
