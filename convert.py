@@ -590,7 +590,10 @@ def from_diffusers(folder: str, checkpoint: str, class_names: str | None = None,
 
     # Find the configuration that computes the same.
     height, width = image_size(img_size, theirs, folder)
-    known = diffuser.configure(extras.config) if extras.config else None
+    try:
+        known = diffuser.configure(extras.config) if extras.config else None
+    except UserError as error:
+        raise UserError(f"{home / 'diffuser.json'} cannot be used: {error}") from error
     options = network_options(theirs.config, known) | schedule_options(scheduler, notes, known)
     embeddings = theirs.config.num_class_embeds or 0
     names = read_class_names(class_names, embeddings, extras.class_names)
@@ -670,7 +673,9 @@ def read_json(path: Path) -> dict:
 def read_unet2d(folder: Path):
     """The UNet2DModel of a pipeline's folder, or in a folder of its own, in float32. Raises UserError."""
     from diffusers import UNet2DModel
+    from diffusers.utils import logging
 
+    logging.set_verbosity_error()                                # what is wrong is told below, in a line
     home = folder
     if (folder / "unet").is_dir():
         home = folder / "unet"
@@ -737,16 +742,16 @@ def check_config(path: Path, config: dict, kind: type, ranges: dict) -> None:
     The types are those of the defaults of its constructor.
     """
     for name, parameter in inspect.signature(kind).parameters.items():
-        value = config.get(name)
-        if value is None:                                        # the default, or none
-            continue
+        value = config.get(name, parameter.default)
         wrong = f"{path} cannot be used: its {name} is {repr(value)[:60]}"
+        if value is None and "None" in str(parameter.annotation):
+            continue
         if not has_type_of(value, parameter.default):
             raise UserError(wrong)
         if name in ranges:
             low, high = ranges[name]
             numbers = (int,) if high > 1 else (int, float)
-            entries = value if isinstance(value, list) else [value]
+            entries = value if isinstance(value, (list, tuple)) else [value]
             if not all(type(n) in numbers and low <= n <= high for n in entries):
                 raise UserError(f"{wrong}, and lies between {low:,} and {high:,} here")
 
@@ -760,7 +765,7 @@ def has_type_of(value, default) -> bool:
     if isinstance(default, str):
         return isinstance(value, str)
     if isinstance(default, tuple):
-        return isinstance(value, list) and all(has_type_of(entry, default[0]) for entry in value)
+        return isinstance(value, (list, tuple)) and all(has_type_of(entry, default[0]) for entry in value)
     return not isinstance(value, dict)
 
 
@@ -844,7 +849,11 @@ def read_scheduler(folder: Path, notes: list[str]):
         config.setdefault("clip_sample", False)                  # others have no such thing
 
     known = inspect.signature(DDPMScheduler).parameters
-    return DDPMScheduler(**{name: value for name, value in config.items() if name in known})
+    try:
+        return DDPMScheduler(**{name: value for name, value in config.items() if name in known})
+    except Exception as error:                                   # diffusers raises many kinds here
+        raise UserError(f"{path} cannot be used: no schedule can be made of it, its beta_schedule is "
+                        f"{config.get('beta_schedule')!r}") from error
 
 
 # ---- safetensors -------------------------------------------------------------------------------

@@ -166,7 +166,10 @@ def printable_beside_bars(text: str) -> str:
 
 
 def write_printably(stream: TextIO, name: str, filter_text: Callable[[str], str]) -> None:
-    """Let filter_text have all that is written to a stream of this process; an error of a full disk gets its name."""
+    """Let filter_text have all that is written to a stream of this process.
+
+    An error of a full disk gets the stream's name, and is kept as its attribute full_disk: callers may let it pass.
+    """
     def named(call: Callable) -> Callable:
         def call_named(*arguments):
             try:
@@ -174,6 +177,7 @@ def write_printably(stream: TextIO, name: str, filter_text: Callable[[str], str]
             except OSError as error:
                 if is_full_disk(error):
                     error.filename = name
+                    stream.full_disk = error
                 raise
 
         return call_named
@@ -379,11 +383,12 @@ def end_process(main: Callable[[], int]) -> None:
         try:
             if stream is not None:
                 stream.flush()
-        except OSError as error:                                 # its reader has gone, or its disk is full
+        except OSError:                                          # its reader has gone, or its disk is full
             os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
-            if stream is sys.stdout and error.errno != errno.EPIPE and not status:
-                warn(f"{Path(sys.argv[0]).stem}: standard output: {error.strerror}")
-                status = 1
+    lost = getattr(sys.stdout, "full_disk", None)
+    if lost is not None and not status:                          # what it printed is what it was run for
+        warn(f"{Path(sys.argv[0]).stem}: standard output: {lost.strerror}")
+        status = 1
     sys.exit(status)
 
 

@@ -492,6 +492,9 @@ def test_output_that_is_lost_is_told():
         process = start(SCRIPT, stdout=full, stderr=subprocess.PIPE)
         _, errors = process.communicate(timeout=60)
     assert (process.returncode, errors) == (1, "-c: standard output: No space left on device\n")
+    with open("/dev/full", "w") as full:                         # argparse lets the error of its own write pass
+        done = subprocess.run([sys.executable, "-u", ROOT / "report.py", "--help"], stdout=full, stderr=subprocess.PIPE, text=True)
+    assert (done.returncode, done.stderr) == (1, "report: standard output: No space left on device\n")
     with open("/dev/full", "w") as full:
         process = start(SCRIPT, "--times", 100_000, stdout=full, stderr=subprocess.PIPE)
         _, errors = process.communicate(timeout=60)
