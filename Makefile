@@ -18,7 +18,7 @@ help:  ## list these targets
 demo: $(RUNTIME)  ## train on the shipped digits, sample from the result, plot the loss
 	@rm -rf checkpoints/demo samples/demo samples/samples_demo_*
 	$(VENV) diffuser.py --mode train --dataset digits --experiment_name demo
-	$(VENV) diffuser.py --mode inference --working_directory checkpoints/demo --yes --num_images 100 --save_dir samples/demo
+	$(VENV) diffuser.py --mode inference --experiment_name demo --yes --num_images 100 --save_dir samples/demo
 	$(VENV) plot_loss.py --no-show samples/samples_demo_*
 	@echo && \
 	echo "Samples drawn in training:  $$(ls -d samples/samples_demo_*)/" && \
