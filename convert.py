@@ -598,7 +598,7 @@ def from_diffusers(folder: str, checkpoint: str, class_names: str | None = None,
     embeddings = theirs.config.num_class_embeds or 0
     names = read_class_names(class_names, embeddings, extras.class_names)
     dataset = extras.config.get("dataset") or "folder"
-    cfg = diffuser.configure(extras.config, **options, dataset=dataset, img_size=(height, width),
+    cfg = diffuser.configure({**diffuser.DDPM, **extras.config}, **options, dataset=dataset, img_size=(height, width),
                              use_labels=bool(names))
     shape = (cfg.channels, height, width)
 

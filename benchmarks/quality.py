@@ -74,7 +74,7 @@ def our_settings(args: argparse.Namespace, recipe: str) -> dict:
     if not args.path_to_data:
         return dict(dataset=args.dataset, recipe=recipe)
 
-    settings = dict(diffuser.PRESETS[args.dataset])
+    settings = {**diffuser.DDPM, **diffuser.PRESETS[args.dataset]}           # nothing of the folder's own preset
     if recipe:
         settings.update(diffuser.BEST[args.dataset])
     del settings["epochs"]
