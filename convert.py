@@ -23,6 +23,7 @@ if __name__ == "__main__" and _signal.getsignal(_signal.SIGINT) is _signal.defau
 import argparse
 import copy
 import dataclasses
+import errno
 import inspect
 import json
 import math
@@ -1091,8 +1092,11 @@ def convert(args: argparse.Namespace) -> str:
         raise UserError(f"{error.name} is needed: pip install diffusers safetensors", code=1) from error
     except Exception as error:                                   # the libraries raise many kinds
         clearer = diffuser.explain(error, "close other programs, or use a larger machine")
-        if clearer is not error or isinstance(error, OSError) or is_full_disk(error):
+        if clearer is not error or isinstance(error, OSError):
             raise clearer from None
+        if is_full_disk(error):                                  # safetensors says so without a path
+            target = arguments[COMMANDS[command].target]
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), target) from error
         raise UserError(f"{command} failed ({type(error).__name__}: {first_line(error)})", code=1) from error
 
 

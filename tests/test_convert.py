@@ -575,3 +575,15 @@ def test_a_target_that_cannot_be_written_is_told_before_the_work(folder, capsys)
                       ["to-diffusers", "nowhere.pt", "file/x"], ["from-safetensors", "nowhere", "file/x.pt"]):
         assert convert.main(arguments) == 2
         assert "cannot write to file/x" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("error", [
+    RuntimeError("Error while serializing: I/O error: No space left on device (os error 28)"), OSError(28, "full", "there")])
+def test_a_full_disk_is_exit_1_and_names_the_target(folder, monkeypatch, capsys, error):
+    """Whichever library meets it, and with whatever words."""
+    path = str(diffuser.train(tiny_training()))
+    capsys.readouterr()
+    monkeypatch.setattr(DDPMPipeline, "save_pretrained", lambda *a, **k: (_ for _ in ()).throw(error))
+    assert convert.main(["to-diffusers", path, "there"]) == 1
+    errors = [line for line in capsys.readouterr().err.splitlines() if line.startswith("convert:")]
+    assert len(errors) == 1 and errors[0].startswith("convert: there: ")
