@@ -572,12 +572,13 @@ def test_every_training_recipe_learns(folder, recipe):
 def test_training_for_minutes(folder, capsys):
     """train_minutes: the steps that fit are counted from real ones, stored, kept on resuming, and take about that
     long; another number of minutes adds what fits into those."""
-    cfg = tiny_training(iterations=0, train_minutes=0.12, sample_every=1000)
+    cfg = tiny_training(iterations=0, train_minutes=0.2, sample_every=1000)
+    Trainer(cfg, Devices(cfg))                                               # what torch imports then takes its time
     begun = time.perf_counter()
     path = train(cfg)
     took, first = time.perf_counter() - begun, load_checkpoint(path)
-    assert "steps fit into 0.12 minutes" in capsys.readouterr().out
-    assert first["step"] == first["config"]["iterations"] > 20 and 2 < took < 60
+    assert "steps fit into 0.2 minutes" in capsys.readouterr().out
+    assert first["step"] == first["config"]["iterations"] > 10 and 2 < took < 100
     assert load_checkpoint(train(cfg))["step"] == first["step"]              # the same call: it is done
     longer, before = dataclasses.replace(cfg, train_minutes=0.05), copy.deepcopy(first["optimizer"])
     diffuser.steps_for_minutes(longer, Devices(longer), first, time.perf_counter() + 3)
