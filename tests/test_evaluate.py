@@ -287,7 +287,7 @@ def test_out_of_memory_is_told_with_what_to_do(monkeypatch, capsys):
 
     monkeypatch.setattr(evaluate, "evaluate", fail)
     assert evaluate.main(["out", "--against", "digits"]) == 1
-    assert capsys.readouterr().err.startswith("evaluate: out of memory: give fewer or smaller images")
+    assert capsys.readouterr().err.startswith("evaluate: out of memory: give fewer images at a time")
 
 
 def test_ctrl_c_ends_without_a_traceback(folder):
