@@ -443,11 +443,6 @@ def write_checkpoint(source: str, path: Path, network: diffuser.UNet, cfg: diffu
         raise UserError(f"{source} cannot be used: {error}") from error
 
 
-def count_parameters(network: nn.Module) -> int:
-    """How many numbers it has to learn."""
-    return sum(p.numel() for p in network.parameters())
-
-
 def require_free(path: str, name: str) -> Path:
     """The path. Raises UserError where something is that would be overwritten, or where nothing can be written.
 
@@ -616,8 +611,8 @@ def from_diffusers(folder: str, checkpoint: str, class_names: str | None = None,
         moments = diffuser.standard_moments(shape, len(names))
     write_checkpoint(folder, target, network, cfg, shape, names, moments)
 
-    notes.append(f"{target}: {count_parameters(network):,} parameters, images {height}x{width}x{cfg.channels}, "
-                 f"{len(names)} classes")
+    notes.append(f"{target}: {diffuser.count_parameters(network):,} parameters, "
+                 f"images {height}x{width}x{cfg.channels}, {len(names)} classes")
     return "\n".join(notes)
 
 
@@ -798,7 +793,7 @@ def sketch_unet2d(path: Path, config: dict):
     except Exception as error:                                   # diffusers raises many kinds here
         raise UserError(f"{path} cannot be used: no network can be made of it ({first_line(error)})") from error
 
-    need = 8 * count_parameters(sketch)                          # theirs and ours
+    need = 8 * diffuser.count_parameters(sketch)                 # theirs and ours
     free = diffuser.free_memory(torch.device("cpu"))
     if need > free:
         raise UserError(f"{path}: the network takes {need / 2**30:.2g} GiB, {free / 2**30:.2g} GiB are free")
@@ -928,7 +923,7 @@ def from_safetensors(path: str, checkpoint: str) -> str:
     except RuntimeError as error:
         raise UserError(f"{path} cannot be used: its tensors are not those of its configuration") from error
     write_checkpoint(path, target, network, cfg, shape, class_names, moments)
-    return f"{target}: {count_parameters(network):,} parameters"
+    return f"{target}: {diffuser.count_parameters(network):,} parameters"
 
 
 # ---- Model card --------------------------------------------------------------------------------

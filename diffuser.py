@@ -94,7 +94,6 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor, nn
-from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
 
 from diffuser_lib import cpu_kernels
@@ -442,6 +441,12 @@ ARCHITECTURAL = {name for name, spec in FIELDS.items() if spec.metadata["archite
 LENGTH_UNITS = {"epochs": "epochs", "iterations": "steps", "train_minutes": "minutes"}
 LENGTHS = tuple(LENGTH_UNITS)
 
+
+def length_that_counts(options: dict) -> str:
+    """The name of the one that settles how long a run is: steps before minutes before epochs; empty without any."""
+    return next((name for name in ("iterations", "train_minutes", "epochs") if options.get(name)), "")
+
+
 # The recommended settings of each dataset.
 PRESETS = {
     "digits": dict(
@@ -526,7 +531,7 @@ def folder_preset(known: dict) -> dict:
     patch_size = 1
     while 2 * patch_size * row.tokens <= min(height, width) and patch_size < 16:
         patch_size *= 2
-    while patch_size > 1 and (height % (patch_size * 2 ** (levels - 1)) or width % (patch_size * 2 ** (levels - 1))):
+    while patch_size > 1 and not divides(height, width, levels, patch_size):
         patch_size //= 2
     preset["patch_size"] = patch_size
     return preset
@@ -537,6 +542,7 @@ def preset_of(known: dict) -> dict:
     if known.get("dataset") == "folder":
         return folder_preset(known)
     return dict(PRESETS.get(known.get("dataset", ""), {}))
+
 
 # --recipe best: what benchmarks/ found best for a dataset; see its README for the experiments.
 BEST = {
@@ -811,11 +817,22 @@ def attended_levels(cfg: Config) -> set[int]:
     return levels
 
 
+def size_unit(levels: int, patch_size: int) -> int:
+    """What both sides of an image have to divide by, so that it can be halved at each level below the first."""
+    return patch_size * 2 ** (levels - 1)
+
+
+def divides(height: int, width: int, levels: int, patch_size: int) -> bool:
+    """Whether they do."""
+    unit = size_unit(levels, patch_size)
+    return height % unit == 0 and width % unit == 0
+
+
 def check_image_size(height: int, width: int, levels: int, patch_size: int = 1) -> None:
     """Raise UserError for an image that cannot be halved at each level below the first."""
-    unit = patch_size * 2 ** (levels - 1)
-    if height % unit == 0 and width % unit == 0:
+    if divides(height, width, levels, patch_size):
         return
+    unit = size_unit(levels, patch_size)
 
     def nearest(size: int) -> str:
         below = max(unit, size // unit * unit)
@@ -1031,10 +1048,7 @@ def read_options(path: str) -> dict:
 
     dropped = {"mode", "config", "recipe", "yes", "dry_run", "check", "debug", "resume", "resume_from_checkpoint",
                *LENGTHS}
-    for length in ("iterations", "train_minutes", "epochs"):
-        if options.get(length):                                  # it counts; those behind it do not
-            dropped.remove(length)
-            break
+    dropped.discard(length_that_counts(options))
     kept = {name: value for name, value in options.items() if name not in dropped and value != ""}
     try:
         check_values(kept)
@@ -2243,6 +2257,11 @@ def compile_network(network: nn.Module, graphs: bool) -> nn.Module:
     return torch.compile(network, mode="reduce-overhead" if graphs else None)
 
 
+def uncompiled(network: nn.Module) -> nn.Module:
+    """The network itself, within a compiled one."""
+    return getattr(network, "_orig_mod", network)
+
+
 def use_cpu_kernels(network: nn.Module, compute: ComputeConfig) -> None:
     """Swap in the faster twins of modules where they are for this way of computing."""
     if compute.device == "cpu" and compute.precision == "bf16":
@@ -2261,7 +2280,8 @@ def use_threads(cfg: Config, shape: tuple[int, int, int], num_classes: int) -> N
     Two threads make digits' steps (2.6e9 operations) a quarter faster on two idle cores and three times slower where
     anything else uses one of them. A rule, so that the same command computes the same.
     """
-    step = 3 * cfg.batch_size * network_operations(cfg, shape, num_classes)  # the backward pass is twice the forward
+    operations = network_size(cfg, shape, num_classes).operations
+    step = 3 * cfg.batch_size * operations                       # the backward pass is twice the forward
     torch.set_num_threads(1 if step < SMALL_STEP else ALL_THREADS)
 
 
@@ -2303,6 +2323,11 @@ class CoreWatch:
 # Memory.
 
 
+def count_parameters(network: nn.Module) -> int:
+    """How many numbers it has to learn."""
+    return sum(p.numel() for p in network.parameters())
+
+
 def free_memory(device: torch.device) -> int:
     """Bytes that can still be had on a device; a large number where nobody can tell."""
     if device.type == "cuda":
@@ -2315,12 +2340,22 @@ def free_memory(device: torch.device) -> int:
         return 2**60
 
 
-@lru_cache
-def network_size(cfg: Config, shape: tuple[int, int, int], num_classes: int) -> tuple[int, int]:
-    """Parameters of the configured network, and values that its layers put out for one image.
+@dataclass(frozen=True)
+class NetworkSize:
+    """parameters: how many; values: what the layers put out for one image, about half of what training keeps;
+    operations: additions and multiplications for one image."""
 
-    The latter are about half of what training keeps. No memory is taken for either.
-    """
+    parameters: int
+    values: int
+    operations: int
+
+
+@lru_cache
+def network_size(cfg: Config, shape: tuple[int, int, int], num_classes: int) -> NetworkSize:
+    """The size of the configured network. Nothing is computed, and no memory taken."""
+    # Importing it takes a third of a second, which --help need not wait.
+    from torch.utils.flop_counter import FlopCounterMode
+
     outputs = []
 
     def count(module: nn.Module, inputs: tuple, output: Tensor) -> None:
@@ -2335,18 +2370,10 @@ def network_size(cfg: Config, shape: tuple[int, int, int], num_classes: int) -> 
         for module in network.modules():
             if not list(module.children()):
                 module.register_forward_hook(count)
-        network(torch.zeros(2, *shape), torch.zeros(2, dtype=torch.long))   # of one, a norm may not like a 1x1 map
-    return sum(p.numel() for p in network.parameters()), sum(outputs)
-
-
-@lru_cache
-def network_operations(cfg: Config, shape: tuple[int, int, int], num_classes: int) -> int:
-    """Additions and multiplications of the configured network for one image. Nothing is computed."""
-    with torch.device("meta"):
-        network = build_unet(dataclasses.replace(cfg, gradient_checkpointing=False), shape[0], num_classes)
         with FlopCounterMode(display=False) as counter:
+            # Two images: of one, a norm may not like a 1x1 map.
             network(torch.zeros(2, *shape), torch.zeros(2, dtype=torch.long))
-    return counter.get_total_flops() // 2
+    return NetworkSize(count_parameters(network), sum(outputs), counter.get_total_flops() // 2)
 
 
 def training_memory(cfg: Config, shape: tuple[int, int, int], num_classes: int, batch: int,
@@ -2355,11 +2382,11 @@ def training_memory(cfg: Config, shape: tuple[int, int, int], num_classes: int, 
 
     Fixed are weights, gradients, Adam's two moments, the average, and a step's images and noise.
     """
-    weights, values = network_size(cfg, shape, num_classes)
+    network = network_size(cfg, shape, num_classes)
     inputs = 3 * batch * cfg.gradient_accumulation_steps * math.prod(shape)
-    fixed = 4 * weights * (4 + cfg.use_ema) + 4 * inputs
+    fixed = 4 * network.parameters * (4 + cfg.use_ema) + 4 * inputs
 
-    activations = 2 * batch * values * (4 if precision == "fp32" else 2)
+    activations = 2 * batch * network.values * (4 if precision == "fp32" else 2)
     if cfg.gradient_checkpointing:
         activations //= 3
     return fixed, activations
@@ -2525,11 +2552,10 @@ class Model:
 
         Raises UserError for a network that the options do not describe.
         """
-        network = getattr(self.network, "_orig_mod", self.network)           # within a compiled one
         cfg = dataclasses.replace(self.config, dataset=self.config.dataset or "folder", channels=self.shape[0],
                                   img_size=self.shape[1:], use_labels=bool(self.class_names))
         try:
-            write_checkpoint(Path(path), network, cfg, self.shape, self.class_names, self.moments)
+            write_checkpoint(Path(path), uncompiled(self.network), cfg, self.shape, self.class_names, self.moments)
         except UserError as error:
             raise UserError(f"{path} was not written: {error}") from error
         return Path(path)
@@ -2638,7 +2664,7 @@ class Model:
             return cfg.sample_batch_size
         if self.device.type != "cuda":
             return max(1, 2**17 // math.prod(self.shape[1:]))                # larger ones are no faster
-        _, values = network_size(self.config, self.shape, len(self.class_names))
+        values = network_size(self.config, self.shape, len(self.class_names)).values
         if cfg.guidance_scale:
             values *= 2
         return max(1, min(1024, free_memory(self.device) // (4 * values)))
@@ -2700,8 +2726,7 @@ def describe_images(cfg: Config, shape: tuple[int, int, int], class_names: list[
 
 def describe_network(network: nn.Module) -> str:
     """Its kind and size, on part of a line."""
-    inner = getattr(network, "_orig_mod", network)               # within a compiled one
-    return f"{type(inner).__name__}, {sum(p.numel() for p in inner.parameters()):,} parameters"
+    return f"{type(uncompiled(network)).__name__}, {count_parameters(network):,} parameters"
 
 
 def list_classes(class_names: list[str], most: int = 30) -> str:
@@ -3420,7 +3445,7 @@ def build_model(state: dict, cfg: Config) -> Model:
     device = Devices(cfg).device
     shape = tuple(state["shape"])
     names = state["class_names"]
-    parameters, _ = network_size(cfg, shape, len(names))
+    parameters = network_size(cfg, shape, len(names)).parameters
     free = free_memory(device)
     if 8 * parameters > free:
         raise UserError(f"the network takes {8 * parameters / 2**30:.2g} GiB, {free / 2**30:.2g} GiB are free")
@@ -4056,12 +4081,16 @@ class Monitor:
         cfg = self.trainer.cfg
         return dataclasses.replace(cfg, sampler="dpmpp", steps=min(cfg.preview_steps, cfg.timesteps))
 
+    def grid_plan(self) -> tuple[list[int], int]:
+        """The classes that grids show, at most ten, and how many images of each, or in all without classes."""
+        classes = list(range(min(self.trainer.null_class, 10)))
+        return classes, self.trainer.cfg.num_generations or (4 if classes else 16)
+
     def draw_grid(self, loss: float) -> Path:
         """A grid of samples, epoch and loss in its name; a denoising strip beside it where asked for."""
         trainer = self.trainer
         cfg = self.preview_config()
-        classes = list(range(min(trainer.null_class, 10)))
-        rows = cfg.num_generations or (4 if classes else 16)
+        classes, rows = self.grid_plan()
         labels = trainer.model.labels(classes, rows * max(1, len(classes)))
 
         images = torch.cat(list(draw_with_bar(trainer.model, labels, cfg)))
@@ -4078,8 +4107,7 @@ class Monitor:
         path = self.folder / "real.png"
         if path.exists():                                        # drawn before the run was resumed
             return
-        classes = list(range(min(trainer.null_class, 10)))
-        rows = trainer.cfg.num_generations or (4 if classes else 16)
+        classes, rows = self.grid_plan()
         indices = trainer.batches.indices
         labels = trainer.data.labels[indices]
 
@@ -4188,6 +4216,14 @@ class Pace:
 USABLE_SECONDS = 57                                              # of a minute of --train_minutes: some slack
 
 
+def seconds_of(trainer: Trainer, work: Callable) -> float:
+    """How long work() takes, with all that the device has to do for it."""
+    before = time.perf_counter()
+    work()
+    float(trainer.grad_norm)                                     # waits for the device
+    return time.perf_counter() - before
+
+
 def steps_for_minutes(cfg: Config, devices: Devices, state: dict | None, deadline: float,
                       data: ImageData | None = None) -> tuple[Config, ComputeConfig]:
     """The configuration with as many iterations as fit until the deadline (a perf_counter); how their trial computed.
@@ -4198,12 +4234,7 @@ def steps_for_minutes(cfg: Config, devices: Devices, state: dict | None, deadlin
     trainer = Trainer(endless, devices, copy.deepcopy(state), data=data)
     first = trainer.step
 
-    def measure(work: Callable) -> float:
-        before = time.perf_counter()
-        work()
-        float(trainer.grad_norm)                                 # waits for the device
-        return time.perf_counter() - before
-
+    measure = partial(seconds_of, trainer)
     step = statistics.median_high(measure(trainer.train_step) for _ in range(20))
     with tempfile.TemporaryDirectory() as folder:
         monitor = Monitor(trainer, None, Path(folder))
@@ -4239,10 +4270,10 @@ def time_a_step(cfg: Config, devices: Devices, shape: tuple[int, int, int], num_
 
     With as many images, up to a batch, as are done within half a second, or with four.
     """
-    parameters, _ = network_size(cfg, shape, num_classes)
-    work = 3 * network_operations(cfg, shape, num_classes)       # of an image, forwards and backwards
+    network = network_size(cfg, shape, num_classes)
+    work = 3 * network.operations                                # of an image, forwards and backwards
     budget = TRIAL_WORK if devices.device.type == "cpu" else 100 * TRIAL_WORK
-    if work + 100 * parameters > budget:
+    if work + 100 * network.parameters > budget:
         return None
 
     size = cfg.batch_size * cfg.gradient_accumulation_steps
@@ -4253,12 +4284,7 @@ def time_a_step(cfg: Config, devices: Devices, shape: tuple[int, int, int], num_
                                 compile=False, random_crop=False, val_fraction=0.0)
     trainer = TrialTrainer(trial, devices, data=data)
 
-    def measure() -> float:
-        begun = time.perf_counter()
-        trainer.train_step()
-        float(trainer.grad_norm)                                 # waits for the device
-        return time.perf_counter() - begun
-
+    measure = partial(seconds_of, trainer, trainer.train_step)
     measure()                                                    # the first one takes longer
     seconds = measure()
     here = batch // devices.processes.world                      # images of this process
@@ -4381,7 +4407,7 @@ def run_facts(trainer: Trainer) -> dict:
     """What config.json says of a run beside its options: what was chosen, how to repeat it, sizes."""
     cfg = trainer.cfg
     return dict(chosen=chosen_options(cfg), command=repeating_command(cfg),
-                parameters=sum(p.numel() for p in trainer.network.parameters()), images=len(trainer.batches.indices),
+                parameters=count_parameters(trainer.network), images=len(trainer.batches.indices),
                 shape=list(trainer.shape), classes=len(trainer.data.class_names))
 
 
@@ -4739,7 +4765,7 @@ def ask_recipe(asked: dict) -> dict:
 def ask_length(asked: dict) -> dict:
     """`asked` with the length of the run added. A number alone has the unit of the default."""
     cfg = complete(asked)
-    name = next(name for name in ("iterations", "train_minutes", "epochs") if getattr(cfg, name))
+    name = length_that_counts(vars(cfg))
     default = f"{getattr(cfg, name):g} {LENGTH_UNITS[name]}"
 
     def parse(text: str) -> dict:
@@ -4784,7 +4810,7 @@ def describe_run(cfg: Config, devices: Devices, shape: tuple[int, int, int], num
     if cfg.train_minutes and not cfg.iterations:
         length = f"as many steps of {batch} images as fit into {cfg.train_minutes:g} minutes"
     channels, height, width = shape
-    parameters, _ = network_size(cfg, shape, num_classes)
+    parameters = network_size(cfg, shape, num_classes).parameters
     left = alpha_bar_table(cfg)[-1].sqrt().item()
 
     lines = [f"device   {devices}, {compute}",
@@ -4837,7 +4863,7 @@ def usual_settings(cfg: Config) -> Config:
     """What the preset alone makes of the dataset; a folder's depends on the images' size and the length of the run."""
     known = dict(dataset=cfg.dataset, path_to_data=cfg.path_to_data, device=cfg.device)
     if cfg.dataset == "folder":
-        length = next(name for name in ("iterations", "train_minutes", "epochs") if getattr(cfg, name))
+        length = length_that_counts(vars(cfg))
         known |= {"img_size": cfg.img_size, length: getattr(cfg, length)}
     return complete(known)
 
@@ -4855,7 +4881,8 @@ def describe_time(cfg: Config, devices: Devices, shape: tuple[int, int, int], nu
         return f"{length}: about {int(60 * cfg.train_minutes / step):,} steps of {duration(step)}"
 
     if step is None:
-        work = 3 * network_operations(cfg, shape, num_classes) * cfg.batch_size * cfg.gradient_accumulation_steps
+        images_per_step = cfg.batch_size * cfg.gradient_accumulation_steps
+        work = 3 * network_size(cfg, shape, num_classes).operations * images_per_step
         return f"not measured: a step of {work / 1e12:.3g} teraflop takes long on {devices.device.type}"
     total, _, _ = training_length(cfg, images)
     return f"about {duration(total * step)}: {total:,} steps of {duration(step)}, and the grids"

@@ -92,11 +92,6 @@ def random_images(cfg: diffuser.Config, count: int = 2048) -> diffuser.ImageData
 diffuser.DATASETS["random"] = diffuser.DatasetSpec(lambda cfg, train: random_images(cfg), "noise", (3, 32, 32))
 
 
-def parameters(network: nn.Module) -> int:
-    """How many there are."""
-    return sum(p.numel() for p in network.parameters())
-
-
 # ---- Contestants: (configuration, precision) -> Contestant -------------------------------------
 
 
@@ -208,9 +203,9 @@ def lucidrains_network(cfg: diffuser.Config) -> nn.Module:
     mults = {8: (1, 2), 28: (1, 2, 4), 32: (1, 2, 4, 8), 64: (1, 2, 4, 8)}.get(cfg.img_size[0], (1, 2, 4))
     distances = {}                                               # width: how far it is from our number of parameters
     with torch.device("meta"):
-        wanted = parameters(diffuser.build_unet(cfg, cfg.channels, 0))
+        wanted = diffuser.count_parameters(diffuser.build_unet(cfg, cfg.channels, 0))
         for dim in range(8, 160, 4):
-            distances[dim] = abs(parameters(Unet(dim, dim_mults=mults, channels=cfg.channels)) - wanted)
+            distances[dim] = abs(diffuser.count_parameters(Unet(dim, dim_mults=mults, channels=cfg.channels)) - wanted)
     nearest = min(distances, key=distances.get)
     return Unet(nearest, dim_mults=mults, channels=cfg.channels, dropout=cfg.dropout)
 
@@ -342,7 +337,8 @@ def measure(args: argparse.Namespace) -> dict:
         drawing = seconds(lambda: contestant.draw(args.images, args.steps), 0, 0, 1)
 
     work = flops(contestant, cfg)
-    return dict(parameters=parameters(contestant.network), step=step, memory=memory, drawing=drawing, flops=work)
+    parameters = diffuser.count_parameters(contestant.network)
+    return dict(parameters=parameters, step=step, memory=memory, drawing=drawing, flops=work)
 
 
 def in_process(*flags: object) -> dict:
@@ -465,7 +461,7 @@ def curve_point(args: argparse.Namespace) -> dict:
 
     loading = seconds(lambda: run.batches(run.step), 1.0)
     step = seconds(run.train_step, args.seconds)
-    return dict(step=step, loading=loading, memory=peak_memory(), parameters=parameters(run.network))
+    return dict(step=step, loading=loading, memory=peak_memory(), parameters=diffuser.count_parameters(run.network))
 
 
 def curves(args: argparse.Namespace) -> list[dict]:

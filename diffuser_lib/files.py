@@ -205,7 +205,6 @@ def read_json_object(path: Path, most: int = 2**24) -> dict:
 # ---- Scripts -----------------------------------------------------------------------------------
 
 
-
 class HelpFormatter(argparse.RawDescriptionHelpFormatter):
     """Help that keeps its lines where they fit, and shows a value as N, X, PATH or NAME, by the type of the option."""
 
