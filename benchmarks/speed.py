@@ -456,7 +456,7 @@ def curve_point(args: argparse.Namespace) -> dict:
     changes, batch, images = CURVES[args.curves][args.point]
     diffuser.DATASETS["random"] = diffuser.DatasetSpec(
         lambda cfg, train: random_images(cfg, images), "noise", (3, 32, 32))
-    cfg = settings("64x64", batch, **{"img_size": (32, 32), "num_heads": 4, **changes})
+    cfg = settings("64x64", batch, **{"img_size": (32, 32), "num_heads": 4, "head_dim": 0, **changes})
     run = diffuser.Trainer(cfg, diffuser.Devices(cfg))
 
     loading = seconds(lambda: run.batches(run.step), 1.0)
