@@ -2306,8 +2306,10 @@ class CoreWatch:
 
     def look(self) -> str:
         """What to say of the time since the last look; empty where all is well, or has been said."""
+        if self.told:
+            return ""
         wall = time.perf_counter() - self.wall_time
-        if self.told or wall < self.SECONDS:
+        if wall < self.SECONDS:
             return ""
         share = (time.process_time() - self.cpu_time) / wall / self.threads
         self.restart()
