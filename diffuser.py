@@ -105,6 +105,7 @@ from diffuser_lib.files import (
     end_process,
     first_line,
     hold_lock,
+    nearest_folder,
     newest_first,
     printable,
     read_json_object,
@@ -113,6 +114,7 @@ from diffuser_lib.files import (
     unused_path,
     warn,
     warn_on_oserror,
+    why_not_writable,
     write_atomically,
     zip_is_sound,
 )
@@ -135,9 +137,7 @@ from diffuser_lib.machine import (
     duration,
     is_installed,
     matrix_rate,
-    nearest_folder,
     package_version,
-    why_not_writable,
 )
 from diffuser_lib.metrics import MetricsLogger, TensorBoard, WeightsAndBiases
 from diffuser_lib.processes import (

@@ -456,14 +456,36 @@ def require_writable(path: str | Path, flag: str, folder: bool = False) -> None:
         with suppress(FileNotFoundError):
             os.lstat(path.absolute().with_name(f".{path.name}.tmp"))             # as write_atomically has it
 
-        # Make a nameless file in the nearest folder that is there.
-        home = path if folder else path.parent
-        while not home.exists():
-            home = home.parent
-        with tempfile.TemporaryFile(dir=home) as file:
-            file.write(b"0")
+        try_to_write(path if folder else path.parent, 1)
     except OSError as error:
         raise cannot_write(path, flag, error) from error
+
+
+def nearest_folder(path: str | Path) -> Path:
+    """The path, or the nearest one above it that is there."""
+    path = Path(path).absolute()
+    while not path.exists() and path != path.parent:
+        path = path.parent
+    return path
+
+
+def try_to_write(folder: str | Path, size: int) -> None:
+    """Make a nameless file of so many bytes in a folder that is there, or is to be made; it is gone at once.
+
+    Raises OSError.
+    """
+    with tempfile.TemporaryFile(dir=nearest_folder(folder)) as file:
+        file.write(bytes(size))
+        file.flush()
+
+
+def why_not_writable(folder: str | Path) -> str:
+    """Why no file can be made in a folder that is there, or is to be made; empty where one can."""
+    try:
+        try_to_write(folder, 2**16)
+        return ""
+    except OSError as error:
+        return error.strerror or str(error)
 
 
 # ---- Checking ----------------------------------------------------------------------------------

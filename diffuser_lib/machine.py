@@ -1,7 +1,6 @@
 """What a machine has and how fast it is.
 
-Packages    PACKAGES, missing_packages, package_version
-Places      nearest_folder, why_not_writable
+Packages    PACKAGES, is_installed, package_version
 Speed       matrix_rate: products of matrices, in GFLOP/s
 Words       duration: seconds for people
 
@@ -12,9 +11,7 @@ from __future__ import annotations
 
 import importlib.metadata
 import importlib.util
-import tempfile
 import time
-from pathlib import Path
 
 import torch
 
@@ -46,25 +43,6 @@ def package_version(package: str) -> str:
         return importlib.metadata.version(package)
     except importlib.metadata.PackageNotFoundError:
         return ""
-
-
-def nearest_folder(path: str | Path) -> Path:
-    """The path, or the nearest folder above it that is there."""
-    path = Path(path).absolute()
-    while not path.exists() and path != path.parent:
-        path = path.parent
-    return path
-
-
-def why_not_writable(path: str | Path) -> str:
-    """Why no file can be made in a folder that is there, or is to be made; empty where one can. Leaves nothing."""
-    try:
-        with tempfile.NamedTemporaryFile(dir=nearest_folder(path)) as file:
-            file.write(bytes(2**16))
-            file.flush()
-        return ""
-    except OSError as error:
-        return error.strerror or str(error)
 
 
 def matrix_rate(device: torch.device, dtype: torch.dtype, seconds: float = 0.4) -> float:

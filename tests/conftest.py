@@ -1,9 +1,11 @@
 """What the tests share: a small network, a few small images, the real command line, real data where it is."""
 
 import os
+import shutil
 import signal
 import subprocess
 import sys
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -47,6 +49,19 @@ def image_folder(tmp_path):
             pixels = random.integers(0, 100, (20, 30, 3), dtype=np.uint8) + np.uint8(100 * c)
             Image.fromarray(pixels).save(tmp_path / "pictures" / name / f"{i}.{ending}")
     return tmp_path / "pictures"
+
+
+@contextmanager
+def small_file_system(place, size):
+    """A file system of that size, such as 64k, mounted at a new folder for a while; or a skip."""
+    place.mkdir()
+    mount = ["mount", "-t", "tmpfs", "-o", f"size={size}", "tmpfs", str(place)]
+    if not shutil.which("mount") or subprocess.run(mount, capture_output=True).returncode:
+        pytest.skip("mounting a small file system needs root")
+    try:
+        yield place
+    finally:
+        subprocess.run(["umount", "-l", str(place)], check=True)
 
 
 def cli(*arguments, cwd, stdin="", script="diffuser.py", env=None, timeout=300):

@@ -21,7 +21,7 @@ import time
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, TINY, TINY_FLAGS, cli, heed_interrupts, tiny_training
+from conftest import ROOT, TINY, TINY_FLAGS, cli, heed_interrupts, small_file_system, tiny_training
 from PIL import Image
 
 import convert
@@ -348,13 +348,8 @@ def drawing(trained, *flags):
 @pytest.fixture
 def small_disk(folder):
     """out/ is a file system of sixteen pages, each of which holds a small picture; or a skip."""
-    place = folder / "out"
-    place.mkdir()
-    mount = ["mount", "-t", "tmpfs", "-o", "size=64k", "tmpfs", str(place)]
-    if not shutil.which("mount") or subprocess.run(mount, capture_output=True).returncode:
-        pytest.skip("mounting a small file system needs root")
-    yield place
-    subprocess.run(["umount", "-l", str(place)], check=True)
+    with small_file_system(folder / "out", "64k") as place:
+        yield place
 
 
 def test_a_disk_that_is_full_while_drawing(trained, small_disk, capsys):

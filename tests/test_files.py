@@ -18,7 +18,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import ROOT, heed_interrupts
+from conftest import ROOT, heed_interrupts, small_file_system
 
 from diffuser_lib.files import (
     Parser,
@@ -28,6 +28,7 @@ from diffuser_lib.files import (
     first_line,
     hold_lock,
     known_spellings,
+    nearest_folder,
     newest_first,
     printable,
     read_json_object,
@@ -36,6 +37,7 @@ from diffuser_lib.files import (
     unused_path,
     warn,
     warn_on_oserror,
+    why_not_writable,
     write_atomically,
     write_json,
     zip_is_sound,
@@ -657,13 +659,8 @@ def test_readers_and_kills_never_meet_half_a_file(tmp_path):
 @pytest.fixture
 def small_disk(tmp_path):
     """A file system of one megabyte, or a skip."""
-    place = tmp_path / "disk"
-    place.mkdir()
-    mount = ["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", str(place)]
-    if not shutil.which("mount") or subprocess.run(mount, capture_output=True).returncode:
-        pytest.skip("mounting a small file system needs root")
-    yield place
-    subprocess.run(["umount", "-l", place], check=True)
+    with small_file_system(tmp_path / "disk", "1m") as place:
+        yield place
 
 
 def test_a_disk_that_is_full_keeps_the_old_file(small_disk):
@@ -691,6 +688,14 @@ def test_a_place_that_cannot_be_written_is_told_before_the_work(tmp_path):
     require_writable(tmp_path / "file", "--json")
     require_writable("x.json", "--json")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["file"]
+
+
+def test_a_place_is_judged_by_the_folder_that_is_there(tmp_path):
+    """A folder that is to be made can be written to where the nearest one above it can; nothing is left behind."""
+    assert nearest_folder(tmp_path / "a" / "b") == tmp_path and why_not_writable(tmp_path / "a" / "b") == ""
+    (tmp_path / "file").write_text("")
+    assert why_not_writable(tmp_path / "file" / "b") != ""
+    assert [path.name for path in tmp_path.iterdir()] == ["file"]
 
 
 def test_a_failed_write_names_the_file(tmp_path):

@@ -1,4 +1,4 @@
-"""diffuser_lib/machine.py: packages, places, speed."""
+"""diffuser_lib/machine.py: packages, speed."""
 
 import pytest
 import torch
@@ -12,14 +12,6 @@ from diffuser_lib import machine
 def test_durations_are_said_as_people_say_them(seconds, words):
     """One unit, or hours with minutes; never 60 minutes of an hour."""
     assert machine.duration(seconds) == words
-
-
-def test_a_place_is_judged_by_the_folder_that_is_there(tmp_path):
-    """A folder that is to be made can be written to where the nearest one above it can; nothing is left behind."""
-    assert machine.nearest_folder(tmp_path / "a" / "b") == tmp_path and machine.why_not_writable(tmp_path / "a" / "b") == ""
-    (tmp_path / "file").write_text("")
-    assert machine.why_not_writable(tmp_path / "file" / "b") != ""
-    assert [path.name for path in tmp_path.iterdir()] == ["file"]
 
 
 def test_packages_are_found_without_importing_them():

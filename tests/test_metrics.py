@@ -6,7 +6,6 @@ import dataclasses
 import errno
 import json
 import os
-import shutil
 import struct
 import subprocess
 import sys
@@ -15,7 +14,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import TINY_FLAGS, cli, tiny_training
+from conftest import TINY_FLAGS, cli, small_file_system, tiny_training
 from PIL import Image
 
 import diffuser
@@ -212,12 +211,7 @@ def test_rows_that_were_taken_back_do_not_return(path, monkeypatch):
 
 def test_a_disk_that_fills_up_and_is_emptied(tmp_path, capsys):
     """A real one: rows appended until it is full, then room: nothing is missing, and nothing is there twice."""
-    place = tmp_path / "disk"
-    place.mkdir()
-    mount = ["mount", "-t", "tmpfs", "-o", "size=64k", "tmpfs", str(place)]
-    if not shutil.which("mount") or subprocess.run(mount, capture_output=True).returncode:
-        pytest.skip("mounting a small file system needs root")
-    try:
+    with small_file_system(tmp_path / "disk", "64k") as place:
         file = written(place / "metrics.csv", *range(1, 10))
         filler = place / "filler"
         with pytest.raises(OSError, match="No space left"):
@@ -229,8 +223,6 @@ def test_a_disk_that_fills_up_and_is_emptied(tmp_path, capsys):
         file.add(dict(step=500, loss=1 / 500))
         assert steps(place / "metrics.csv") == list(range(1, 501))
         file.close()
-    finally:
-        subprocess.run(["umount", "-l", place], check=True)
 
 
 def test_the_last_number_of_each_column(path):

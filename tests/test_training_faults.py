@@ -8,7 +8,6 @@ import errno
 import math
 import os
 import random
-import shutil
 import signal
 import subprocess
 import sys
@@ -17,7 +16,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import ROOT, TINY_FLAGS, cli, heed_interrupts, same, tiny_training
+from conftest import ROOT, TINY_FLAGS, cli, heed_interrupts, same, small_file_system, tiny_training
 
 import diffuser
 from diffuser import Devices, Trainer, UserError, load_checkpoint, train
@@ -174,12 +173,8 @@ def test_a_closed_terminal_saves(tmp_path):
 @pytest.fixture
 def small_disk(tmp_path):
     """A file system of two megabytes, or a skip."""
-    place = tmp_path / "checkpoints"
-    place.mkdir()
-    if not shutil.which("mount") or subprocess.run(["mount", "-t", "tmpfs", "-o", "size=2m", "tmpfs", place], capture_output=True).returncode:
-        pytest.skip("mounting a small file system needs root")
-    yield place
-    subprocess.run(["umount", "-l", place], check=True)
+    with small_file_system(tmp_path / "checkpoints", "2m") as place:
+        yield place
 
 
 def test_a_full_disk_is_survived(small_disk, folder, capsys):
