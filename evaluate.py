@@ -22,7 +22,6 @@ if __name__ == "__main__" and _signal.getsignal(_signal.SIGINT) is _signal.defau
     _signal.signal(_signal.SIGINT, _signal.SIG_DFL)              # Ctrl-C while torch is imported: no traceback
 
 import argparse
-import importlib.util
 import math
 import time
 from collections.abc import Callable
@@ -50,6 +49,7 @@ from diffuser_lib.files import (
     write_json,
 )
 from diffuser_lib.images import DecodedImages, ImageData, ImageFiles, Shape, file_names, from_uint8
+from diffuser_lib.machine import is_installed
 
 # ---- Images ------------------------------------------------------------------------------------
 
@@ -434,7 +434,7 @@ class ColourImages(torch.utils.data.Dataset):
 
 def require_inception(metrics: list[str], weights: str) -> None:
     """Raise UserError where torch-fidelity is missing, or the weights are no file of tensors but code to be run."""
-    if importlib.util.find_spec("torch_fidelity") is None:
+    if not is_installed("torch_fidelity"):
         raise UserError(f"{', '.join(metrics)} need torch-fidelity: pip install torch-fidelity")
     if weights:
         read_tensors(weights)

@@ -22,7 +22,6 @@ if __name__ == "__main__" and _signal.getsignal(_signal.SIGINT) is _signal.defau
 
 import argparse
 import dataclasses
-import importlib.util
 import math
 import platform
 import shutil
@@ -40,6 +39,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import diffuser
 from diffuser import ImageData
 from diffuser_lib.files import Parser, UserError, add_debug, end_process, require_writable, run_script, write_json
+from diffuser_lib.machine import is_installed
 from evaluate import Classifier, ReferenceStats, load_reference
 
 Draw = Callable[[list[int]], Tensor]                             # labels -> uint8 [N, C, H, W]
@@ -232,12 +232,12 @@ def train_lucidrains(args: argparse.Namespace, data: ImageData) -> Trained:
     return Trained(draw, steps * args.batch_size, 50, labels=False)
 
 
-# name: (how it is trained, the package it needs)
+# name: (how it is trained, the packages it needs)
 CONTESTANTS = {
-    "best": (lambda args, data: train_ours(args, data, "best"), ""),
-    "preset": (lambda args, data: train_ours(args, data, ""), ""),
-    "diffusers": (train_diffusers, "diffusers"),
-    "lucidrains": (train_lucidrains, "denoising_diffusion_pytorch"),
+    "best": (lambda args, data: train_ours(args, data, "best"), ()),
+    "preset": (lambda args, data: train_ours(args, data, ""), ()),
+    "diffusers": (train_diffusers, ("diffusers",)),
+    "lucidrains": (train_lucidrains, ("denoising_diffusion_pytorch",)),
 }
 
 
@@ -412,18 +412,22 @@ def check(args: argparse.Namespace) -> diffuser.Model | None:
     return model
 
 
-def leave_out_missing(args: argparse.Namespace) -> None:
-    """Take the contestants whose package is missing off the list, and say so. Raises UserError where nobody is left."""
+def leave_out_missing(contestants: str, packages: Callable[[str], tuple[str, ...]]) -> str:
+    """The contestants, names between commas, but for those of which packages(name) are missing, which are told.
+
+    Raises UserError where nobody is left.
+    """
     there = []
-    for name in args.contestants.split(","):
-        _, package = CONTESTANTS[name]
-        if package and importlib.util.find_spec(package) is None:
-            print(f"{name}: left out, {package} is not installed", flush=True)
+    for name in contestants.split(","):
+        missing = [package for package in packages(name) if not is_installed(package)]
+        if missing:
+            verb = "is" if len(missing) == 1 else "are"
+            print(f"{name}: left out, {' and '.join(missing)} {verb} not installed", flush=True)
         else:
             there.append(name)
     if not there:
         raise UserError("none of the --contestants is installed")
-    args.contestants = ",".join(there)
+    return ",".join(there)
 
 
 def work(args: argparse.Namespace) -> None:
@@ -435,7 +439,7 @@ def work(args: argparse.Namespace) -> None:
             require_writable(getattr(args, flag), f"--{flag}", folder=True)
     model = check(args)
     if not model:
-        leave_out_missing(args)
+        args.contestants = leave_out_missing(args.contestants, lambda name: CONTESTANTS[name][1])
     args.device = diffuser.pick_device("auto")
 
     # The real images, and the judge trained on them.

@@ -25,7 +25,6 @@ if __name__ == "__main__" and _signal.getsignal(_signal.SIGINT) is _signal.defau
 
 import argparse
 import dataclasses
-import importlib.util
 import json
 import math
 import os
@@ -46,7 +45,7 @@ from torch import Tensor, nn
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import diffuser
-from benchmarks.quality import machine, table
+from benchmarks.quality import leave_out_missing, machine, table
 from diffuser_lib.files import (
     Parser,
     UserError,
@@ -89,7 +88,10 @@ def random_images(cfg: diffuser.Config, count: int = 2048) -> diffuser.ImageData
     return diffuser.ImageData(images, torch.zeros(len(images), dtype=torch.long), [])
 
 
-diffuser.DATASETS["random"] = diffuser.DatasetSpec(lambda cfg, train: random_images(cfg), "noise", (3, 32, 32))
+def offer_noise(count: int = 2048) -> None:
+    """Make a dataset of so many random images, "random", for this process."""
+    diffuser.DATASETS["random"] = diffuser.DatasetSpec(
+        lambda cfg, train: random_images(cfg, count), "noise", (3, 32, 32))
 
 
 # ---- Contestants: (configuration, precision) -> Contestant -------------------------------------
@@ -454,8 +456,7 @@ CURVES = {
 def curve_point(args: argparse.Namespace) -> dict:
     """In a process of its own: one step of one point of a cost curve."""
     changes, batch, images = CURVES[args.curves][args.point]
-    diffuser.DATASETS["random"] = diffuser.DatasetSpec(
-        lambda cfg, train: random_images(cfg, images), "noise", (3, 32, 32))
+    offer_noise(images)
     cfg = settings("64x64", batch, **{"img_size": (32, 32), "num_heads": 4, "head_dim": 0, **changes})
     run = diffuser.Trainer(cfg, diffuser.Devices(cfg))
 
@@ -621,21 +622,6 @@ def check(args: argparse.Namespace) -> None:
         raise UserError("--steps wants at least 1, --jpegs at least 0, --seconds at least 0")
 
 
-def leave_out_missing(args: argparse.Namespace) -> None:
-    """Take contestants whose packages are missing off the list, and say so. Raises UserError where nobody is left."""
-    there = []
-    for name in args.contestants.split(","):
-        make, _ = CONTESTANTS[name]
-        missing = [package for package in PACKAGES[make] if importlib.util.find_spec(package) is None]
-        if missing:
-            print(f"{name}: left out, {' and '.join(missing)} not installed", flush=True)
-        else:
-            there.append(name)
-    if not there:
-        raise UserError("none of the --contestants is installed")
-    args.contestants = ",".join(there)
-
-
 def measure_one(args: argparse.Namespace) -> dict:
     """What a process of in_process measures."""
     if args.rate:
@@ -648,6 +634,7 @@ def measure_one(args: argparse.Namespace) -> dict:
 def work(args: argparse.Namespace) -> None:
     """Measure what is asked for, and print the table."""
     check(args)
+    offer_noise()
     if args.rate or args.measure:
         print("\n" + json.dumps(measure_one(args)))
         return
@@ -655,7 +642,7 @@ def work(args: argparse.Namespace) -> None:
     if args.json:
         require_writable(args.json, "--json")
     if not (args.curves or args.jpegs or args.start):
-        leave_out_missing(args)
+        args.contestants = leave_out_missing(args.contestants, lambda name: PACKAGES[CONTESTANTS[name][0]])
 
     print(machine(), flush=True)
     if args.curves:

@@ -8,6 +8,14 @@ import subprocess
 import pytest
 from conftest import cli
 
+import diffuser
+
+
+@pytest.fixture(autouse=True)
+def datasets_of_its_own(monkeypatch):
+    """What the benchmarks add to the table of datasets is seen by no other test."""
+    monkeypatch.setattr(diffuser, "DATASETS", dict(diffuser.DATASETS))
+
 
 @pytest.fixture(scope="module")
 def raced(tmp_path_factory):

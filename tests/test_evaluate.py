@@ -1,5 +1,6 @@
 """evaluate.py: distances against closed forms and other programs, the classifier, the variational bound, the command line."""
 
+import importlib.util
 import json
 import math
 
@@ -244,7 +245,7 @@ def test_bits_per_dimension_of_a_checkpoint(folder):
 
 def test_without_torch_fidelity_it_says_what_to_install(monkeypatch):
     """Its absence is one clear line."""
-    monkeypatch.setattr(evaluate.importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     images = torch.zeros(10, 3, 4, 4, dtype=torch.uint8)
     with pytest.raises(UserError, match="pip install torch-fidelity"):
         evaluate.inception_scores(images, images, ["fid"], "", 64, 10)
