@@ -137,7 +137,27 @@ def to_unet2d(network: diffuser.UNet, cfg: diffuser.Config, shape: Shape, label:
     theirs = UNet2DModel(**unet2d_options(cfg, shape, num_classes)).eval()
     for a, b in counterparts(network, theirs):
         b.load_state_dict(a.state_dict())
+    if cfg.prediction == "flow":                                 # there t = 1..T
+        theirs.time_embedding.linear_1.weight.data = shift_time(network, -1)
     return theirs
+
+
+def shift_time(network: diffuser.UNet, by: int) -> Tensor:
+    """The weight of time_mlp[0] that makes of the embedding of t what it now makes of that of t + by.
+
+    cos((t + by) f) = cos(by f) cos(t f) - sin(by f) sin(t f), and so for the sine: the weight turns by that angle.
+    """
+    weight = network.time_mlp[0].weight.detach().double()
+    half = network.base_channels // 2
+    first = weight[:, :half]
+    second = weight[:, half : 2 * half]
+    cosines, sines = (second, first) if network.sin_first else (first, second)
+
+    angle = by * network.frequencies().double()
+    turned_cosines = cosines * angle.cos() + sines * angle.sin()
+    turned_sines = sines * angle.cos() - cosines * angle.sin()
+    turned = (turned_sines, turned_cosines) if network.sin_first else (turned_cosines, turned_sines)
+    return torch.cat([*turned, weight[:, 2 * half :]], dim=1).float()
 
 
 def unet2d_options(cfg: diffuser.Config, shape: Shape, num_classes: int) -> dict:
@@ -320,7 +340,7 @@ def channel_mult(width: int, first_width: int) -> int | float:
 
 # ---- Schedule ----------------------------------------------------------------------------------
 
-PREDICTION_TYPES = {"eps": "epsilon", "v": "v_prediction", "x0": "sample"}
+PREDICTION_TYPES = {"eps": "epsilon", "v": "v_prediction", "x0": "sample"}                 # flow: has its own
 SPACINGS = {"trailing": "trailing", "leading": "leading", "linear": "linspace"}            # others become trailing
 BETA_SCHEDULES = {"linear": "linear", "scaled_linear": "scaled_linear", "cosine": "squaredcos_cap_v2",
                   "geodiff": "sigmoid"}
@@ -336,8 +356,19 @@ def same_curve(cfg: diffuser.Config, scheduler) -> bool:
 
 
 def to_scheduler(cfg: diffuser.Config):
-    """A DDPMScheduler that adds and removes noise as configured; others load from its config."""
-    from diffusers import DDPMScheduler
+    """A DDPMScheduler that adds and removes noise as configured; others load from its config.
+
+    A FlowMatchEulerDiscreteScheduler for flow matching. Raises UserError where there is neither.
+    """
+    from diffusers import DDPMScheduler, FlowMatchEulerDiscreteScheduler
+
+    if cfg.prediction == "flow" and cfg.schedule_type == "flow" and not cfg.zero_terminal_snr:
+        return FlowMatchEulerDiscreteScheduler(cfg.timesteps)
+    if cfg.prediction not in PREDICTION_TYPES:
+        reason = "its networks see log(sigma) / 4, not t"
+        if cfg.prediction == "flow":
+            reason = "only with --schedule_type flow, without --zero_terminal_snr"
+        raise UserError(f"diffusers' schedulers cannot represent --prediction {cfg.prediction}: {reason}")
 
     scale = 1000 / cfg.timesteps if cfg.scale_betas else 1.0
     options = dict(
@@ -367,12 +398,15 @@ def to_scheduler(cfg: diffuser.Config):
 
 
 def schedule_options(scheduler, notes: list[str], known: diffuser.Config | None = None) -> dict:
-    """Options of the schedule, and of drawing, from a DDPMScheduler.
+    """Options of the schedule, and of drawing, from a DDPMScheduler or a FlowMatchEulerDiscreteScheduler.
 
     known: a configuration that may have the schedule already; notes: takes lines to be told. Raises UserError for a
     schedule that has no name here.
     """
     theirs = scheduler.config
+    if not hasattr(scheduler, "alphas_cumprod"):
+        return dict(timesteps=theirs.num_train_timesteps, prediction="flow", schedule_type="flow",
+                    zero_terminal_snr=False, clip_x0=bool(known and known.clip_x0))
     predictions = {kind: name for name, kind in PREDICTION_TYPES.items()}
     if theirs.prediction_type not in predictions or not theirs.variance_type.startswith("fixed"):
         raise UserError(f"its scheduler's prediction_type {theirs.prediction_type!r} or variance_type "
@@ -605,6 +639,8 @@ def from_diffusers(folder: str, checkpoint: str, class_names: str | None = None,
     network = diffuser.build_unet(cfg, cfg.channels, len(names))
     for a, b in counterparts(network, theirs):
         a.load_state_dict(b.state_dict())
+    if cfg.prediction == "flow":                                 # there t = 1..T
+        network.time_mlp[0].weight.data = shift_time(network, 1)
 
     moments = extras.moments
     if moments is None or len(moments.mean) != len(names) + 1:
@@ -730,6 +766,9 @@ SCHEDULER_RANGES = dict(
     trained_betas=(0, 1),
 )
 MAX_LEVELS = 16
+# What makes the times that a scheduler of flow matching is trained at others than 1/T, 2/T, ..., 1.
+BENDS_TIME = ("shift", "use_dynamic_shifting", "shift_terminal", "invert_sigmas", "use_karras_sigmas",
+              "use_exponential_sigmas", "use_beta_sigmas")
 
 
 def check_config(path: Path, config: dict, kind: type, ranges: dict) -> None:
@@ -823,11 +862,11 @@ def find_scheduler_config(folder: Path) -> Path | None:
 
 
 def read_scheduler(folder: Path, notes: list[str]):
-    """A DDPMScheduler with the schedule of the one in a pipeline's folder.
+    """A DDPMScheduler with the schedule of the one in a pipeline's folder; for flow matching, that one.
 
     notes: takes lines to be told. Raises UserError.
     """
-    from diffusers import DDPMScheduler
+    from diffusers import DDPMScheduler, FlowMatchEulerDiscreteScheduler
 
     path = find_scheduler_config(folder)
     if path is None:
@@ -835,6 +874,13 @@ def read_scheduler(folder: Path, notes: list[str]):
         return DDPMScheduler()
 
     config = {name: value for name, value in read_json(path).items() if value is not None}
+    if config.get("_class_name") == "FlowMatchEulerDiscreteScheduler":
+        check_config(path, config, FlowMatchEulerDiscreteScheduler, SCHEDULER_RANGES)
+        usual = inspect.signature(FlowMatchEulerDiscreteScheduler).parameters
+        for name in BENDS_TIME:
+            if config.get(name) not in (None, usual[name].default):
+                raise UserError(f"{path} has {name} = {config[name]!r}: here times are evenly spaced")
+        return FlowMatchEulerDiscreteScheduler(config.get("num_train_timesteps", 1000))
     if "beta_schedule" not in config and "trained_betas" not in config:
         raise UserError(f"{path} is a {config.get('_class_name')}, which has no betas: nothing here matches it")
     check_config(path, config, DDPMScheduler, SCHEDULER_RANGES)
@@ -953,14 +999,18 @@ It draws the class {{ label }} alone.
 
 ```python
 {% if not names and signal <= 0.01 %}
-from diffusers import DDPMPipeline, DPMSolverMultistepScheduler
+from diffusers import {{ classes }}
 
 pipeline = DDPMPipeline.from_pretrained("path/to/this/folder")      # add .to("cuda") for a GPU
-pipeline.scheduler = DPMSolverMultistepScheduler.from_config(pipeline.scheduler.config)
+{% if flow %}
+images = pipeline(batch_size=4, num_inference_steps=50).images
+{% else %}
+pipeline.scheduler = {{ scheduler }}
 images = pipeline(batch_size=4, num_inference_steps=25).images      # or without the line before, and 1000 steps
+{% endif %}
 {% else %}
 import torch
-from diffusers import DDPMPipeline, DPMSolverMultistepScheduler
+from diffusers import {{ classes }}
 {% if signal > 0.01 %}
 from safetensors.torch import load_file
 from torch.nn import functional as F
@@ -968,7 +1018,7 @@ from torch.nn import functional as F
 
 folder = "path/to/this/folder"
 pipeline = DDPMPipeline.from_pretrained(folder)
-unet, scheduler = pipeline.unet, DPMSolverMultistepScheduler.from_config(pipeline.scheduler.config)
+unet, scheduler = pipeline.unet, {{ scheduler }}
 {% if names %}
 labels = torch.tensor({{ range([4, names | length] | min) | list }})
 {% endif %}
@@ -982,7 +1032,7 @@ mean, var = (F.interpolate(moments[name][{{ "labels" if names else "-1:" }}], x.
 x = left.sqrt() * mean + (left * var + 1 - left).sqrt() * x
 {% endif %}
 
-scheduler.set_timesteps(25)
+scheduler.set_timesteps({{ 50 if flow else 25 }})
 with torch.no_grad():
     for t in scheduler.timesteps:
         x = scheduler.step(unet(x, t{{ ", class_labels=labels" if names }}).sample, t, x).prev_sample
@@ -990,9 +1040,15 @@ images = pipeline.numpy_to_pil((x / 2 + 0.5).clamp(0, 1).permute(0, 2, 3, 1).num
 {% endif %}
 ```
 
+{% if flow %}
+The scheduler is a `FlowMatchEulerDiscreteScheduler`: its steps are those of `diffuser.py --sampler ddim --spacing
+linear --clip_x0 false`.
+{% else %}
 The scheduler is a `DDPMScheduler`; `DDIMScheduler` (with `use_clipped_model_output=True`, and a number of steps that
 divides T, it takes the very steps of `diffuser.py --sampler ddim`) and `DPMSolverMultistepScheduler` load from its
-config. The network was trained to predict {{ cfg.prediction }} on the {{ cfg.schedule_type }} schedule with
+config.
+{% endif %}
+The network was trained to predict {{ cfg.prediction }} on the {{ cfg.schedule_type }} schedule with
 T = {{ cfg.timesteps }}.
 
 ## Settings
@@ -1021,10 +1077,19 @@ def model_card(model: diffuser.Model, state: dict, name: str, class_names: list[
         if option not in diffuser.PER_RUN and value != getattr(usual, option):
             settings[option] = value
 
+    # What draws in its Python.
+    flow = cfg.prediction == "flow"
+    classes = "DDPMPipeline"
+    scheduler = "pipeline.scheduler"
+    if not flow:
+        classes += ", DPMSolverMultistepScheduler"
+        scheduler = "DPMSolverMultistepScheduler.from_config(pipeline.scheduler.config)"
+
     signal_at_T = model.diffusion.alpha_bar[-1].sqrt().item()
     template = jinja2.Environment(trim_blocks=True, keep_trailing_newline=True).from_string(CARD)
     return template.render(model=model, cfg=cfg, state=state, name=name, names=class_names, label=label,
-                           settings=settings, signal=signal_at_T, listed=diffuser.list_classes)
+                           settings=settings, signal=signal_at_T, listed=diffuser.list_classes, flow=flow,
+                           classes=classes, scheduler=scheduler)
 
 
 # ---- Command line ------------------------------------------------------------------------------

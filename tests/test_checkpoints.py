@@ -296,6 +296,19 @@ def test_what_would_break_later_is_refused_at_load(folder):
             assert f"it lacks its {key}" in str(error) or "not a checkpoint" in str(error)
 
 
+def test_muons_momentum_is_checked_like_adams_moments(folder):
+    """A checkpoint of a run with Muon opens; one that lacks a matrix's momentum, or has it with nan, says so."""
+    path = train(tiny_training(optimizer="muon"))
+    good = load_checkpoint(path)
+    number = next(i for i, moments in good["optimizer"]["state"].items() if "momentum" in moments)
+    momentum = good["optimizer"]["state"][number]["momentum"]
+    for words, state in {"tensors are not those": broken(good, "optimizer", "state", number, {}),
+                         "not finite": broken(good, "optimizer", "state", number, "momentum", momentum * math.nan)}.items():
+        torch.save(state, path)
+        with pytest.raises(UserError, match=words):
+            load_checkpoint(path)
+
+
 def test_moments_in_double_precision_draw(folder):
     """A file may have been written by other hands: drawing computes in float32."""
     path = train(tiny_training())

@@ -256,7 +256,7 @@ def test_a_length_asked_for_beats_a_recipes_minutes():
 
 
 @pytest.mark.parametrize("options, words", [
-    (dict(zero_terminal_snr=True), "zero_terminal_snr needs prediction v or x0"),
+    (dict(zero_terminal_snr=True), "zero_terminal_snr needs another prediction than eps"),
     (dict(train_minutes=5.0, epochs=3), "train_minutes sets the number of steps"),
     (dict(guide_path="weak.pt"), "guide_path needs guidance_scale"),
     (dict(guidance_interval=(2.0, 0.5)), "guidance_interval"), (dict(guidance_interval=(1.0,)), "guidance_interval"),

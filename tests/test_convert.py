@@ -15,6 +15,7 @@ from diffusers import (
     DDPMScheduler,
     DPMSolverMultistepScheduler,
     EulerDiscreteScheduler,
+    FlowMatchEulerDiscreteScheduler,
     PNDMScheduler,
     UNet2DModel,
 )
@@ -251,9 +252,21 @@ def test_schedules_without_a_counterpart_are_refused(folder):
     DDPMPipeline(foreign(PLAIN), DDPMScheduler(variance_type="learned")).save_pretrained("there")
     with pytest.raises(UserError, match="learned"):
         convert.from_diffusers("there", "here.pt")
-    (folder / "there/scheduler/scheduler_config.json").write_text('{"_class_name": "FlowMatchEulerDiscreteScheduler"}')
-    with pytest.raises(UserError, match="FlowMatch"):
+    (folder / "there/scheduler/scheduler_config.json").write_text('{"_class_name": "LCMScheduler"}')
+    with pytest.raises(UserError, match="LCMScheduler, which has no betas"):
         convert.from_diffusers("there", "here.pt")
+    for bent in (dict(shift=3.0), dict(use_dynamic_shifting=True)):
+        DDPMPipeline(foreign(PLAIN), FlowMatchEulerDiscreteScheduler(**bent)).save_pretrained("there")
+        with pytest.raises(UserError, match=rf"{next(iter(bent))} = .*evenly spaced"):
+            convert.from_diffusers("there", "here.pt")
+
+
+@pytest.mark.parametrize("options, words", [(dict(prediction="edm", schedule_type="edm"), "prediction edm: its networks see"),
+                                            (dict(prediction="flow", schedule_type="cosine"), "only with schedule_type flow")])
+def test_predictions_without_a_counterpart_are_refused(options, words):
+    """What no scheduler of diffusers represents, with the reason."""
+    with pytest.raises(UserError, match=words):
+        convert.to_scheduler(configure(dataset="digits", **options))
 
 
 def walk(scheduler, network, x, steps, labels=None, **options):
@@ -295,6 +308,35 @@ def test_trajectories_of_imported_models_agree(folder):
         scheduler = DDIMScheduler.from_pretrained("there", subfolder="scheduler", timestep_spacing=spacing)
         reference = walk(scheduler, theirs, xT, 25)
         assert (reference - ours).abs().max() < 1e-3 * reference.abs().max()
+
+
+@pytest.mark.parametrize("network", [dict(), dict(sin_first=True, freq_shift=1.0), dict(base_channels=9, norm_groups=3)])
+def test_flow_matching_there_and_back(network, folder):
+    """An exported flow draws the same by diffusers' own Euler steps, and comes back with the same weights."""
+    options = {**dict(dataset="digits", prediction="flow", schedule_type="flow"), **TINY, **network}
+    checkpoint(folder / "here.pt", **options)
+    convert.to_diffusers("here.pt", "there")
+    pipeline, labels = DDPMPipeline.from_pretrained("there"), [0, 1, 2, 3]
+    assert isinstance(pipeline.scheduler, FlowMatchEulerDiscreteScheduler)
+    ours, xT = drawn("here.pt", labels, sampler="ddim", steps=10, spacing="linear", clip_x0=False)
+    theirs = walk(pipeline.scheduler, pipeline.unet, xT, 10, torch.tensor(labels))
+    assert (theirs - ours).abs().max() < 1e-3 * ours.abs().max()
+
+    convert.from_diffusers("there", "back.pt")
+    before, after = load_checkpoint("here.pt"), load_checkpoint("back.pt")
+    for name, weight in diffuser.averaged_weights(before).items():
+        assert (after["model"][name] - weight).abs().max() < 1e-6, name
+    assert (after["config"]["prediction"], after["config"]["schedule_type"]) == ("flow", "flow")
+
+
+def test_a_flow_from_elsewhere_draws_as_there(folder):
+    """A UNet2DModel with a flow matching scheduler, by its own steps: to 1e-3."""
+    theirs = foreign(PLAIN)
+    DDPMPipeline(theirs, FlowMatchEulerDiscreteScheduler(1000)).save_pretrained("there")
+    convert.from_diffusers("there", "here.pt")
+    ours, xT = drawn("here.pt", [0, 0], sampler="ddim", steps=10, spacing="linear")
+    reference = walk(FlowMatchEulerDiscreteScheduler.from_pretrained("there", subfolder="scheduler"), theirs, xT, 10)
+    assert (reference - ours).abs().max() < 1e-3 * reference.abs().max()
 
 
 def test_ema_weights_are_written_unless_raw_ones_are_asked_for(folder):
@@ -407,7 +449,9 @@ def test_thresholds_with_an_end_are_told(folder):
 
 @pytest.mark.parametrize("options", [dict(dataset="digits", use_labels=False), dict(dataset="digits"),
                                      dict(dataset="mnist", img_size=(16, 16)),
-                                     dict(dataset="mnist", img_size=(16, 16), use_labels=False)])
+                                     dict(dataset="mnist", img_size=(16, 16), use_labels=False),
+                                     dict(dataset="digits", prediction="flow", schedule_type="flow"),
+                                     dict(dataset="digits", prediction="flow", schedule_type="flow", use_labels=False)])
 def test_the_model_card_tells_how_to_use_it_and_it_works(options, folder, monkeypatch):
     """The Python on the card draws pictures, with labels and where the schedule leaves signal at T; a grid is beside it."""
     classes = 0 if options.get("use_labels") is False else 3

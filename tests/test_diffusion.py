@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from diffusers import DDPMScheduler
+from diffusers import DDPMScheduler, EDMEulerScheduler, FlowMatchEulerDiscreteScheduler
 
 import diffuser
 from diffuser import Diffusion, alpha_bar_table, configure
@@ -40,9 +40,49 @@ def test_v_target_agrees_with_diffusers():
     assert (diffusion.prediction.target(x0, eps, *diffusion.scales(t)) - REFERENCE.get_velocity(x0, eps, t)).abs().max() < 1e-6
 
 
+def test_flow_matching_is_that_of_diffusers():
+    """Target, and what the network sees of x_t: noise less image, and diffusers' own noisy image at its u = (t + 1) / T."""
+    x0, eps, t = batch()
+    diffusion = Diffusion(alpha_bar_table(configure(schedule_type="flow")), "flow")
+    scheduler = FlowMatchEulerDiscreteScheduler(1000)
+    theirs = scheduler.scale_noise(x0, (t + 1).float(), eps)
+    seen = diffusion.network_input(diffusion.q_sample(x0, t, eps), t)
+    assert (seen - theirs).abs().max() < 1e-4
+    assert torch.equal(diffusion.prediction.target(x0, eps, *diffusion.scales(t)), eps - x0)
+
+
+def test_edm_is_that_of_diffusers():
+    """Input and output are scaled as diffusers' EDM scheduler does it, at noise levels from 0.002 to 80."""
+    x0, eps, t = batch()
+    table = alpha_bar_table(configure(schedule_type="edm"))
+    diffusion, scheduler = Diffusion(table, "edm"), EDMEulerScheduler(num_train_timesteps=1000)
+    a, s = diffusion.scales(t)
+    sigma = s / a
+    assert sigma.min() >= 0.0019 and sigma.max() <= 80.1 and (1 / table[0] - 1).sqrt().item() == pytest.approx(0.002)
+    assert (1 / table[-1] - 1).sqrt().item() == pytest.approx(80)
+
+    xt, out = diffusion.q_sample(x0, t, eps), torch.randn(x0.shape, generator=torch.Generator().manual_seed(1))
+    theirs = scheduler.precondition_inputs(xt / a, sigma)            # they add noise without scaling the image
+    assert (diffusion.network_input(xt, t) - theirs).abs().max() < 1e-5
+    x0_hat, _ = diffusion.estimates(out, xt, t, clip=False)
+    assert (x0_hat - scheduler.precondition_outputs(xt / a, out, sigma)).abs().max() < 1e-4
+
+
+def test_edms_loss_is_weighted_as_in_the_paper():
+    """The squared error of the output is that of x0_hat times (sigma^2 + sd^2) / (sigma sd)^2 (2206.00364, table 1)."""
+    x0, eps, t = batch()
+    diffusion = Diffusion(alpha_bar_table(configure(schedule_type="edm")), "edm")
+    a, s = diffusion.scales(t)
+    p, q = diffusion.prediction.coefficients(a, s)
+    sigma = (s / a).double()
+    weight = (sigma**2 + 0.25) / (sigma * 0.5) ** 2
+    slope = (p - q * a / s).double()                                 # of the output by x0_hat, x_t held
+    assert torch.allclose(slope**2, weight, rtol=1e-4)
+
+
 @pytest.mark.parametrize("prediction", sorted(diffuser.PREDICTIONS))
 def test_a_perfect_network_is_converted_to_the_truth(prediction):
-    """From the right target, x0_hat and eps_hat are x0 and eps, for eps, v and x0 prediction."""
+    """From the right target, x0_hat and eps_hat are x0 and eps, whatever is predicted."""
     x0, eps, t = batch()
     diffusion = Diffusion(TABLE, prediction)
     target = diffusion.prediction.target(x0, eps, *diffusion.scales(t))
@@ -80,11 +120,11 @@ def test_loss_gives_the_network_what_it_needs():
 @pytest.mark.parametrize("zero", [False, True])
 @pytest.mark.parametrize("gamma", [1.0, 5.0])
 def test_min_snr_is_one_weighting_of_x0_whatever_the_network_predicts(gamma, zero):
-    """An error of x0 costs min(snr, gamma) times its square, for eps, v and x0; also where no signal is left."""
+    """An error of x0 costs min(snr, gamma) times its square, whatever is predicted; also where no signal is left."""
     table = alpha_bar_table(configure(timesteps=1000, zero_terminal_snr=zero, prediction="v"))
     x0, eps, _ = batch(8)
     t = torch.tensor([0, 20, 100, 200, 400, 600, 800, 999])
-    for name in ("v", "x0", "eps")[: 2 if zero else 3]:
+    for name in ("v", "x0", "flow", "edm", "eps")[: 4 if zero else 5]:
         diffusion, wrong = Diffusion(table, name, min_snr_gamma=gamma), x0 + 0.5
         a, s = diffusion.scales(t)
         xt = diffusion.q_sample(x0, t, eps)
@@ -131,6 +171,15 @@ def test_laplace_time_sampling(mean, scale):
     log_snr = (diffusion.alpha_bar / (1 - diffusion.alpha_bar)).log()[t]
     assert log_snr.median().item() == pytest.approx(mean, abs=0.03)
     assert (log_snr - mean).abs().mean().item() == pytest.approx(scale or 0.5, abs=0.03)
+
+
+@pytest.mark.parametrize("mean, scale", [(None, None), (0.3, 0.8)])
+def test_lognormal_time_sampling(mean, scale):
+    """log sigma of the timesteps is normal with the mean and deviation asked for, by default EDM's."""
+    diffusion, t = sampled(time_sampling="lognormal", time_mean=mean, time_scale=scale)
+    log_sigma = (1 / diffusion.alpha_bar - 1).log()[t] / 2
+    assert log_sigma.mean().item() == pytest.approx(-1.2 if mean is None else mean, abs=0.02)
+    assert log_sigma.std().item() == pytest.approx(scale or 1.2, abs=0.02)
 
 
 def test_dynamic_thresholding_is_imagens():

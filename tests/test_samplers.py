@@ -6,10 +6,18 @@ from functools import lru_cache
 import pytest
 import torch
 from conftest import tiny_unet
-from diffusers import DDIMScheduler, DDPMScheduler, DPMSolverMultistepScheduler, HeunDiscreteScheduler
+from diffusers import (
+    DDIMScheduler,
+    DDPMScheduler,
+    DPMSolverMultistepScheduler,
+    EDMEulerScheduler,
+    FlowMatchEulerDiscreteScheduler,
+    HeunDiscreteScheduler,
+    LMSDiscreteScheduler,
+)
 
 import diffuser
-from diffuser import Diffusion, Moments, alpha_bar_table, configure, ddim, dpmpp, heun, make_denoiser
+from diffuser import Diffusion, Moments, alpha_bar_table, configure, ddim, dpmpp, heun, ipndm, make_denoiser
 
 PREDICTIONS = [("eps", "epsilon"), ("v", "v_prediction"), ("x0", "sample")]
 T = 100
@@ -119,6 +127,53 @@ def test_heun_agrees_with_diffusers(prediction, name):
             out = network(scheduler.scale_model_input(x, t), t.long().expand(4), torch.tensor([0, 1, 2, 0]))
             x = scheduler.step(out, t, x).prev_sample
     assert (ours(prediction, trailing(T, 10), heun, conversion=dict(clip=False)) - x).abs().max() < 1e-4
+
+
+@pytest.mark.parametrize("steps", [10, 28])
+def test_flow_matching_agrees_with_diffusers(steps):
+    """DDIM along a flow is diffusers' Euler step; its grid from 1 to 1/T is `linear`: within 1e-3 over the trajectory."""
+    table = alpha_bar_table(configure(timesteps=1000, schedule_type="flow"))
+    scheduler, network, x = FlowMatchEulerDiscreteScheduler(1000), tiny_unet(), START
+    scheduler.set_timesteps(steps)
+    ts = diffuser.timestep_grid("linear", table, steps)
+    assert (scheduler.timesteps - 1 - torch.tensor(ts)).abs().max() <= 0.51
+    scheduler.set_timesteps(sigmas=[(t + 1) / 1000 for t in ts])     # whole timesteps, for the network
+    with torch.no_grad():
+        for t in scheduler.timesteps:
+            out = network(x, (t.round() - 1).long().expand(4), torch.tensor([0, 1, 2, 0]))
+            x = scheduler.step(out, t, x).prev_sample
+    assert (ours("flow", ts, ddim, table, dict(clip=False)) - x).abs().max() < 1e-3
+
+
+def test_edm_agrees_with_diffusers():
+    """DDIM on EDM's schedule and output is diffusers' EDM Euler sampler: within 1e-3 over the trajectory."""
+    table = alpha_bar_table(configure(timesteps=18, schedule_type="edm"))
+    scheduler, network = EDMEulerScheduler(), tiny_unet()
+    scheduler.set_timesteps(18)
+    x = START * (scheduler.sigmas[0] ** 2 + 1).sqrt()                # theirs is not scaled to unit variance
+    with torch.no_grad():
+        for i, t in enumerate(scheduler.timesteps):
+            seen = scheduler.scale_model_input(x, t)
+            out = network(seen, torch.full((4,), 17 - i), torch.tensor([0, 1, 2, 0]))
+            x = scheduler.step(out, t, x).prev_sample
+    assert (ours("edm", list(range(18))[::-1], ddim, table, dict(clip=False)) - x).abs().max() < 1e-3
+
+
+def test_ipndm_agrees_with_diffusers():
+    """On evenly spaced noise levels Adams-Bashforth is diffusers' linear multistep method of order 4, but for its last step."""
+    sigma = torch.linspace(0.1, 2.1, 21, dtype=torch.float64)
+    table, ts = 1 / (1 + sigma**2), list(range(21))[::-1]
+    scheduler = LMSDiscreteScheduler(num_train_timesteps=21, trained_betas=(1 - table / torch.cat([torch.ones(1), table[:-1]])).tolist(),
+                                     timestep_spacing="linspace")
+    scheduler.set_timesteps(21)
+    network, x = tiny_unet(), START / table[-1].sqrt().float()
+    denoise = make_denoiser(network, Diffusion(table), torch.tensor([0, 1, 2, 0]), 3, clip=False)
+    with torch.no_grad():
+        steps = list(ipndm(denoise, START, ts, table))
+        for i, t in enumerate(scheduler.timesteps[:-1]):
+            out = network(scheduler.scale_model_input(x, t), t.long().expand(4), torch.tensor([0, 1, 2, 0]))
+            x = scheduler.step(out, t, x).prev_sample
+            assert (steps[i][1] - x * table[ts[i + 1]].sqrt().float()).abs().max() < 1e-4, i
 
 
 # A mixture of two Gaussians in the plane, of which everything is known.

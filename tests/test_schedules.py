@@ -5,7 +5,7 @@ import math
 import numpy as np
 import pytest
 import torch
-from diffusers import DDPMScheduler
+from diffusers import DDPMScheduler, EDMEulerScheduler
 
 import diffuser
 from diffuser import alpha_bar_table, configure
@@ -44,6 +44,33 @@ def test_cosine_closed_form():
         return math.cos((u + s) / (1 + s) * math.pi / 2) ** 2
     ours = torch.cumprod(1 - diffuser.cosine_beta(T, 0, 0, s), 0)
     np.testing.assert_allclose(ours[:-1].numpy(), [f((t + 1) / T) / f(0) for t in range(T - 1)], rtol=1e-10)
+
+
+def test_flow_closed_form():
+    """flow: noise over signal is u / (1 - u) at u = 1/T, 2/T, ...; at the last, where no signal is left, it is capped."""
+    T = 40
+    table = alpha_bar_table(configure(timesteps=T, schedule_type="flow"))
+    expected = [(t + 1) / (T - t - 1) for t in range(T - 1)]
+    np.testing.assert_allclose((1 / table - 1).sqrt()[:-1].numpy(), expected, rtol=1e-10)
+    assert 0 < table[-1] < 1e-6
+
+
+@pytest.mark.parametrize("n", [5, 18])
+def test_edms_noise_levels_are_those_of_diffusers(n):
+    """Equal steps of the seventh root from 80 to 0.002: the schedule, and the karras spacing of any other schedule."""
+    reference = EDMEulerScheduler()
+    reference.set_timesteps(n)
+    theirs = reference.sigmas[:-1].double()
+    ours = (1 / alpha_bar_table(configure(timesteps=n, schedule_type="edm")) - 1).sqrt().flip(0)
+    assert torch.allclose(ours, theirs, rtol=1e-4)
+
+    table = alpha_bar_table(configure(timesteps=20_000, schedule_type="cosine"))
+    sigma = (1 / table - 1).sqrt()
+    reference = EDMEulerScheduler(sigma_min=sigma[0].item())
+    reference.set_timesteps(n)
+    grid = diffuser.timestep_grid("karras", table, n)
+    assert grid[0] == 19_999
+    assert torch.allclose(sigma[grid[1:]].log(), reference.sigmas[1:-1].double().log(), atol=0.03)
 
 
 @pytest.mark.parametrize("name", sorted(diffuser.SCHEDULES))

@@ -16,7 +16,7 @@ import weakref
 
 import pytest
 import torch
-from conftest import ROOT, TINY_FLAGS, heed_interrupts, tiny_training
+from conftest import ROOT, TINY_FLAGS, heed_interrupts, tiny_training, tiny_unet
 from PIL import Image
 
 import diffuser
@@ -63,7 +63,7 @@ def test_metrics_have_every_column_and_each_step_once(folder):
 
 
 @pytest.mark.parametrize("options", [
-    {}, dict(dropout=0.2, flip=True, gradient_accumulation_steps=3), dict(lr_schedule="cosine", optimizer="adam"),
+    {}, dict(dropout=0.2, flip=True, gradient_accumulation_steps=3), dict(lr_schedule="cosine", optimizer="adam"), dict(optimizer="muon"),
     dict(precision="bf16", base_channels=32, dropout=0.2, batch_size=8),
     dict(lr_schedule="constant", use_ema=False, warmup_steps=3), dict(adam_betas=(0.8, 0.9), ema_halflife=500.0, flip=True),
     dict(lr_schedule="cosine_with_restarts", lr_cycles=3, random_crop=True), dict(lr_schedule="linear"), dict(use_labels=False, dataset="digits", conditioning="concat")])
@@ -239,6 +239,58 @@ def test_adam_gets_its_betas(folder):
     moments = run.optimizer.state[run.network.conv_out.weight]
     assert torch.allclose(moments["exp_avg"], 0.3 * kept[0], rtol=1e-4)
     assert torch.allclose(moments["exp_avg_sq"], 0.4 * kept[0] ** 2, rtol=1e-4)
+
+
+@pytest.mark.parametrize("shape", [(3, 8, 24), (2, 24, 8), (1, 16, 16)])
+def test_orthogonalized_matrices(shape):
+    """Newton-Schulz keeps a matrix's directions and makes its singular values about alike, tall or wide."""
+    matrices = torch.randn(shape, generator=torch.Generator().manual_seed(0))
+    u, _, vh = torch.linalg.svd(matrices, full_matrices=False)
+    values = u.mT @ diffuser.orthogonalize(matrices, torch.float32) @ vh.mT
+    diagonal = torch.diagonal(values, dim1=1, dim2=2)
+    assert 0.3 < diagonal.min() and diagonal.max() < 1.3
+    assert (values - torch.diag_embed(diagonal)).abs().max() < 1e-4
+
+
+@pytest.mark.skipif(not hasattr(torch.optim, "Muon"), reason="torch.optim.Muon came with torch 2.9")
+def test_muon_is_torchs_for_matrices_and_adamw_for_the_rest(folder):
+    """Three steps: kernels as flattened matrices by torch's own Muon, ends and embeddings by AdamW."""
+    network = tiny_unet()
+    twin = copy.deepcopy(network)
+    options = dict(lr=1e-2, weight_decay=1.0)
+    ours = diffuser.OPTIMIZERS["muon"](network, torch.bfloat16, betas=(0.9, 0.999), fused=False, **options)
+    named = dict(twin.named_parameters())
+    flat = {name: torch.nn.Parameter(p.detach().flatten(1).clone()) for name, p in named.items()
+            if diffuser.is_block_matrix(name, p.shape)}
+    rest = {name: p for name, p in named.items() if name not in flat}
+    assert {"conv_in.weight", "conv_out.weight", "time_mlp.0.weight", "class_embedding.weight"} <= rest.keys()
+    assert "down.0.conv1.weight" in flat and "mid.0.attention.q.weight" in flat
+    theirs = [torch.optim.Muon(flat.values(), adjust_lr_fn="match_rms_adamw", **options), torch.optim.AdamW(rest.values(), **options)]
+
+    random = torch.Generator().manual_seed(1)
+    for _ in range(3):
+        for name, p in network.named_parameters():
+            p.grad = torch.randn(p.shape, generator=random)
+            if name in flat:
+                flat[name].grad = p.grad.flatten(1).clone()
+            else:
+                rest[name].grad = p.grad.clone()
+        for optimizer in (ours, *theirs):
+            optimizer.step()
+    for name, p in network.named_parameters():
+        reference = flat[name].view_as(p) if name in flat else rest[name]
+        assert (p - reference).abs().max() < (5e-4 if name in flat else 1e-6), name
+
+
+def test_a_run_goes_on_with_another_optimizer(folder):
+    """From AdamW to Muon and back: what the other one learned is left, weights and step are kept."""
+    train(tiny_training(iterations=2))
+    for i, optimizer in enumerate(("muon", "adamw"), 2):
+        path = train(tiny_training(iterations=2 * i, optimizer=optimizer))
+        state = diffuser.load_checkpoint(path)
+        assert state["step"] == 2 * i and state["config"]["optimizer"] == optimizer
+        kept = state["optimizer"]["state"].values()
+        assert any("momentum" in moments for moments in kept) == (optimizer == "muon")
 
 
 def test_scale_lr_multiplies_by_the_devices(folder):

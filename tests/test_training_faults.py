@@ -317,11 +317,11 @@ def spoil(monkeypatch, spoils):
 
 
 @pytest.mark.parametrize("loss_fn", ["mse", "mae"])                          # the gradient of mae stays finite
-@pytest.mark.parametrize("fused", [True, False])
-def test_a_step_that_is_not_finite_is_skipped_and_counted(folder, monkeypatch, capsys, loss_fn, fused):
+@pytest.mark.parametrize("fused, optimizer", [(True, "adamw"), (False, "adamw"), (True, "muon"), (False, "muon")])
+def test_a_step_that_is_not_finite_is_skipped_and_counted(folder, monkeypatch, capsys, loss_fn, fused, optimizer):
     """Its weights and moments stay as they are, its loss is in no mean, metrics.csv counts it; others are taken."""
     spoil(monkeypatch, lambda run: math.inf if run.step in (3, 5) else 1.0)
-    cfg = tiny_training(iterations=8, loss_fn=loss_fn, log_every=2, weight_decay=0.1)
+    cfg = tiny_training(iterations=8, loss_fn=loss_fn, log_every=2, weight_decay=0.1, optimizer=optimizer)
     run = Trainer(cfg, Devices(cfg))
     run.optimizer.defaults["fused"] = fused                                  # without, as on MPS
     for group in run.optimizer.param_groups:
