@@ -739,7 +739,7 @@ def check(cfg: Config) -> None:
     if cfg.beta_end < cfg.beta_start:
         raise UserError(f"--beta_end {cfg.beta_end:g} is below --beta_start {cfg.beta_start:g}: noise has to grow")
     if cfg.prediction == "eps" and cfg.zero_terminal_snr:
-        raise UserError("--zero_terminal_snr needs another --prediction than eps: at T the noise tells nothing of the image")
+        raise UserError("--zero_terminal_snr needs another --prediction than eps: at T noise tells nothing of it")
     if cfg.guide_path and not cfg.guidance_scale:
         raise UserError("--guide_path needs --guidance_scale above 0")
     if cfg.guidance_interval and cfg.guidance_interval[0] > cfg.guidance_interval[1]:

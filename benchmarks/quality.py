@@ -1,15 +1,16 @@
 #!/usr/bin/env python3
 """quality: train for the same time with diffuser, diffusers and denoising-diffusion-pytorch, and compare the images.
 
-    python benchmarks/quality.py --dataset mnist --minutes 10           the race: one table
+    python benchmarks/quality.py --dataset mnist --minutes 10           who is best after ten minutes: one table
+    python benchmarks/quality.py --dataset mnist --race race.png        the way there: curves over minutes of training
     python benchmarks/quality.py --checkpoint C.pt --study guidance     what a setting does to a trained model
     python benchmarks/quality.py --minutes 1 --contestants preset,diffusers
 
-Each contestant trains from scratch, alone on the machine, and draws the same number of images; a classifier trained
-on the real images judges them (see evaluate.py). The peers train as their own training scripts do, with their
-optimizer, learning rate, schedule and averaging, in float32, and draw with 50 DDIM steps; the size of the network and
-the batch are chosen for small images, and diffusers' network is given the labels. Peers that are not installed are left
-out.
+Each contestant trains from scratch for each number of minutes, alone on the machine, and draws the same number of
+images; a classifier trained on the real images judges them (see evaluate.py). The peers train as their own training
+scripts do, with their optimizer, learning rate, schedule and averaging, in float32, and draw with 50 DDIM steps; the
+size of the network and the batch are chosen for small images, and diffusers' network is given the labels. Peers that
+are not installed are left out.
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ if __name__ == "__main__" and _signal.getsignal(_signal.SIGINT) is _signal.defau
 
 import argparse
 import dataclasses
+import itertools
 import math
 import platform
 import shutil
@@ -30,6 +32,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -49,12 +52,12 @@ Draw = Callable[[list[int]], Tensor]                             # labels -> uin
 class Trained:
     """A contestant after training: how it draws, the images it saw, and the network calls for an image.
 
-    labels: whether it takes them.
+    evaluations: a function, since ours are counted while it draws; labels: whether it takes them.
     """
 
     draw: Draw
     images_seen: int
-    evaluations: int
+    evaluations: Callable[[], int]
     labels: bool = True
 
 
@@ -66,7 +69,7 @@ def batches(data: ImageData, size: int) -> Iterator[tuple[Tensor, Tensor]]:
                 yield diffuser.from_uint8(data.images[chosen]), data.labels[chosen]
 
 
-# ---- Contestants: (settings of the benchmark, training images) -> Trained ----------------------
+# ---- Contestants: (settings of the benchmark, training images, minutes) -> Trained -------------
 
 
 def our_settings(args: argparse.Namespace, recipe: str) -> dict:
@@ -83,12 +86,12 @@ def our_settings(args: argparse.Namespace, recipe: str) -> dict:
     return settings
 
 
-def train_ours(args: argparse.Namespace, data: ImageData, recipe: str) -> Trained:
+def train_ours(args: argparse.Namespace, data: ImageData, minutes: float, recipe: str) -> Trained:
     """diffuser.py, with the dataset's preset or its best recipe."""
     # Train.
     with tempfile.TemporaryDirectory() as folder:
         settings = our_settings(args, recipe)
-        settings["train_minutes"] = args.minutes
+        settings["train_minutes"] = minutes
         cfg = diffuser.configure(
             **settings,
             data_dir=args.data_dir,
@@ -104,32 +107,39 @@ def train_ours(args: argparse.Namespace, data: ImageData, recipe: str) -> Traine
             Path(args.keep).mkdir(parents=True, exist_ok=True)
             shutil.copy(path, Path(args.keep, f"{args.dataset}_{recipe or 'preset'}.pt"))
 
-    # Count its work.
+    # Draw, and count its work.
     cfg = dataclasses.replace(model.config, seed=args.seed + 1)
-    evaluations = diffuser.sampling_steps(cfg)
-    if cfg.guidance_scale and model.class_names:
-        evaluations *= 2                                         # with the label and without
     images_seen = model.config.iterations * cfg.batch_size * cfg.gradient_accumulation_steps
+    calls = count_calls(model)
+    drawn = []
 
     def draw(labels: list[int]) -> Tensor:
+        drawn.extend(labels)
         return torch.cat(list(model.draw(labels, cfg)))
 
-    return Trained(draw, images_seen, evaluations, labels=bool(model.class_names))
+    return Trained(draw, images_seen, lambda: round(sum(calls) / len(drawn)), labels=bool(model.class_names))
 
 
-def train_loop(args: argparse.Namespace, step: Callable[[float, int], None]) -> int:
-    """Call step(part of the time that is over, steps done) again and again for the time given; returns how often."""
+def count_calls(model: diffuser.Model) -> list[int]:
+    """A list that the images of every network call are added to: with guidance most go through it twice."""
+    calls = []
+    model.network.register_forward_pre_hook(lambda network, inputs: calls.append(len(inputs[0])))
+    return calls
+
+
+def train_loop(minutes: float, step: Callable[[float, int], None]) -> int:
+    """Call step(part of the time that is over, steps done) again and again for so long; returns how often."""
     start = time.perf_counter()
     steps = 0
     while True:
-        part = (time.perf_counter() - start) / (60 * args.minutes)
+        part = (time.perf_counter() - start) / (60 * minutes)
         if part >= 1:
             return steps
         step(part, steps)
         steps += 1
 
 
-def train_diffusers(args: argparse.Namespace, data: ImageData) -> Trained:
+def train_diffusers(args: argparse.Namespace, data: ImageData, minutes: float) -> Trained:
     """The loop of diffusers' examples/unconditional_image_generation/train_unconditional.py, with class labels."""
     from diffusers import DDIMScheduler, DDPMScheduler, UNet2DModel
     from diffusers.training_utils import EMAModel
@@ -175,7 +185,7 @@ def train_diffusers(args: argparse.Namespace, data: ImageData) -> Trained:
         optimizer.zero_grad()
         average.step(network.parameters())
 
-    steps = train_loop(args, step)
+    steps = train_loop(minutes, step)
     average.copy_to(network.parameters())
     scheduler = DDIMScheduler(num_train_timesteps=1000)
 
@@ -190,10 +200,10 @@ def train_diffusers(args: argparse.Namespace, data: ImageData) -> Trained:
             drawn.append(diffuser.to_uint8(x))
         return torch.cat(drawn)
 
-    return Trained(draw, steps * args.batch_size, 50)
+    return Trained(draw, steps * args.batch_size, lambda: 50)
 
 
-def train_lucidrains(args: argparse.Namespace, data: ImageData) -> Trained:
+def train_lucidrains(args: argparse.Namespace, data: ImageData, minutes: float) -> Trained:
     """denoising-diffusion-pytorch's Unet and GaussianDiffusion with its Trainer's optimizer and average.
 
     Without labels, which it does not take.
@@ -219,7 +229,7 @@ def train_lucidrains(args: argparse.Namespace, data: ImageData) -> Trained:
         optimizer.zero_grad()
         average.update()
 
-    steps = train_loop(args, step)
+    steps = train_loop(minutes, step)
     average.ema_model.eval()
 
     @torch.no_grad()
@@ -229,32 +239,36 @@ def train_lucidrains(args: argparse.Namespace, data: ImageData) -> Trained:
             drawn.append(average.ema_model.sample(batch_size=min(250, len(labels) - i)))
         return diffuser.to_uint8(torch.cat(drawn) * 2 - 1)       # it gives images in [0, 1]
 
-    return Trained(draw, steps * args.batch_size, 50, labels=False)
+    return Trained(draw, steps * args.batch_size, lambda: 50, labels=False)
 
 
 # name: (how it is trained, the packages it needs)
 CONTESTANTS = {
-    "best": (lambda args, data: train_ours(args, data, "best"), ()),
-    "preset": (lambda args, data: train_ours(args, data, ""), ()),
+    "best": (partial(train_ours, recipe="best"), ()),
+    "preset": (partial(train_ours, recipe=""), ()),
     "diffusers": (train_diffusers, ("diffusers",)),
     "lucidrains": (train_lucidrains, ("denoising_diffusion_pytorch",)),
 }
 
+# What a contestant is called in a picture.
+LABELS = {"best": "diffuser, best", "preset": "diffuser, preset", "lucidrains": "denoising-diffusion-pytorch"}
+
 
 # ---- The race ----------------------------------------------------------------------------------
 
+RACE_MINUTES = (0.5, 1.0, 2.0, 4.0, 10.0)                        # of --race, where none are named
 
-def race(args: argparse.Namespace, stats: ReferenceStats, data: ImageData) -> list[dict]:
-    """Train and score each contestant: a row per contestant."""
-    rows = []
-    for name in args.contestants.split(","):
+
+def race(args: argparse.Namespace, stats: ReferenceStats, data: ImageData) -> Iterator[dict]:
+    """Train and score each contestant for each number of minutes: a row each, as they come."""
+    for name, minutes in itertools.product(args.contestants.split(","), args.minutes):
         train, _ = CONTESTANTS[name]
 
         # Train.
         torch.manual_seed(args.seed)
         start = time.perf_counter()
-        trained = train(args, data)
-        minutes = (time.perf_counter() - start) / 60
+        trained = train(args, data, minutes)
+        taken = (time.perf_counter() - start) / 60
 
         # Draw.
         labels = [i % len(stats.class_names) for i in range(args.images)]
@@ -263,13 +277,46 @@ def race(args: argparse.Namespace, stats: ReferenceStats, data: ImageData) -> li
         seconds = time.perf_counter() - start
 
         # Score.
-        row = {"": name, "minutes": round(minutes, 1), "images seen": trained.images_seen,
-               "evaluations": trained.evaluations, "seconds to draw": round(seconds)}
+        row = {"": name, "minutes": round(taken, 1 if taken > 5 else 2), "images seen": trained.images_seen,
+               "evaluations": trained.evaluations(), "seconds to draw": round(seconds, 1 if seconds < 20 else None)}
         row.update(verdict(stats, images, labels if trained.labels else None))
-        rows.append(row)
-        print(row, flush=True)
-        picture(images, name, args)
-    return rows
+        picture(images, f"{name}_{minutes:g}" if len(args.minutes) > 1 else name, args)
+        yield row
+
+
+def plot_race(rows: list[dict], path: Path, title: str) -> None:
+    """Distance and accuracy over minutes of training, a curve for each contestant, as a picture."""
+    import matplotlib
+
+    matplotlib.use("Agg")                                        # draws without a display
+    import matplotlib.pyplot as plt
+    from matplotlib.ticker import FuncFormatter, NullFormatter
+
+    figure, (left, right) = plt.subplots(1, 2, figsize=(10, 4), layout="constrained")
+    for name in dict.fromkeys(row[""] for row in rows):
+        own = [row for row in rows if row[""] == name]
+        minutes = [row["minutes"] for row in own]
+        left.plot(minutes, [row["x floor"] for row in own], "o-", label=LABELS.get(name, name))
+        if own[0]["accuracy"] != "no labels":
+            right.plot(minutes, [float(row["accuracy"].rstrip("%")) for row in own], "o-", label=LABELS.get(name, name))
+
+    left.axhline(1, color="grey", linestyle=":", label="as many real images")
+    left.set_yscale("log")
+    left.set_title("Frechet distance, times that of real images")
+    right.set_title("images taken for the class asked for, %")
+    right.set_ylim(0, 101)
+    for axes in (left, right):
+        axes.set_xscale("log")
+        axes.set_xlabel("minutes of training")
+        axes.set_xticks(sorted({row["minutes"] for row in rows if row[""] == rows[0][""]}))
+        axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+        axes.xaxis.set_minor_formatter(NullFormatter())
+        axes.grid(alpha=0.3)
+    left.legend()
+    figure.suptitle(title)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=100)
+    plt.close(figure)
 
 
 def verdict(stats: ReferenceStats, images: Tensor, labels: list[int] | None) -> dict:
@@ -325,9 +372,9 @@ STUDIES = {
 }
 
 
-def study(args: argparse.Namespace, model: diffuser.Model, stats: ReferenceStats) -> list[dict]:
-    """A row per variation of the model's own sampling settings."""
-    rows = []
+def study(args: argparse.Namespace, model: diffuser.Model, stats: ReferenceStats) -> Iterator[dict]:
+    """A row per variation of the model's own sampling settings, as they come."""
+    calls = count_calls(model)
     for name in args.study.split(","):
         for change in STUDIES[name]:
             cfg = dataclasses.replace(model.config, seed=args.seed + 1, **change)
@@ -335,17 +382,16 @@ def study(args: argparse.Namespace, model: diffuser.Model, stats: ReferenceStats
 
             # Draw.
             labels = model.labels(list(range(len(model.class_names))), args.images)
+            calls.clear()
             start = time.perf_counter()
             images = torch.cat(list(model.draw(labels, cfg)))
 
             # Score.
             changed = [f"{setting} {value}" for setting, value in change.items() if value is not None]
-            row = {"": ", ".join(changed)}
+            row = {"": ", ".join(changed), "calls": round(sum(calls) / len(labels))}
+            row["seconds to draw"] = round(time.perf_counter() - start, 1)
             row.update(verdict(stats, images, labels if model.class_names else None))
-            row["seconds to draw"] = round(time.perf_counter() - start)
-            rows.append(row)
-            print(row, flush=True)
-    return rows
+            yield row
 
 
 # ---- Tables ------------------------------------------------------------------------------------
@@ -378,7 +424,9 @@ def build_parser() -> Parser:
     add("--dataset", default="mnist", help="digits, mnist or cifar10 [mnist]")
     add("--data_dir", default="data", metavar="PATH", help="where datasets are and the judge is kept [data]")
     add("--path_to_data", default="", metavar="PATH", help="folder or ZIP that holds its images, in class folders")
-    add("--minutes", type=float, default=10, help="training time of each contestant [10]")
+    add("--minutes", metavar="N,N", help="training time of each contestant [10; 0.5,1,2,4,10 for --race]")
+    add("--race", nargs="?", const="race.png", default="", metavar="PATH",
+        help="draw curves over minutes of training into this picture [race.png]")
     add("--images", type=int, default=1000, help="images drawn by each [1000]")
     add("--batch_size", type=int, default=64, help="of the peers [64]")
     add("--contestants", default=",".join(CONTESTANTS), metavar="NAME,NAME",
@@ -401,8 +449,9 @@ def check(args: argparse.Namespace) -> diffuser.Model | None:
         unknown.append(args.dataset)
     if unknown:
         raise UserError(f"unknown: {', '.join(unknown)}, see --help")
-    if args.images <= Classifier.FEATURES or not args.minutes > 0 or args.batch_size < 1:
-        raise UserError(f"--images must be above {Classifier.FEATURES}, --minutes and --batch_size above 0")
+    args.minutes = parse_minutes(args.minutes, RACE_MINUTES if args.race else (10.0,))
+    if args.images <= Classifier.FEATURES or args.batch_size < 1:
+        raise UserError(f"--images must be above {Classifier.FEATURES}, --batch_size above 0")
 
     if not args.checkpoint:
         return None
@@ -410,6 +459,19 @@ def check(args: argparse.Namespace) -> diffuser.Model | None:
     if model.shape != diffuser.DATASETS[args.dataset].shape:
         raise UserError(f"{args.checkpoint} draws images {model.shape}, unlike {args.dataset}: give its --dataset")
     return model
+
+
+def parse_minutes(text: str | None, usual: tuple[float, ...]) -> tuple[float, ...]:
+    """Numbers between commas, the usual ones without any. Raises UserError."""
+    if text is None:
+        return usual
+    try:
+        minutes = tuple(float(part) for part in text.split(","))
+    except ValueError:
+        minutes = ()
+    if not minutes or not all(0 < n < math.inf for n in minutes):
+        raise UserError(f"--minutes {text}: numbers above 0, such as 10 or 0.5,1,2")
+    return minutes
 
 
 def leave_out_missing(contestants: str, packages: Callable[[str], tuple[str, ...]]) -> str:
@@ -432,8 +494,9 @@ def leave_out_missing(contestants: str, packages: Callable[[str], tuple[str, ...
 
 def work(args: argparse.Namespace) -> None:
     """Race or study, and print the table."""
-    if args.json:
-        require_writable(args.json, "--json")
+    for flag in ("json", "race"):
+        if getattr(args, flag):
+            require_writable(getattr(args, flag), f"--{flag}")
     for flag in ("keep", "pictures"):
         if getattr(args, flag):
             require_writable(getattr(args, flag), f"--{flag}", folder=True)
@@ -458,14 +521,16 @@ def work(args: argparse.Namespace) -> None:
     print(f"judge: accuracy {stats.accuracy:.2%}; floor: {floor:.3g} for {args.images:,} real images, "
           f"{stats.floor:.3g} for {count:,}", flush=True)
 
-    # The contestants, or the variations of one model.
-    if model:
-        rows = study(args, model, stats)
-    else:
-        rows = race(args, stats, reference.everything())
+    # The contestants, or the variations of one model; what is there is kept as it comes.
+    rows = []
+    for row in study(args, model, stats) if model else race(args, stats, reference.everything()):
+        rows.append(row)
+        print(row, flush=True)
+        if args.json:
+            write_json(Path(args.json), dict(machine=machine(), floor=stats.floor, rows=rows))
+        if args.race:
+            plot_race(rows, Path(args.race), f"{args.dataset}, {machine()}")
     print(table(rows))
-    if args.json:
-        write_json(Path(args.json), dict(machine=machine(), floor=stats.floor, rows=rows))
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -7,6 +7,7 @@ import subprocess
 
 import pytest
 from conftest import cli
+from PIL import Image
 
 import diffuser
 
@@ -37,6 +38,19 @@ def test_the_race_trains_and_scores_all_who_are_there(raced):
     assert (folder / "pictures/digits_preset.png").exists() and (folder / "kept/digits_preset.pt").exists()
 
 
+def test_curves_over_minutes_of_training(folder):
+    """--race: a row for each contestant and number of minutes, network calls as they were made, and a picture of it."""
+    done = cli("--dataset", "digits", "--race", "race.png", "--minutes", "0.03,0.05", "--images", "140", "--json", "race.json",
+               "--contestants", "best", script="benchmarks/quality.py", cwd=folder)
+    assert done.returncode == 0, done.stderr
+    rows = json.loads((folder / "race.json").read_text())["rows"]
+    assert [row[""] for row in rows] == ["best", "best"]
+    cfg = diffuser.configure(dataset="digits", recipe="best")
+    assert all(diffuser.sampling_steps(cfg) <= row["evaluations"] <= 2 * diffuser.sampling_steps(cfg) for row in rows)
+    with Image.open(folder / "race.png") as picture:
+        assert picture.size == (1000, 400)
+
+
 @pytest.mark.slow
 def test_a_study_varies_one_model(raced):
     """--study scores a checkpoint under each variation of a setting."""
@@ -50,7 +64,8 @@ def test_a_study_varies_one_model(raced):
 
 @pytest.mark.parametrize("flags, words", [
     (["--contestants", "nobody"], "unknown: nobody"), (["--dataset", "celeba"], "unknown: celeba"),
-    (["--images", "100"], "--images must be above 128"), (["--minutes", "0"], "--minutes"),
+    (["--images", "100"], "--images must be above 128"), (["--minutes", "0"], "--minutes"), (["--minutes", "1,x"], "--minutes 1,x"),
+    (["--race", "/proc/none/race.png"], "--race"),
     (["--checkpoint", "gone.pt"], "there is no checkpoint gone.pt")])
 def test_bad_input_is_refused_before_any_training(folder, flags, words):
     """A name that is not there or a number that makes no sense is one line and exit 2."""
