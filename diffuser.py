@@ -551,8 +551,9 @@ BEST = {
     "digits": dict(),                                            # the preset is at the floor already
     "mnist": dict(
         timesteps=1000, schedule_type="cosine", prediction="x0", time_sampling="logit_normal", patch_size=2,
-        base_channels=64, channel_mults=(1, 2), batch_size=64, learning_rate=2e-3, train_minutes=10.0,
-        guidance_scale=0.3),
+        base_channels=32, channel_mults=(1, 2), batch_size=64, learning_rate=4e-3, adam_betas=(0.9, 0.95),
+        ema_decay=0.9995, train_minutes=10.0, spacing="logsnr", steps=10, guidance_scale=0.7,
+        guidance_interval=(0.3, 5.0)),
     "cifar10": dict(
         timesteps=1000, schedule_type="cosine", prediction="v", time_sampling="logit_normal", base_channels=128,
         channel_mults=(1, 2, 2), attention_levels=(1,), num_heads=4, batch_size=128, learning_rate=5e-4,
@@ -899,7 +900,15 @@ def add_below(asked: dict, options: dict) -> dict:
     """`asked`, completed by weaker options. A run has one length: if `asked` names one, the weaker ones are ignored."""
     if any(asked.get(name) for name in LENGTHS):
         options = {name: value for name, value in options.items() if name not in LENGTHS}
-    return {**options, **asked}
+    return {**without_foreign_steps(options, asked), **asked}
+
+
+def without_foreign_steps(options: dict, asked: dict) -> dict:
+    """`options` without their number of sampling steps, where `asked` names another sampler than they have."""
+    sampler = options.get("sampler", Config.sampler)
+    if asked.get("sampler", sampler) == sampler:
+        return options
+    return {name: value for name, value in options.items() if name != "steps"}
 
 
 def complete(asked: dict, checkpoint: dict | None = None) -> Config:
@@ -912,7 +921,7 @@ def complete(asked: dict, checkpoint: dict | None = None) -> Config:
     if not checkpoint and Path(asked.get("init_from", "")).is_file():
         inherited = pretrained_options(asked)
     inherited = {name: value for name, value in inherited.items() if name in FIELDS and name not in PER_RUN}
-    known = {**with_tuples(inherited), **asked}
+    known = {**with_tuples(without_foreign_steps(inherited, asked)), **asked}
     check_values(known)
 
     # 5. The preset, where it fits what is known by now.
@@ -1103,15 +1112,10 @@ def flow_beta(T: int, beta_start: float, beta_end: float, s: float) -> Tensor:
     return beta_from_alpha_bar((1 - u) ** 2 / ((1 - u) ** 2 + u**2))
 
 
-def edm_beta(T: int, beta_start: float, beta_end: float, s: float) -> Tensor:
-    """Noise levels sigma = sqrt(1 / alpha_bar - 1) from 0.002 to 80, spaced as EDM samples (2206.00364, eq. 5)."""
-    alpha_bar = 1 / (1 + karras_sigmas(80.0, 0.002, T).flip(0) ** 2)
-    return beta_from_alpha_bar(torch.cat([torch.ones(1, dtype=torch.float64), alpha_bar]))
-
-
-def karras_sigmas(high: float, low: float, n: int, rho: float = 7.0) -> Tensor:
-    """n noise levels from high to low, float64 [n], in equal steps of their rho-th root (2206.00364, eq. 5)."""
-    return torch.linspace(high ** (1 / rho), low ** (1 / rho), n, dtype=torch.float64) ** rho
+def edm_beta(T: int, beta_start: float, beta_end: float, s: float, rho: float = 7.0) -> Tensor:
+    """Noise levels sqrt(1 / alpha_bar - 1) from 0.002 to 80 in equal steps of their rho-th root (2206.00364, eq. 5)."""
+    sigma = torch.linspace(0.002 ** (1 / rho), 80.0 ** (1 / rho), T, dtype=torch.float64) ** rho
+    return beta_from_alpha_bar(torch.cat([torch.ones(1, dtype=torch.float64), 1 / (1 + sigma**2)]))
 
 
 def beta_from_alpha_bar(alpha_bar: Tensor) -> Tensor:
@@ -1623,22 +1627,12 @@ def logsnr_spacing(alpha_bar: Tensor, n: int) -> list[int]:
     return [len(alpha_bar) - 1, *nearest.tolist()]
 
 
-def karras_spacing(alpha_bar: Tensor, n: int) -> list[int]:
-    """T-1, and the timesteps nearest to EDM's noise levels from at most 80 to t = 0's, without their first (2206.00364,
-    eq. 5)."""
-    sigma = (1 / alpha_bar - 1).sqrt()
-    wanted = karras_sigmas(min(sigma[-1].item(), 80.0), sigma[0].item(), n)[1:]
-    nearest = (sigma.log()[None] - wanted.log()[:, None]).abs().argmin(1)
-    return [len(alpha_bar) - 1, *nearest.tolist()]
-
-
 SPACINGS = {
     "trailing": trailing_spacing,
     "leading": leading_spacing,
     "linear": linear_spacing,
     "quadratic": quadratic_spacing,
     "logsnr": logsnr_spacing,
-    "karras": karras_spacing,
 }
 
 
@@ -1727,32 +1721,6 @@ def heun(denoise: Denoiser, xT: Tensor, ts: list[int], alpha_bar: Tensor,
         yield t, x, x0_hat
 
 
-# Weights of the last slopes, the newest first, in a step of order 1, 2, 3, 4.
-ADAMS_BASHFORTH = ((1,), (3 / 2, -1 / 2), (23 / 12, -16 / 12, 5 / 12), (55 / 24, -59 / 24, 37 / 24, -9 / 24))
-
-
-def ipndm(denoise: Denoiser, xT: Tensor, ts: list[int], alpha_bar: Tensor,
-          draw_noise: Callable[[], Tensor] | None = None) -> Steps:
-    """iPNDM (2204.13902, sec. 3.3): fourth order for one network call a step.
-
-    DDIM steps with the noise extrapolated by Adams and Bashforth's weights; the first one is DDIM's, the second and
-    third are of the second and third order.
-    """
-    x = xT
-    slopes = []
-    for t, ab, _, ab_next in intervals(ts, alpha_bar):
-        x0_hat, eps_hat = denoise(x, t)
-        slopes = [eps_hat, *slopes[:3]]
-
-        x0 = x0_hat
-        eps = eps_hat
-        if len(slopes) > 1:
-            eps = sum(weight * slope for weight, slope in zip(ADAMS_BASHFORTH[len(slopes) - 1], slopes))
-            x0 = (x - math.sqrt(1 - ab) * eps) / math.sqrt(ab)
-        x = math.sqrt(ab_next) * x0 + math.sqrt(1 - ab_next) * eps
-        yield t, x, x0_hat
-
-
 @dataclass(frozen=True)
 class Sampler:
     """An entry of SAMPLERS. run: the function; steps: its own number of steps, None for every timestep.
@@ -1771,7 +1739,6 @@ class Sampler:
 SAMPLERS = {
     "dpmpp": Sampler(dpmpp, steps=25),
     "heun": Sampler(heun, steps=25),
-    "ipndm": Sampler(ipndm, steps=25),
     "ddim": Sampler(ddim, steps=50, options=("eta", "variance", "noise_scale", "use_noise_scaling"),
                     adds_noise=lambda options: options["eta"] > 0),
     "ddpm": Sampler(partial(ddim, eta=1.0), options=("variance", "noise_scale", "use_noise_scaling"),
@@ -2722,7 +2689,7 @@ class Model:
         for name in settings:
             if name not in FIELDS or name in ARCHITECTURAL or name in PER_RUN:
                 raise UserError(f"{name} is no sampling option")
-        cfg = dataclasses.replace(self.config, **settings)
+        cfg = Config(**{**without_foreign_steps(vars(self.config), settings), **settings})
         check(cfg)
         check_sampler_options(settings, cfg)
         return cfg

@@ -340,6 +340,20 @@ def picture(images: Tensor, name: str, args: argparse.Namespace) -> None:
 # ---- Studies: one trained model, settings varied while sampling --------------------------------
 
 
+def study_few_calls() -> list[dict]:
+    """Six network calls an image and a little more: spacings, with guidance at no, some and all steps."""
+    changes = []
+    for spacing in ("trailing", "logsnr"):
+        changes += [
+            dict(spacing=spacing, steps=6, guidance_scale=0.0),
+            dict(spacing=spacing, steps=3, guidance_scale=0.3, guidance_interval=None),
+            dict(spacing=spacing, steps=10, guidance_scale=0.3, guidance_interval=(0.3, 5.0)),
+            dict(spacing=spacing, steps=10, guidance_scale=0.5, guidance_interval=(0.3, 5.0)),
+            dict(spacing=spacing, steps=25, guidance_scale=0.3, guidance_interval=None),
+        ]
+    return changes
+
+
 def study_starts() -> list[dict]:
     """Each start of the sampling with three samplers."""
     changes = []
@@ -367,6 +381,7 @@ STUDIES = {
         *[dict(spacing=s, steps=10) for s in diffuser.SPACINGS],
         *[dict(spacing=s, steps=25) for s in diffuser.SPACINGS],
     ],
+    "few_calls": study_few_calls(),
     "start": study_starts(),
     "eps_scale": [dict(eps_scale=k) for k in (0.995, 1.0, 1.005, 1.01, 1.02)],
 }

@@ -255,6 +255,19 @@ def test_a_length_asked_for_beats_a_recipes_minutes():
         assert configure({"dataset": "mnist", "train_minutes": 10.0, "iterations": 5}, **length).train_minutes == 0
 
 
+def test_a_number_of_steps_goes_with_its_sampler():
+    """Ten steps are for the sampler they were chosen with: another one takes its own number, unless one is asked for."""
+    best = dict(dataset="mnist", recipe="best")
+    assert configure(**best).steps == 10 and configure(**best, sampler="dpmpp").steps == 10
+    assert configure(**best, sampler="ddpm").steps is None and configure(**best, sampler="ddim", steps=7).steps == 7
+    checkpoint = dict(dataset="mnist", sampler="dpmpp", steps=10)
+    assert [configure(checkpoint, sampler=name).steps for name in ("dpmpp", "heun")] == [10, None]
+    assert configure(dict(checkpoint, sampler="heun"), sampler="dpmpp").steps is None
+
+    model = diffuser.Model.from_network(torch.nn.Identity(), configure(**best), (1, 28, 28))
+    assert model.sampling_config({}).steps == 10 and model.sampling_config({"sampler": "ddim"}).steps is None
+
+
 @pytest.mark.parametrize("options, words", [
     (dict(zero_terminal_snr=True), "zero_terminal_snr needs another prediction than eps"),
     (dict(train_minutes=5.0, epochs=3), "train_minutes sets the number of steps"),

@@ -13,11 +13,10 @@ from diffusers import (
     EDMEulerScheduler,
     FlowMatchEulerDiscreteScheduler,
     HeunDiscreteScheduler,
-    LMSDiscreteScheduler,
 )
 
 import diffuser
-from diffuser import Diffusion, Moments, alpha_bar_table, configure, ddim, dpmpp, heun, ipndm, make_denoiser
+from diffuser import Diffusion, Moments, alpha_bar_table, configure, ddim, dpmpp, heun, make_denoiser
 
 PREDICTIONS = [("eps", "epsilon"), ("v", "v_prediction"), ("x0", "sample")]
 T = 100
@@ -157,23 +156,6 @@ def test_edm_agrees_with_diffusers():
             out = network(seen, torch.full((4,), 17 - i), torch.tensor([0, 1, 2, 0]))
             x = scheduler.step(out, t, x).prev_sample
     assert (ours("edm", list(range(18))[::-1], ddim, table, dict(clip=False)) - x).abs().max() < 1e-3
-
-
-def test_ipndm_agrees_with_diffusers():
-    """On evenly spaced noise levels Adams-Bashforth is diffusers' linear multistep method of order 4, but for its last step."""
-    sigma = torch.linspace(0.1, 2.1, 21, dtype=torch.float64)
-    table, ts = 1 / (1 + sigma**2), list(range(21))[::-1]
-    scheduler = LMSDiscreteScheduler(num_train_timesteps=21, trained_betas=(1 - table / torch.cat([torch.ones(1), table[:-1]])).tolist(),
-                                     timestep_spacing="linspace")
-    scheduler.set_timesteps(21)
-    network, x = tiny_unet(), START / table[-1].sqrt().float()
-    denoise = make_denoiser(network, Diffusion(table), torch.tensor([0, 1, 2, 0]), 3, clip=False)
-    with torch.no_grad():
-        steps = list(ipndm(denoise, START, ts, table))
-        for i, t in enumerate(scheduler.timesteps[:-1]):
-            out = network(scheduler.scale_model_input(x, t), t.long().expand(4), torch.tensor([0, 1, 2, 0]))
-            x = scheduler.step(out, t, x).prev_sample
-            assert (steps[i][1] - x * table[ts[i + 1]].sqrt().float()).abs().max() < 1e-4, i
 
 
 # A mixture of two Gaussians in the plane, of which everything is known.

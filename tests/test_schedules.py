@@ -57,20 +57,11 @@ def test_flow_closed_form():
 
 @pytest.mark.parametrize("n", [5, 18])
 def test_edms_noise_levels_are_those_of_diffusers(n):
-    """Equal steps of the seventh root from 80 to 0.002: the schedule, and the karras spacing of any other schedule."""
+    """Equal steps of the seventh root from 0.002 to 80."""
     reference = EDMEulerScheduler()
     reference.set_timesteps(n)
-    theirs = reference.sigmas[:-1].double()
     ours = (1 / alpha_bar_table(configure(timesteps=n, schedule_type="edm")) - 1).sqrt().flip(0)
-    assert torch.allclose(ours, theirs, rtol=1e-4)
-
-    table = alpha_bar_table(configure(timesteps=20_000, schedule_type="cosine"))
-    sigma = (1 / table - 1).sqrt()
-    reference = EDMEulerScheduler(sigma_min=sigma[0].item())
-    reference.set_timesteps(n)
-    grid = diffuser.timestep_grid("karras", table, n)
-    assert grid[0] == 19_999
-    assert torch.allclose(sigma[grid[1:]].log(), reference.sigmas[1:-1].double().log(), atol=0.03)
+    assert torch.allclose(ours, reference.sigmas[:-1].double(), rtol=1e-4)
 
 
 @pytest.mark.parametrize("name", sorted(diffuser.SCHEDULES))
