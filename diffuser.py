@@ -453,8 +453,8 @@ def length_that_counts(options: dict) -> str:
 PRESETS = {
     "digits": dict(
         timesteps=1000, schedule_type="cosine", prediction="v", batch_size=64, learning_rate=4e-3, emb_dim=32,
-        base_channels=16, channel_mults=(1, 3), num_res_blocks=1, num_heads=2, norm_groups=8, epochs=20,
-        sample_every=5, checkpoint_every=5, ema_decay=0.995, num_gpus=1, guidance_scale=0.5),
+        base_channels=16, channel_mults=(1, 3), num_res_blocks=1, num_heads=2, norm_groups=8, optimizer="muon",
+        epochs=10, sample_every=5, checkpoint_every=5, ema_decay=0.995, num_gpus=1, guidance_scale=0.5, steps=10),
     "mnist": dict(
         timesteps=500, beta_start=1e-5, beta_end=0.01, batch_size=128, learning_rate=1e-3, emb_dim=32,
         base_channels=32, channel_mults=(1, 2, 2), num_res_blocks=1, norm_groups=8, num_heads=4, epochs=20,
@@ -552,7 +552,7 @@ BEST = {
     "mnist": dict(
         timesteps=1000, schedule_type="cosine", prediction="x0", time_sampling="logit_normal", patch_size=2,
         base_channels=32, channel_mults=(1, 2), batch_size=64, learning_rate=4e-3, adam_betas=(0.9, 0.95),
-        ema_decay=0.9995, train_minutes=10.0, spacing="logsnr", steps=10, guidance_scale=0.7,
+        time_mean=0.5, ema_decay=0.9995, train_minutes=10.0, spacing="logsnr", steps=10, guidance_scale=0.7,
         guidance_interval=(0.3, 5.0)),
     "cifar10": dict(
         timesteps=1000, schedule_type="cosine", prediction="v", time_sampling="logit_normal", base_channels=128,
@@ -4390,7 +4390,7 @@ def steps_for_minutes(cfg: Config, devices: Devices, state: dict | None, deadlin
     first = trainer.step
 
     measure = partial(seconds_of, trainer)
-    step = statistics.median_high(measure(trainer.train_step) for _ in range(20))
+    step = statistics.median_high(measure(trainer.train_step) for _ in range(8))
     with tempfile.TemporaryDirectory() as folder:
         monitor = Monitor(trainer, None, Path(folder))
         validation = measure(monitor.validate)
