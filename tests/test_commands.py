@@ -299,7 +299,7 @@ def test_help_fits_on_two_screens_and_says_how_to_see_the_rest():
     for spec in diffuser.FIELDS.values():
         assert f"--{spec.name} " in short.stdout or not spec.metadata["common"]
         assert all(flag in long.stdout for flag in (f"--{spec.name}", *spec.metadata["aliases"]))
-    for value in ("--seed N", "--learning_rate X", "--save_dir PATH", "--experiment_name NAME", "--prediction {eps,v,x0}"):
+    for value in ("--seed N", "--learning_rate X", "--save_dir PATH", "--experiment_name NAME", "--prediction {eps,v,x0,flow,edm}"):
         assert value in short.stdout
     assert all(f"--{name}" in long.stdout for name in diffuser.FOREIGN_FLAGS)
     assert cli("--help", "everything", cwd=ROOT).returncode == 2
@@ -618,7 +618,7 @@ def test_what_is_no_choice(text, words):
 
 
 @pytest.mark.parametrize("text, length", [
-    ("", dict(epochs=20)), ("7", dict(epochs=7)), ("5 minutes", dict(train_minutes=5.0)), ("0.5min", dict(train_minutes=0.5)),
+    ("", dict(epochs=10)), ("7", dict(epochs=7)), ("5 minutes", dict(train_minutes=5.0)), ("0.5min", dict(train_minutes=0.5)),
     ("200 s", dict(iterations=200)), ("3 epoch", dict(epochs=3))])
 def test_lengths_in_any_unit(monkeypatch, text, length):
     """A length has a unit or takes that of the default."""
@@ -920,7 +920,7 @@ def test_models_and_trainers_say_what_they_are(trained):
     """Three lines each: images, network, and how it draws or where it stands."""
     model, trainer = diffuser.load(trained), diffuser.Trainer(tiny_training())
     trainer.train_step()
-    for thing, words in ((model, "dpmpp, 20 steps"), (trainer, "step 1 of 4")):
+    for thing, words in ((model, "dpmpp, 10 steps"), (trainer, "step 1 of 4")):
         lines = repr(thing).splitlines()
         assert len(lines) == 3 and max(map(len, lines)) < 120 and words in lines[2]
         assert "digits 8x8x1, 10 classes: 0, 1" in lines[0] and "parameters on cpu" in lines[1]

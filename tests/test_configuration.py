@@ -340,7 +340,7 @@ def test_an_experiment_stays_below_its_folder(name):
 
 
 @pytest.mark.parametrize("options, chosen", [
-    (dict(dataset="digits"), {}), (dict(dataset="digits", epochs=20, learning_rate=1e-3), dict(learning_rate=1e-3)),
+    (dict(dataset="digits"), {}), (dict(dataset="digits", epochs=10, learning_rate=1e-3), dict(learning_rate=1e-3)),
     (dict(dataset="mnist", iterations=50, flip=False, img_size=(28, 28), use_labels=True, channels=1), dict(iterations=50)),
     (dict(dataset="celeba", channel_mults=(1, 2)), dict(channel_mults=(1, 2), attention_levels=())),
     (dict(dataset="digits", time_sampling="laplace", time_mean=-1.5, experiment_name="a b"),
