@@ -284,8 +284,11 @@ def race(args: argparse.Namespace, stats: ReferenceStats, data: ImageData) -> It
         yield row
 
 
-def plot_race(rows: list[dict], path: Path, title: str) -> None:
-    """Distance and accuracy over minutes of training, a curve for each contestant, as a picture."""
+def plot_race(rows: list[dict], minutes: tuple[float, ...], path: Path, title: str) -> None:
+    """Distance and accuracy over minutes of training, a curve for each contestant, as a picture.
+
+    minutes: those asked for, which the axis names; a point is where the training took it.
+    """
     import matplotlib
 
     matplotlib.use("Agg")                                        # draws without a display
@@ -295,24 +298,24 @@ def plot_race(rows: list[dict], path: Path, title: str) -> None:
     figure, (left, right) = plt.subplots(1, 2, figsize=(10, 4), layout="constrained")
     for name in dict.fromkeys(row[""] for row in rows):
         own = [row for row in rows if row[""] == name]
-        minutes = [row["minutes"] for row in own]
-        left.plot(minutes, [row["x floor"] for row in own], "o-", label=LABELS.get(name, name))
+        taken = [row["minutes"] for row in own]
+        left.plot(taken, [row["x floor"] for row in own], "o-", label=LABELS.get(name, name))
         if own[0]["accuracy"] != "no labels":
-            right.plot(minutes, [float(row["accuracy"].rstrip("%")) for row in own], "o-", label=LABELS.get(name, name))
+            right.plot(taken, [float(row["accuracy"].rstrip("%")) for row in own], "o-")
 
-    left.axhline(1, color="grey", linestyle=":", label="as many real images")
+    left.axhline(1, color="grey", linestyle=":", label="real images")
     left.set_yscale("log")
-    left.set_title("Frechet distance, times that of real images")
-    right.set_title("images taken for the class asked for, %")
+    left.set_title("Frechet distance, times that of as many real images")
+    right.set_title("images that the judge takes for the class asked for, %")
     right.set_ylim(0, 101)
     for axes in (left, right):
         axes.set_xscale("log")
         axes.set_xlabel("minutes of training")
-        axes.set_xticks(sorted({row["minutes"] for row in rows if row[""] == rows[0][""]}))
+        axes.set_xticks(minutes)
         axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
         axes.xaxis.set_minor_formatter(NullFormatter())
         axes.grid(alpha=0.3)
-    left.legend()
+    figure.legend(loc="outside lower center", ncols=5)
     figure.suptitle(title)
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=100)
@@ -544,7 +547,7 @@ def work(args: argparse.Namespace) -> None:
         if args.json:
             write_json(Path(args.json), dict(machine=machine(), floor=stats.floor, rows=rows))
         if args.race:
-            plot_race(rows, Path(args.race), f"{args.dataset}, {machine()}")
+            plot_race(rows, args.minutes, Path(args.race), f"{args.dataset}, {machine()}")
     print(table(rows))
 
 
