@@ -1183,10 +1183,18 @@ class Prediction:
         return (s / (q * a - p * s)) ** 2 * (a / s).square().clamp(max=gamma)
 
 
-def edm_coefficients(a: Tensor, s: Tensor, sd: float = 0.5) -> tuple[Tensor, Tensor]:
-    """A target of unit variance for images of deviation sd (EDM, 2206.00364, table 1, c_skip and c_out)."""
-    d = (s**2 + sd**2 * a**2).sqrt()
-    return s / (sd * d), -sd * a / d
+EDM_DEVIATION = 0.5                                              # of the images that EDM is made for
+
+
+def edm_scale(a: Tensor, s: Tensor) -> Tensor:
+    """The deviation of x_t for images of deviation EDM_DEVIATION."""
+    return (s**2 + EDM_DEVIATION**2 * a**2).sqrt()
+
+
+def edm_coefficients(a: Tensor, s: Tensor) -> tuple[Tensor, Tensor]:
+    """A target of unit variance for such images (EDM, 2206.00364, table 1, c_skip and c_out)."""
+    d = edm_scale(a, s)
+    return s / (EDM_DEVIATION * d), -EDM_DEVIATION * a / d
 
 
 # To add a prediction: name its coefficients here.
@@ -1197,7 +1205,7 @@ PREDICTIONS = {
     "flow": Prediction(lambda a, s: (-1, 1),                     # eps - x0; it sees (1 - u) x0 + u eps
                        input_scale=lambda a, s: 1 / (a + s)),
     "edm": Prediction(edm_coefficients,                          # it sees unit variance: EDM's c_in
-                      input_scale=lambda a, s: 1 / (s**2 + 0.5**2 * a**2).sqrt()),
+                      input_scale=lambda a, s: 1 / edm_scale(a, s)),
 }
 
 # To add a loss: name it here; it is called with reduction="none".
@@ -3559,7 +3567,6 @@ def load_guide(model: Model, cfg: Config) -> nn.Module:
 # ---- 10  Training ------------------------------------------------------------------------------
 # One step, the guard against divergence beside it, what is seen of a run, and the loop. Each rank takes its slice of
 # the same batch; rank 0 writes.
-
 
 
 def is_block_matrix(name: str, shape: Sequence[int]) -> bool:
