@@ -45,19 +45,15 @@ from diffuser_lib.files import Parser, UserError, add_debug, end_process, requir
 from diffuser_lib.machine import is_installed
 from evaluate import Classifier, ReferenceStats, load_reference
 
-Draw = Callable[[list[int]], Tensor]                             # labels -> uint8 [N, C, H, W]
+Draw = Callable[[list[int]], tuple[Tensor, int]]                 # labels -> uint8 [N, C, H, W], calls an image
 
 
 @dataclass
 class Trained:
-    """A contestant after training: how it draws, the images it saw, and the network calls for an image.
-
-    evaluations: a function, since ours are counted while it draws; labels: whether it takes them.
-    """
+    """A contestant after training: how it draws, and the images it saw. labels: whether it takes them."""
 
     draw: Draw
     images_seen: int
-    evaluations: Callable[[], int]
     labels: bool = True
 
 
@@ -107,24 +103,18 @@ def train_ours(args: argparse.Namespace, data: ImageData, minutes: float, recipe
             Path(args.keep).mkdir(parents=True, exist_ok=True)
             shutil.copy(path, Path(args.keep, f"{args.dataset}_{recipe or 'preset'}.pt"))
 
-    # Draw, and count its work.
     cfg = dataclasses.replace(model.config, seed=args.seed + 1)
     images_seen = model.config.iterations * cfg.batch_size * cfg.gradient_accumulation_steps
-    calls = count_calls(model)
-    drawn = []
-
-    def draw(labels: list[int]) -> Tensor:
-        drawn.extend(labels)
-        return torch.cat(list(model.draw(labels, cfg)))
-
-    return Trained(draw, images_seen, lambda: round(sum(calls) / len(drawn)), labels=bool(model.class_names))
+    return Trained(lambda labels: draw_ours(model, labels, cfg), images_seen, labels=bool(model.class_names))
 
 
-def count_calls(model: diffuser.Model) -> list[int]:
-    """A list that the images of every network call are added to: with guidance most go through it twice."""
+def draw_ours(model: diffuser.Model, labels: list[int], cfg: diffuser.Config) -> tuple[Tensor, int]:
+    """Images, uint8 [N, C, H, W], and the network calls for each; a guided step has two."""
     calls = []
-    model.network.register_forward_pre_hook(lambda network, inputs: calls.append(len(inputs[0])))
-    return calls
+    counter = model.network.register_forward_pre_hook(lambda network, inputs: calls.append(len(inputs[0])))
+    images = torch.cat(list(model.draw(labels, cfg)))
+    counter.remove()
+    return images, round(sum(calls) / len(labels))
 
 
 def train_loop(minutes: float, step: Callable[[float, int], None]) -> int:
@@ -190,7 +180,7 @@ def train_diffusers(args: argparse.Namespace, data: ImageData, minutes: float) -
     scheduler = DDIMScheduler(num_train_timesteps=1000)
 
     @torch.no_grad()
-    def draw(labels: list[int]) -> Tensor:
+    def draw(labels: list[int]) -> tuple[Tensor, int]:
         scheduler.set_timesteps(50)
         drawn = []
         for part in torch.tensor(labels, device=args.device).split(250):
@@ -198,9 +188,9 @@ def train_diffusers(args: argparse.Namespace, data: ImageData, minutes: float) -
             for t in scheduler.timesteps:
                 x = scheduler.step(network(x, t, part).sample, t, x).prev_sample
             drawn.append(diffuser.to_uint8(x))
-        return torch.cat(drawn)
+        return torch.cat(drawn), 50
 
-    return Trained(draw, steps * args.batch_size, lambda: 50)
+    return Trained(draw, steps * args.batch_size)
 
 
 def train_lucidrains(args: argparse.Namespace, data: ImageData, minutes: float) -> Trained:
@@ -233,13 +223,13 @@ def train_lucidrains(args: argparse.Namespace, data: ImageData, minutes: float) 
     average.ema_model.eval()
 
     @torch.no_grad()
-    def draw(labels: list[int]) -> Tensor:
+    def draw(labels: list[int]) -> tuple[Tensor, int]:
         drawn = []
         for i in range(0, len(labels), 250):
             drawn.append(average.ema_model.sample(batch_size=min(250, len(labels) - i)))
-        return diffuser.to_uint8(torch.cat(drawn) * 2 - 1)       # it gives images in [0, 1]
+        return diffuser.to_uint8(torch.cat(drawn) * 2 - 1), 50   # it gives images in [0, 1]
 
-    return Trained(draw, steps * args.batch_size, lambda: 50, labels=False)
+    return Trained(draw, steps * args.batch_size, labels=False)
 
 
 # name: (how it is trained, the packages it needs)
@@ -273,12 +263,12 @@ def race(args: argparse.Namespace, stats: ReferenceStats, data: ImageData) -> It
         # Draw.
         labels = [i % len(stats.class_names) for i in range(args.images)]
         start = time.perf_counter()
-        images = trained.draw(labels)
+        images, calls = trained.draw(labels)
         seconds = time.perf_counter() - start
 
         # Score.
-        row = {"": name, "minutes": round(taken, 1 if taken > 5 else 2), "images seen": trained.images_seen,
-               "evaluations": trained.evaluations(), "seconds to draw": round(seconds, 1 if seconds < 20 else None)}
+        row = {"": name, "minutes": round(taken, 2), "images seen": trained.images_seen, "evaluations": calls,
+               "seconds to draw": round(seconds, 1)}
         row.update(verdict(stats, images, labels if trained.labels else None))
         picture(images, f"{name}_{minutes:g}" if len(args.minutes) > 1 else name, args)
         yield row
@@ -392,7 +382,6 @@ STUDIES = {
 
 def study(args: argparse.Namespace, model: diffuser.Model, stats: ReferenceStats) -> Iterator[dict]:
     """A row per variation of the model's own sampling settings, as they come."""
-    calls = count_calls(model)
     for name in args.study.split(","):
         for change in STUDIES[name]:
             cfg = dataclasses.replace(model.config, seed=args.seed + 1, **change)
@@ -400,13 +389,12 @@ def study(args: argparse.Namespace, model: diffuser.Model, stats: ReferenceStats
 
             # Draw.
             labels = model.labels(list(range(len(model.class_names))), args.images)
-            calls.clear()
             start = time.perf_counter()
-            images = torch.cat(list(model.draw(labels, cfg)))
+            images, calls = draw_ours(model, labels, cfg)
 
             # Score.
             changed = [f"{setting} {value}" for setting, value in change.items() if value is not None]
-            row = {"": ", ".join(changed), "calls": round(sum(calls) / len(labels))}
+            row = {"": ", ".join(changed), "calls": calls}
             row["seconds to draw"] = round(time.perf_counter() - start, 1)
             row.update(verdict(stats, images, labels if model.class_names else None))
             yield row
