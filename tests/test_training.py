@@ -63,7 +63,7 @@ def test_metrics_have_every_column_and_each_step_once(folder):
 
 
 @pytest.mark.parametrize("options", [
-    {}, dict(dropout=0.2, flip=True, gradient_accumulation_steps=3), dict(lr_schedule="cosine", optimizer="adam"), dict(optimizer="muon"),
+    {}, dict(dropout=0.2, flip=True, gradient_accumulation_steps=3), dict(lr_schedule="cosine", optimizer="adam"), dict(optimizer="muon"), dict(optimizer="adamw"),
     dict(precision="bf16", base_channels=32, dropout=0.2, batch_size=8),
     dict(lr_schedule="constant", use_ema=False, warmup_steps=3), dict(adam_betas=(0.8, 0.9), ema_halflife=500.0, flip=True),
     dict(lr_schedule="cosine_with_restarts", lr_cycles=3, random_crop=True), dict(lr_schedule="linear"), dict(use_labels=False, dataset="digits", conditioning="concat")])
@@ -284,7 +284,7 @@ def test_muon_is_torchs_for_matrices_and_adamw_for_the_rest(folder):
 
 def test_a_run_goes_on_with_another_optimizer(folder):
     """From AdamW to Muon and back: what the other one learned is left, weights and step are kept."""
-    train(tiny_training(iterations=2))
+    train(tiny_training(iterations=2, optimizer="adamw"))
     for i, optimizer in enumerate(("muon", "adamw"), 2):
         path = train(tiny_training(iterations=2 * i, optimizer=optimizer))
         state = diffuser.load_checkpoint(path)
