@@ -132,6 +132,7 @@ from diffuser_lib.images import (
     to_pil,
     to_uint8,
 )
+from diffuser_lib.judge import FEATURES, Reference, ReferenceStats, divide
 from diffuser_lib.machine import (
     PACKAGES,
     duration,
@@ -151,6 +152,7 @@ from diffuser_lib.processes import (
     world_size,
 )
 from diffuser_lib.spellings import FOREIGN_FLAGS, NO_COUNTERPART, translate_flags
+from diffuser_lib.tensors import write_tensors
 
 # ---- 1  Configuration --------------------------------------------------------------------------
 # One frozen dataclass holds every option; each field makes its flag, its help, its question and its check.
@@ -361,6 +363,9 @@ class Config:
     checkpoint_rate: int = opt(
         0, "steps between checkpoints, each with a grid; 0: go by epochs", "--evaluation_interval",
         "--checkpointing_steps", "--save_and_sample_every", lo=0, hi=10**9)
+    score_every: int = opt(
+        0, "epochs between scores: a judge looks at drawn images, and the best checkpoint is kept, too; 0: never", lo=0,
+        hi=10**7)
     num_keep_checkpoints: int = opt(1, "checkpoints to keep", "--checkpoints_total_limit", lo=1, hi=10**6, common=True)
     num_generations: int = opt(0, "images per class in a grid and rows of a denoising strip; 0: choose", lo=0, hi=1000)
     plot_freq_interval: int = opt(
@@ -1983,6 +1988,15 @@ def load_data(cfg: Config, train: bool = True) -> ImageData:
     return select_labels(cfg, crop_to_middle(data, height, width))
 
 
+def real_images(cfg: Config, data: ImageData) -> Reference:
+    """Images as configured as what drawn ones are judged by: with the dataset's own test part, or one divided off."""
+    spec = DATASETS[cfg.dataset]
+    if spec.has_test and tuple(data.images.shape[1:]) == spec.shape:
+        return Reference(cfg.dataset, data, load_data(cfg, train=False), own_test=True)
+    train, test = divide(data)
+    return Reference(Path(cfg.path_to_data).stem or cfg.dataset, train, test)
+
+
 def settle_dataset(cfg: Config, data: ImageData | None = None) -> Config:
     """The settings with a dataset; images of one's own, `data`, have the folder's. Raises UserError for wrong ones."""
     if data is None:
@@ -2963,6 +2977,10 @@ def is_number(v) -> bool:
     return type(v) in (int, float) and abs(v) < 2**40            # nan fails too
 
 
+def is_distance(v) -> bool:
+    return type(v) is float and v >= 0
+
+
 def is_type(kind: type) -> Callable[[object], bool]:
     return lambda v: type(v) is kind
 
@@ -3053,6 +3071,8 @@ class Progress:
     nonfinite_steps: Tensor = saved_field("faults", partial(is_finite_tensor, shape=(3,)), torch.zeros(3))
     # How often the learning rate was halved after a divergence.
     lr_halvings: int = saved_field("slowed", lambda v: is_count(v, most=Guard.MAX_HALVINGS), 0)
+    # The smallest distance of drawn images to real ones, inf before the first.
+    best_distance: float = saved_field("best_distance", is_distance, math.inf)
     # Losses from this step on can be compared: since then no setting has changed.
     baseline_step: int = saved_field("range_since", is_count, 0)
 
@@ -3120,6 +3140,14 @@ def checkpoint_path(cfg: Config, step: int) -> Path:
     return Path(cfg.working_directory, f"diffusion_checkpoint_{cfg.dataset}_{network_name(cfg)}.pt")
 
 
+def best_path(cfg: Config) -> Path:
+    """Where the checkpoint with the best score goes, beside the last one."""
+    path = checkpoint_path(cfg, 0)
+    if cfg.experiment_name:
+        return path.parents[1] / "best" / path.name
+    return path.with_stem(f"{path.stem}_best")
+
+
 def run_title(config: dict) -> str:
     """What a run is called, by the configuration in its checkpoint: its name and its dataset."""
     name = config.get("experiment_name")
@@ -3171,15 +3199,6 @@ def run_lock(cfg: Config) -> Iterator[None]:
 # Saving.
 
 
-def write_tensors(content: dict, file) -> None:
-    """torch.save into an open file. Raises OSError where the disk is full, for which torch has an error of its own."""
-    try:
-        torch.save(content, file)
-    except RuntimeError as error:
-        cause = error.__context__
-        raise cause if isinstance(cause, OSError) else OSError(first_line(error)) from error
-
-
 def save_checkpoint(state: dict, cfg: Config) -> Path:
     """Write the state and let go of the oldest beyond num_keep_checkpoints, but never of the newest good one.
 
@@ -3187,15 +3206,23 @@ def save_checkpoint(state: dict, cfg: Config) -> Path:
     """
     path = checkpoint_path(cfg, state["step"])
 
-    def before_replace(temporary: Path) -> None:
-        if not zip_is_sound(temporary):
-            raise OSError(f"{path} was not written as it should be")
+    def set_others_aside() -> None:
         if not cfg.experiment_name:
             set_aside(path, state, cfg)
 
-    write_atomically(path, partial(write_tensors, state), before_replace)
+    write_state(path, state, set_others_aside)
     remove_old_checkpoints(path, state, cfg)
     return path
+
+
+def write_state(path: Path, state: dict, before_replace: Callable[[], None] = lambda: None) -> None:
+    """Write a checkpoint that takes the place of one there only if it is sound. Raises OSError."""
+    def check(temporary: Path) -> None:
+        if not zip_is_sound(temporary):
+            raise OSError(f"{path} was not written as it should be")
+        before_replace()
+
+    write_atomically(path, partial(write_tensors, state), check)
 
 
 def write_checkpoint(path: Path, network: nn.Module, cfg: Config, shape: tuple[int, int, int], class_names: list[str],
@@ -4153,13 +4180,40 @@ class Guard:
                                  "the learning rate")
 
 
-class Monitor:
-    """What is seen of a run: rows of metrics, validation, grids of samples, the report. logger: of rank 0 alone."""
+SCORED_IMAGES = 300                                              # drawn for a score
 
-    def __init__(self, trainer: Trainer, logger: MetricsLogger | None, folder: Path):
+
+def find_judge(cfg: Config, devices: Devices, data: ImageData | None) -> ReferenceStats:
+    """The judge of what is drawn in training, the one that evaluate.py keeps, or else it is trained here.
+
+    data: images of one's own. Raises UserError.
+    """
+    with devices.processes.main_first():
+        images = load_data(cfg) if data is None else select_labels(cfg, data)
+    if not devices.processes.is_main:
+        return None
+    real = real_images(cfg, images)
+    if len(real.train.images) <= FEATURES:
+        raise UserError(f"--score_every: {len(images.images)} images are too few to judge others by: it takes "
+                        f"{math.ceil(1.2 * FEATURES) + 1}")
+    bf16 = pick_precision(Config(), devices.device) == "bf16"
+    with torch.random.fork_rng():                                # the run's own numbers stay what they are
+        return ReferenceStats(real, cfg.data_dir, devices.device, bf16)
+
+
+class Monitor:
+    """What is seen of a run: rows of metrics, validation, scores, grids of samples, the report.
+
+    logger, judge: of rank 0 alone.
+    """
+
+    def __init__(self, trainer: Trainer, logger: MetricsLogger | None, folder: Path,
+                 judge: ReferenceStats | None = None):
         self.trainer = trainer
         self.logger = logger
         self.folder = folder
+        self.judge = judge
+        self.is_best = False                                     # the last score, of all so far
         self.timed_steps = 0                                     # since the last row
         self.timed_seconds = 0.0
         self.restart_clock()
@@ -4174,8 +4228,8 @@ class Monitor:
         self.timed_steps += self.trainer.step - self.clock_step
         self.timed_seconds += time.perf_counter() - self.clock_time
 
-    def log(self, evaluated: bool) -> float:
-        """Write a row of metrics, with the validation loss where `evaluated`; returns the epoch's mean loss."""
+    def log(self, due: Due) -> float:
+        """Write a row of metrics, with validation loss and score where they are due; returns the epoch's mean loss."""
         trainer = self.trainer
         since_log, since_epoch = trainer.gathered_losses().tolist()
         self.stop_clock()
@@ -4195,7 +4249,8 @@ class Monitor:
                 loss_q2=quartiles[1],
                 loss_q3=quartiles[2],
                 loss_q4=quartiles[3],
-                val_loss=self.validate() if evaluated else "",
+                val_loss=self.validate() if due.validate else "",
+                **(self.score() if due.score else {}),
                 lr=trainer.lr,
                 grad_norm=trainer.grad_norm.item(),
                 images_per_second=images / self.timed_seconds,
@@ -4237,6 +4292,17 @@ class Monitor:
                 batch = [v.to(trainer.device) for v in (x0, t[piece], eps, trainer.data.labels[chosen])]
                 total += trainer.diffusion.loss(trainer.ema.network, *batch).sum().item()
         return total / n
+
+    def score(self) -> dict[str, float]:
+        """Accuracy and distance of images drawn as after training; remembers whether no distance was smaller."""
+        trainer = self.trainer
+        labels = trainer.model.labels(list(range(trainer.null_class)), SCORED_IMAGES)
+        images = torch.cat(list(draw_with_bar(trainer.model, labels, trainer.cfg)))
+        scores = self.judge.scores(images, torch.tensor(labels))
+
+        self.is_best = scores["distance"] < trainer.progress.best_distance
+        trainer.progress.best_distance = min(scores["distance"], trainer.progress.best_distance)
+        return {name: scores[name] for name in ("accuracy", "distance") if name in scores}
 
     def preview_config(self) -> Config:
         """The settings of what is drawn in training."""
@@ -4387,10 +4453,11 @@ def seconds_of(trainer: Trainer, work: Callable) -> float:
 
 
 def steps_for_minutes(cfg: Config, devices: Devices, state: dict | None, deadline: float,
-                      data: ImageData | None = None) -> tuple[Config, ComputeConfig]:
+                      data: ImageData | None = None,
+                      judge: ReferenceStats | None = None) -> tuple[Config, ComputeConfig]:
     """The configuration with as many iterations as fit until the deadline (a perf_counter); how their trial computed.
 
-    By the time of a few real steps, a validation and a grid on a copy of the run, which is thrown away.
+    By the time of a few real steps, a validation, a grid and a score on a copy of the run, which is thrown away.
     """
     endless = dataclasses.replace(cfg, iterations=10**9)
     trainer = Trainer(endless, devices, copy.deepcopy(state), data=data)
@@ -4399,9 +4466,10 @@ def steps_for_minutes(cfg: Config, devices: Devices, state: dict | None, deadlin
     measure = partial(seconds_of, trainer)
     step = statistics.median_high(measure(trainer.train_step) for _ in range(8))
     with tempfile.TemporaryDirectory() as folder:
-        monitor = Monitor(trainer, None, Path(folder))
+        monitor = Monitor(trainer, None, Path(folder), judge)
         validation = measure(monitor.validate)
         grid = measure(lambda: monitor.draw_grid(0.0))
+        score = measure(monitor.score) if judge else 0.0
 
     per_epoch = trainer.batches.steps_per_epoch
     between_grids = cfg.checkpoint_rate or (cfg.sample_every or 1) * per_epoch
@@ -4409,7 +4477,9 @@ def steps_for_minutes(cfg: Config, devices: Devices, state: dict | None, deadlin
         between_grids = max(between_grids, Cadence.pause(grid) / step)
     between_validations = max(cfg.log_every, min(between_grids, per_epoch))
     each = step + validation / between_validations + grid / between_grids
-    left = deadline - time.perf_counter() - validation - grid
+    if cfg.score_every:
+        each += score / (cfg.score_every * per_epoch)
+    left = deadline - time.perf_counter() - validation - grid - score
     steps = max(1, devices.processes.broadcast(int(left / each)))
     devices.processes.print0(f"{step * 1000:.3g} ms a step: {steps:,} steps fit into {cfg.train_minutes:g} minutes")
     return dataclasses.replace(cfg, iterations=first + steps), trainer.compute
@@ -4487,13 +4557,15 @@ def train_locked(cfg: Config, devices: Devices, signals: Signals, data: ImageDat
     # Once more, now under the lock and read in full: a command line has only had a look.
     path, state = find_resume_checkpoint(cfg, dataclasses.asdict(cfg), processes)
 
+    judge = find_judge(cfg, devices, data) if cfg.score_every else None
+
     # The length of a run of so many minutes.
     deadline = compute = None
     if cfg.train_minutes and state and state["config"].get("train_minutes") == cfg.train_minutes:
         cfg = dataclasses.replace(cfg, iterations=state["config"]["iterations"])
     elif cfg.train_minutes:
         deadline = start_time + USABLE_SECONDS * cfg.train_minutes
-        cfg, compute = steps_for_minutes(cfg, devices, state, deadline, data)
+        cfg, compute = steps_for_minutes(cfg, devices, state, deadline, data, judge)
 
     trainer = Trainer(cfg, devices, state, compute, data)
     del state                                                    # of twice the size of the network and more
@@ -4503,7 +4575,7 @@ def train_locked(cfg: Config, devices: Devices, signals: Signals, data: ImageDat
     announce(trainer, path)
 
     logger = start_logger(trainer, folder) if processes.is_main else None
-    monitor = Monitor(trainer, logger, folder)
+    monitor = Monitor(trainer, logger, folder, judge)
     if logger and cfg.report:                                    # it stands beside the samples there
         warn_on_oserror(str(folder / "real.png"), monitor.draw_real)
     hide_bar = None if processes.is_main else True                   # None: where there is no terminal
@@ -4526,7 +4598,7 @@ def set_earlier_run_aside(cfg: Config, path: Path | None, folder: Path, processe
     kept = kept_checkpoints(cfg)
     if path and path.resolve() in [p.resolve() for p in kept]:
         return
-    earlier = [folder, *kept]
+    earlier = [folder, *kept, best_path(cfg)]
     if cfg.experiment_name and kept:
         earlier = [folder, kept[0].parents[1]]
     for place in earlier:
@@ -4579,6 +4651,7 @@ class Due:
 
     log: bool = False
     validate: bool = False                                       # in that row
+    score: bool = False                                          # in that row, too
     grid: bool = False
     save: bool = False
     epoch_ends: bool = False
@@ -4640,6 +4713,9 @@ def what_is_due(cfg: Config, step: int, per_epoch: int, total: int, last_row: in
         cadences.append(cfg.checkpoint_rate)
     passed = any(step // every > last_row // every for every in cadences)
     due.validate = due.log and (last or passed)
+    if cfg.score_every:
+        every = cfg.score_every * per_epoch
+        due.score = due.log and (last or step // every > last_row // every)
     return due
 
 
@@ -4678,7 +4754,7 @@ def training_loop(trainer: Trainer, monitor: Monitor, signals: Signals, bar: tqd
 
         # A row of metrics; back to a good checkpoint where the run has diverged.
         if due.log:
-            loss = monitor.log(evaluated=due.validate)
+            loss = monitor.log(due)
         elif due.grid:
             loss = monitor.epoch_loss()
         if due.log or due.save:
@@ -4724,6 +4800,11 @@ def training_loop(trainer: Trainer, monitor: Monitor, signals: Signals, bar: tqd
         # Save and draw.
         if due.grid or due.save:
             monitor.stop_clock()
+        if due.score and processes.broadcast(int(monitor.is_best)):
+            state = trainer.state()
+            if processes.is_main:
+                best = best_path(cfg)
+                warn_on_oserror(f"checkpoint {best}", partial(write_state, best, state))
         if due.save:
             path = checkpoint_path(cfg, trainer.step)
             state = trainer.state()

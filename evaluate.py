@@ -4,13 +4,14 @@
     python evaluate.py out --against mnist                          class accuracy and Frechet distance, no download
     python evaluate.py out --against cifar10 --metrics fid,kid,is,pr  Inception metrics, by torch-fidelity
     python evaluate.py out --against photos.zip --metrics fid --weights W.pth
+    python evaluate.py out --against photos.zip --copies            is anything a copy of a training image?
     python evaluate.py --bpd checkpoint.pt                          bits per dimension of a model's held-out images
 
 DIR is a folder as `diffuser.py --mode inference --save_dir DIR` leaves it, or any folder or ZIP of images. The judge
 is a small classifier, trained once on the reference and kept in --data_dir: class accuracy is the share of images
 that it takes for the class in their file name, the distance is that of Heusel et al. 2017 between its features. Its
-floor is the distance that real images outside the training set have. A metric that the images are too few for is left
-out, with the number that it needs.
+floor is the distance that real images outside the training set have. Without classes a network of fixed random
+weights takes its place. A metric that the images are too few for is left out, with the number that it needs.
 """
 
 from __future__ import annotations
@@ -25,16 +26,15 @@ import argparse
 import math
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
 import torch
-import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 from tqdm import tqdm
 
 import diffuser
+from diffuser_lib import copies
 from diffuser_lib.files import (
     Parser,
     UserError,
@@ -44,35 +44,14 @@ from diffuser_lib.files import (
     require_writable,
     run_script,
     warn,
-    warn_on_oserror,
-    write_atomically,
     write_json,
 )
 from diffuser_lib.images import DecodedImages, ImageData, ImageFiles, Shape, file_names, from_uint8
+from diffuser_lib.judge import FEATURES, Reference, ReferenceStats, divide, extract_features
 from diffuser_lib.machine import is_installed
+from diffuser_lib.tensors import read_tensors
 
 # ---- Images ------------------------------------------------------------------------------------
-
-
-@dataclass
-class Reference:
-    """The real images: what a classifier is trained on, and others to test it with.
-
-    own_test: whether the test images are the dataset's own, and not divided off here.
-    """
-
-    name: str
-    train: ImageData
-    test: ImageData
-    own_test: bool = False
-
-    def everything(self) -> ImageData:
-        """The training images; all images where the set was divided here."""
-        if self.own_test:
-            return self.train
-        images = torch.cat([self.train.images, self.test.images])
-        labels = torch.cat([self.train.labels, self.test.labels])
-        return ImageData(images, labels, self.train.class_names)
 
 
 def find_images(path: str) -> ImageFiles:
@@ -131,24 +110,33 @@ def read_images(path: str, shape: Shape | None = None) -> ImageData:
     return ImageData(images, torch.tensor(labels), class_names)
 
 
-def load_reference(against: str, data_dir: str, shape: Shape) -> Reference:
+def load_reference(against: str, data_dir: str, shape: Shape, test: str = "") -> Reference:
     """The dataset of that name, or the folder or ZIP there, its images in the given shape (C, H, W).
 
-    One image in six is for testing where the dataset has no test part of its own. Raises UserError.
+    test: a folder or ZIP of other images to test with. One image in six is for testing where neither that nor the
+    dataset has a test part. Raises UserError.
     """
+    if test:
+        return load_both(against, data_dir, shape, test)
     if against not in diffuser.DATASETS or against == "folder":
-        train, test = divide(read_images(against, shape))
-        return Reference(Path(against).stem, train, test)
+        train, held_out = divide(read_images(against, shape))
+        return Reference(Path(against).stem, train, held_out)
 
     channels, height, width = shape
     cfg = diffuser.configure(dataset=against, data_dir=data_dir, channels=channels, img_size=(height, width),
                              channel_mults=(1,))
-    data = diffuser.load_data(cfg)
-    spec = diffuser.DATASETS[against]
-    if not spec.has_test or tuple(shape) != spec.shape:
-        train, test = divide(data)
-        return Reference(against, train, test)
-    return Reference(against, data, diffuser.load_data(cfg, train=False), own_test=True)
+    return diffuser.real_images(cfg, diffuser.load_data(cfg))
+
+
+def load_both(against: str, data_dir: str, shape: Shape, test: str) -> Reference:
+    """All images of `against` to train with, those of the folder or ZIP `test` to test with. Raises UserError."""
+    reference = load_reference(against, data_dir, shape)
+    data = reference.everything()
+    held_out = read_images(test, shape)
+    if held_out.class_names != data.class_names:
+        raise UserError(f"--test {test} has the classes {diffuser.list_classes(held_out.class_names) or 'none'}, and "
+                        f"{against} has {diffuser.list_classes(data.class_names) or 'none'}: they have to be the same")
+    return Reference(reference.name, data, held_out, own_test=True)
 
 
 def count_reference(against: str) -> int:
@@ -158,232 +146,14 @@ def count_reference(against: str) -> int:
     return len(find_images(against))
 
 
-def divide(data: ImageData) -> tuple[ImageData, ImageData]:
-    """Five sixths and one sixth of the images, the same ones every time."""
-    order = torch.randperm(len(data.images), generator=torch.Generator().manual_seed(0))
-    test_size = len(order) // 6
-    train = order[test_size:]
-    test = order[:test_size]
-    return (ImageData(data.images[train], data.labels[train], data.class_names),
-            ImageData(data.images[test], data.labels[test], data.class_names))
+# ---- The judge ---------------------------------------------------------------------------------
 
 
-# ---- Classifier --------------------------------------------------------------------------------
-
-
-def read_tensors(path: str) -> dict:
-    """The tensors in a file; nothing in it is executed. Raises UserError."""
-    try:
-        return torch.load(path, map_location="cpu", weights_only=True)
-    except OSError as error:
-        raise UserError(f"{path} cannot be read ({error.strerror or error})") from error
-    except Exception as error:                                   # torch raises many kinds here
-        raise UserError(f"{path} is not a readable file of tensors ({type(error).__name__})") from error
-
-
-class Classifier(nn.Module):
-    """A small convolutional classifier: uint8 [N, C, H, W] -> (features [N, 128], logits [N, classes])."""
-
-    FEATURES = 128
-
-    def __init__(self, shape: Shape, classes: int):
-        super().__init__()
-        channels, height, width = shape
-        base = 64 if channels == 3 else 32
-        halvings = int(math.log2(min(height, width) / 4))        # down to about 4x4 pixels
-        stages = max(1, min(3, halvings))
-
-        layers = []
-        cin = channels
-        for stage in range(stages):
-            cout = base << stage
-            for stride in (1, 2):
-                layers.append(nn.Conv2d(cin, cout, 3, stride, 1, bias=False))
-                layers.append(nn.BatchNorm2d(cout))
-                layers.append(nn.ReLU())
-                cin = cout
-
-        self.body = nn.Sequential(
-            *layers,
-            nn.AdaptiveAvgPool2d(4),                             # [N, cin, 4, 4]
-            nn.Flatten(),
-            nn.Dropout(0.3),
-            nn.Linear(16 * cin, self.FEATURES),
-            nn.ReLU(),
-        )
-        self.head = nn.Linear(self.FEATURES, classes)
-
-    def forward(self, images: Tensor) -> tuple[Tensor, Tensor]:
-        features = self.body(from_uint8(images))
-        return features, self.head(features)
-
-
-def augment(x: Tensor, reach: int, mirror: bool) -> Tensor:
-    """A batch [N, C, H, W] shifted by up to `reach` pixels each way, all images alike, and mirrored if wanted."""
-    height, width = x.shape[2:]
-    top, left = torch.randint(2 * reach + 1, (2,)).tolist()
-    padded = F.pad(x, (reach, reach, reach, reach))
-    x = padded[:, :, top : top + height, left : left + width]
-    return x.flip(-1) if mirror else x
-
-
-def train_classifier(reference: Reference, device: torch.device) -> Classifier:
-    """A classifier trained on shifted (and, in colour, mirrored) images.
-
-    It takes a minute or two for grey images on two cores, ten for colour.
-    """
-    torch.manual_seed(0)
-    fast = diffuser.pick_precision(diffuser.Config(), device) == "bf16"
-    autocast = torch.autocast(device.type, torch.bfloat16, enabled=fast)
-    data = reference.train
-    colour = data.images.shape[1] == 3
-    classifier = Classifier(tuple(data.images.shape[1:]), len(data.class_names)).to(device)
-
-    batch = 128
-    steps_per_epoch = math.ceil(len(data.images) / batch)
-    epochs = 12 if colour else max(4, 100_000 // len(data.images))
-    steps = steps_per_epoch * epochs
-    optimizer = torch.optim.AdamW(classifier.parameters(), weight_decay=0.01)
-    lr_schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 3e-3, total_steps=steps)
-
-    reach = max(1, data.images.shape[-1] // 14)
-    for step in tqdm(range(steps), f"training the judge on {reference.name}", disable=None):
-        # Take the next batch of a new order in each epoch.
-        position = step % steps_per_epoch
-        if position == 0:
-            order = torch.randperm(len(data.images))
-        chosen = order[position * batch : (position + 1) * batch]
-        x = data.images[chosen].to(device)
-        y = data.labels[chosen].to(device)
-        x = augment(x, reach, mirror=colour and step % 2 == 1)
-
-        # Update the weights.
-        with autocast:
-            _, logits = classifier(x)
-        F.cross_entropy(logits.float(), y, label_smoothing=0.05).backward()
-        optimizer.step()
-        optimizer.zero_grad()
-        lr_schedule.step()
-    return classifier.eval()
-
-
-@torch.no_grad()
-def extract_features(classifier: Classifier, images: Tensor) -> tuple[Tensor, Tensor]:
-    """The classifier's features of images uint8 [N, C, H, W], float64 [N, 128], and its choice of class, int64 [N]."""
-    device = next(classifier.parameters()).device
-    features = []
-    choices = []
-    for batch in images.split(500):
-        batch_features, logits = classifier(batch.to(device))
-        features.append(batch_features.cpu().double())
-        choices.append(logits.argmax(1).cpu())
-    return torch.cat(features), torch.cat(choices)
-
-
-# ---- Distance ----------------------------------------------------------------------------------
-
-
-def moments(features: Tensor) -> tuple[Tensor, Tensor]:
-    """Mean [D] and covariance [D, D] of features [N, D]."""
-    return features.mean(0), features.T.cov()
-
-
-def frechet_distance(a: tuple[Tensor, Tensor], b: tuple[Tensor, Tensor]) -> float:
-    """|m1 - m2|^2 + tr(S1 + S2 - 2 (S1 S2)^(1/2)) between two Gaussians, (mean [D], covariance [D, D]) each.
-
-    Heusel et al. 2017, eq. 6.
-    """
-    m1, s1 = a
-    m2, s2 = b
-
-    # S1 S2 has the eigenvalues of S1^(1/2) S2 S1^(1/2), which is symmetric.
-    values, vectors = torch.linalg.eigh(s1)
-    root = vectors * values.clamp(min=0).sqrt() @ vectors.T
-    middle = torch.linalg.eigvalsh(root @ s2 @ root).clamp(min=0).sqrt().sum()
-    return ((m1 - m2).square().sum() + s1.trace() + s2.trace() - 2 * middle).item()
-
-
-class ReferenceStats:
-    """The classifier of a reference, trained or found in data_dir, and what it makes of the reference's own images.
-
-    accuracy: on the test images; floor: the distance of all test images, nan for too few of them. Raises UserError for
-    images without classes.
-    """
-
-    def __init__(self, reference: Reference, data_dir: str):
-        self.class_names = reference.train.class_names
-        require_classes(reference)
-        self.classifier = load_or_train_classifier(reference, data_dir)
-
-        train_features, _ = extract_features(self.classifier, reference.train.images)
-        self.train_size = len(train_features)
-        self.real = moments(train_features)
-        self.test_features, choice = extract_features(self.classifier, reference.test.images)
-        self.accuracy = (choice == reference.test.labels).double().mean().item()
-        self.floor = math.nan
-        if len(self.test_features) > Classifier.FEATURES:
-            self.floor = frechet_distance(self.real, moments(self.test_features))
-
-    def floor_of(self, n: int) -> float:
-        """The distance of n test images, the mean of up to five draws: what n perfect images would score.
-
-        n is at most the number of test images.
-        """
-        order = torch.randperm(len(self.test_features), generator=torch.Generator().manual_seed(0))
-        whole_draws = [draw for draw in order.split(n) if len(draw) == n]
-        draws = whole_draws[:5]
-        distances = [frechet_distance(self.real, moments(self.test_features[draw])) for draw in draws]
-        return sum(distances) / len(draws)
-
-    def scores(self, images: Tensor, labels: Tensor | None = None) -> dict[str, float]:
-        """accuracy (only with labels int64 [N]) and distance (only of enough images) of images uint8 [N, C, H, W]."""
-        features, choice = extract_features(self.classifier, images)
-        scores = {}
-        if labels is not None:
-            scores["accuracy"] = (choice == labels).double().mean().item()
-        if min(len(images), self.train_size) > Classifier.FEATURES:
-            scores["distance"] = frechet_distance(self.real, moments(features))
-        return scores
-
-
-def require_classes(reference: Reference) -> None:
-    """Raise UserError for images without classes."""
-    if len(reference.train.class_names) < 2:
-        raise UserError(f"{reference.name} has no classes to train a judge on: use --metrics fid")
-
-
-def load_or_train_classifier(reference: Reference, data_dir: str) -> Classifier:
-    """The classifier kept in data_dir for these very images, else a new one, which is kept there. Raises UserError."""
-    shape = tuple(reference.train.images.shape[1:])
-    size = "x".join(map(str, shape))
-    digest = reference.train.digest()[:12]
-    path = Path(data_dir, f"judge_{reference.name}_{digest}_{size}.pt")
+def judge_of(reference: Reference, data_dir: str) -> ReferenceStats:
+    """The judge of a reference, on the best device of this machine. Raises UserError."""
     device = diffuser.pick_device("auto")
-
-    if path.exists():
-        classifier = Classifier(shape, len(reference.train.class_names)).to(device).eval()
-        weights = read_tensors(str(path))
-        try:
-            classifier.load_state_dict(weights)
-        except Exception as error:                               # anything may be in it
-            raise UserError(f"{path} is no judge of {reference.name}: remove it, and a new one is trained") from error
-        return classifier
-
-    # A folder of datasets may well be for reading only.
-    can_keep = True
-    try:
-        require_writable(path, "--data_dir")
-    except UserError as error:
-        if not Path(data_dir).is_dir():
-            raise
-        warn(f"evaluate: {error}, or the judge is trained anew each time")
-        can_keep = False
-
-    classifier = train_classifier(reference, device)
-    if can_keep:
-        write = partial(diffuser.write_tensors, classifier.state_dict())
-        warn_on_oserror(f"the judge, {path},", lambda: write_atomically(path, write))
-    return classifier
+    bf16 = diffuser.pick_precision(diffuser.Config(), device) == "bf16"
+    return ReferenceStats(reference, data_dir, device, bf16)
 
 
 def labels_in_reference(generated: ImageData, class_names: list[str]) -> Tensor | None:
@@ -407,8 +177,52 @@ def classifier_scores(generated: ImageData, stats: ReferenceStats) -> dict[str, 
     if "distance" in scores and not math.isnan(stats.floor):
         scores["floor"] = stats.floor
         scores[f"floor of {count} images"] = stats.floor_of(count)
-    scores["judge's own accuracy"] = stats.accuracy
+    if stats.has_classes:
+        scores["judge's own accuracy"] = stats.accuracy
     return scores
+
+
+# ---- Copies ------------------------------------------------------------------------------------
+
+MOST_REAL = 1000                                                 # real images that drawn ones are held against
+
+
+def look_for_copies(path: str, generated: ImageData, reference: Reference, stats: ReferenceStats,
+                    page: Path) -> dict[str, float]:
+    """The figures of diffuser_lib/copies.py for a folder of images, by pixels and by the judge's features.
+
+    Real images are those of the reference's own test part; where it has none, some of the training images, each held
+    against the others. Writes the page. Raises OSError.
+    """
+    training = reference.everything()
+    if reference.own_test:
+        chosen = torch.linspace(0, len(reference.test.images) - 1, min(MOST_REAL, len(reference.test.images))).long()
+        real = reference.test.images[chosen]
+        itself = None
+    else:
+        itself = torch.linspace(0, len(training.images) - 1, min(MOST_REAL, len(training.images))).long()
+        real = training.images[itself]
+
+    spaces = {
+        "pixels": copies.pixel_vectors,
+        "features": lambda images: extract_features(stats.classifier, images)[0].float(),
+    }
+    comparisons = []
+    for space, vectors in spaces.items():
+        found = vectors(training.images)
+        drawn = copies.nearest(vectors(generated.images), vectors(generated.images.flip(-1)), found)
+        usual = copies.nearest(vectors(real), vectors(real.flip(-1)), found, itself)
+        comparisons.append(copies.compare(space, drawn, usual))
+
+    title = f"{len(generated.images):,} images of {path} against {len(training.images):,} of {reference.name}"
+    copies.write_page(page, title, find_images(path).names, generated.images, training.images, comparisons)
+
+    figures = {}
+    for comparison in comparisons:
+        figures |= comparison.figures()
+        if comparison.doubles:
+            figures[f"real images that are there twice, by {comparison.space}"] = comparison.doubles
+    return figures
 
 
 # ---- Inception metrics -------------------------------------------------------------------------
@@ -579,8 +393,12 @@ def build_parser() -> Parser:
     parser = Parser("evaluate.py", usage="python evaluate.py [FOLDER] [options]", doc=__doc__)
     parser.add_argument("folder", nargs="?", help="folder or ZIP of images to score")
     parser.add_argument("--against", default="", metavar="NAME|PATH", help="dataset, folder or ZIP of real images")
+    parser.add_argument("--test", default="", metavar="PATH",
+                        help="folder or ZIP of other real images to test with [a test part of --against, or a sixth]")
     parser.add_argument("--metrics", default="", metavar="NAME,NAME",
                         help="judge, fid, kid, is, pr [judge for named datasets, else fid]")
+    parser.add_argument("--copies", nargs="?", const="copies.html", default="", metavar="PATH",
+                        help="find each image's nearest training image, and write a page of them [copies.html]")
     parser.add_argument("--bpd", default="", metavar="CKPT", help="bits per dimension of the model in this checkpoint")
     parser.add_argument("--num_images", type=int, default=1000, help="held-out images for --bpd, at most [1000]")
     parser.add_argument("--data_dir", default="data", metavar="PATH",
@@ -619,7 +437,7 @@ def too_few_for(metric: str, generated: int, real: int, args: argparse.Namespace
 
     The judge makes two of them, accuracy and distance.
     """
-    width = Classifier.FEATURES
+    width = FEATURES
     title = f"a Frechet distance over {width} features" if metric == "distance" else metric
     needs = {
         "accuracy": (1, ""),
@@ -664,41 +482,51 @@ def evaluate(args: argparse.Namespace) -> dict[str, float]:
         raise UserError("name a folder of images and what to hold them --against: evaluate.py DIR --against mnist")
 
     # Counts and packages first: reading, training a judge and Inception take their time.
-    wanted = choose_metrics(args)
-    inception = [name for name in wanted if name in METRICS]
-    if inception:
-        require_inception(inception, args.weights)
-    metrics = choose_possible(wanted, len(find_images(args.folder)), count_reference(args.against), args)
-    inception = [name for name in metrics if name in METRICS]
+    metrics = []
+    if args.metrics or not args.copies:
+        wanted = choose_metrics(args)
+        inception = [name for name in wanted if name in METRICS]
+        if inception:
+            require_inception(inception, args.weights)
+        metrics = choose_possible(wanted, len(find_images(args.folder)), count_reference(args.against), args)
 
     generated = read_images(args.folder)
-    reference = load_reference(args.against, args.data_dir, tuple(generated.images.shape[1:]))
+    reference = load_reference(args.against, args.data_dir, tuple(generated.images.shape[1:]), args.test)
     figures: dict[str, float] = {"images": len(generated.images)}
-    if "accuracy" in metrics:
-        require_classes(reference)
-        if labels_in_reference(generated, reference.train.class_names) is None:
+    class_names = reference.train.class_names
+    by_judge = "accuracy" in metrics or "distance" in metrics
+    if by_judge:
+        if len(class_names) >= 2 and labels_in_reference(generated, class_names) is None:
             problem = f"accuracy needs the classes of {reference.name} in names of files (000012_cat.png) or folders"
-            if metrics == ["accuracy"]:
-                raise UserError(f"{problem}; a distance needs {Classifier.FEATURES + 1} images")
+            if "distance" not in metrics:
+                raise UserError(f"{problem}; a distance needs {FEATURES + 1} images")
             warn(f"evaluate: left out: {problem}")
-        stats = ReferenceStats(reference, args.data_dir)
+    if by_judge or args.copies:
+        stats = judge_of(reference, args.data_dir)
+    if by_judge:
         figures |= classifier_scores(generated, stats)
+    inception = [name for name in metrics if name in METRICS]
     if inception:
         real = reference.everything().images
         figures |= inception_scores(generated.images, real, inception, args.weights, args.features,
                                     args.kid_subset_size)
+    if args.copies:
+        figures |= look_for_copies(args.folder, generated, reference, stats, Path(args.copies))
     return figures
 
 
 def run(args: argparse.Namespace) -> None:
     """Print what the command line asks for, and write it to a file where one is given. Raises UserError, OSError."""
     start_time = time.perf_counter()
-    if args.json:
-        require_writable(args.json, "--json")
+    for flag in ("json", "copies"):
+        if getattr(args, flag):
+            require_writable(getattr(args, flag), f"--{flag}")
     figures = evaluate(args)
     for name, value in figures.items():
-        print(f"{name:40} {value:.5g}")
-    print(f"{'seconds':40} {time.perf_counter() - start_time:.0f}")
+        print(f"{name:48} {value:.5g}")
+    print(f"{'seconds':48} {time.perf_counter() - start_time:.0f}")
+    if args.copies:
+        print(f"the nearest pairs are in {args.copies}")
     if args.json:
         write_json(Path(args.json), figures)
 

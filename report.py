@@ -53,6 +53,8 @@ MOST_ROWS = 100
 # Title of a figure: {label of a curve: column of metrics.csv}.
 FIGURES = {
     "Training and validation": {"training": "loss", "validation": "val_loss"},
+    "Distance of drawn images to real ones": {"distance": "distance"},
+    "Drawn images taken for their class": {"accuracy": "accuracy"},
     "By quartile of the timestep": {"q1 (least noise)": "loss_q1", "q2": "loss_q2", "q3": "loss_q3",
                                     "q4 (most noise)": "loss_q4"},
 }

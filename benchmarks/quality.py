@@ -42,8 +42,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import diffuser
 from diffuser import ImageData
 from diffuser_lib.files import Parser, UserError, add_debug, end_process, require_writable, run_script, write_json
+from diffuser_lib.judge import FEATURES, ReferenceStats
 from diffuser_lib.machine import is_installed
-from evaluate import Classifier, ReferenceStats, load_reference
+from evaluate import judge_of, load_reference
 
 Draw = Callable[[list[int]], tuple[Tensor, int]]                 # labels -> uint8 [N, C, H, W], calls an image
 
@@ -313,13 +314,15 @@ def plot_race(rows: list[dict], minutes: tuple[float, ...], path: Path, title: s
 
 
 def verdict(stats: ReferenceStats, images: Tensor, labels: list[int] | None) -> dict:
-    """Accuracy, distance and brightness of images, for a table."""
+    """Accuracy, distance, precision, recall and brightness of images, for a table."""
     scores = stats.scores(images, None if labels is None else torch.tensor(labels))
     accuracy = f"{scores['accuracy']:.1%}" if labels else "no labels"
     return {
         "accuracy": accuracy,
         "distance": round(scores["distance"], 2),
         "x floor": round(scores["distance"] / stats.floor_of(len(images)), 2),
+        "precision": round(scores["precision"], 2),
+        "recall": round(scores["recall"], 2),
         "brightness": round(images.double().mean().item(), 1),
     }
 
@@ -430,6 +433,7 @@ def build_parser() -> Parser:
     add("--dataset", default="mnist", help="digits, mnist or cifar10 [mnist]")
     add("--data_dir", default="data", metavar="PATH", help="where datasets are and the judge is kept [data]")
     add("--path_to_data", default="", metavar="PATH", help="folder or ZIP that holds its images, in class folders")
+    add("--test", default="", metavar="PATH", help="folder or ZIP of images to test the judge with [a sixth of them]")
     add("--minutes", metavar="N,N", help="training time of each contestant [10; 0.5,1,2,4,10 for --race]")
     add("--race", nargs="?", const="race.png", default="", metavar="PATH",
         help="draw curves over minutes of training into this picture [race.png]")
@@ -456,8 +460,8 @@ def check(args: argparse.Namespace) -> diffuser.Model | None:
     if unknown:
         raise UserError(f"unknown: {', '.join(unknown)}, see --help")
     args.minutes = parse_minutes(args.minutes, RACE_MINUTES if args.race else (10.0,))
-    if args.images <= Classifier.FEATURES or args.batch_size < 1:
-        raise UserError(f"--images must be above {Classifier.FEATURES}, --batch_size above 0")
+    if args.images <= FEATURES or args.batch_size < 1:
+        raise UserError(f"--images must be above {FEATURES}, --batch_size above 0")
 
     if not args.checkpoint:
         return None
@@ -513,15 +517,15 @@ def work(args: argparse.Namespace) -> None:
 
     # The real images, and the judge trained on them.
     shape = diffuser.DATASETS[args.dataset].shape
-    reference = load_reference(args.path_to_data or args.dataset, args.data_dir, shape)
+    reference = load_reference(args.path_to_data or args.dataset, args.data_dir, shape, args.test)
     count = len(reference.test.images)
     if count < args.images:
-        if count <= Classifier.FEATURES:
-            raise UserError(f"there are {count} images to test with, a sixth of all: a Frechet distance needs "
-                            f"{Classifier.FEATURES + 1}")
+        if count <= FEATURES:
+            raise UserError(f"there are {count} images to test with: a Frechet distance needs "
+                            f"{FEATURES + 1}")
         args.images = count
         print(f"drawing {args.images} images, as many as there are to test with")
-    stats = ReferenceStats(reference, args.data_dir)
+    stats = judge_of(reference, args.data_dir)
     floor = stats.floor_of(args.images)
     print(machine())
     print(f"judge: accuracy {stats.accuracy:.2%}; floor: {floor:.3g} for {args.images:,} real images, "

@@ -13,6 +13,7 @@ from PIL import Image
 import diffuser
 import evaluate
 from diffuser import alpha_bar_table, configure
+from diffuser_lib import judge
 from diffuser_lib.files import UserError
 from diffuser_lib.images import ImageData, to_pil
 
@@ -26,10 +27,10 @@ def test_frechet_distance_of_known_gaussians():
     m1, m2 = torch.randn(2, 6, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
     s1, s2 = torch.linspace(0.1, 2, 6).double(), torch.linspace(3, 0, 6).double()
     expected = (m1 - m2).square().sum() + (s1 - s2).square().sum()
-    found = evaluate.frechet_distance((m1, torch.diag(s1**2)), (m2, torch.diag(s2**2)))
+    found = judge.frechet_distance((m1, torch.diag(s1**2)), (m2, torch.diag(s2**2)))
     assert found == pytest.approx(expected.item(), rel=1e-9)
-    some = evaluate.moments(gaussian(500, 1, 2))
-    assert abs(evaluate.frechet_distance(some, some)) < 1e-9
+    some = judge.moments(gaussian(500, 1, 2))
+    assert abs(judge.frechet_distance(some, some)) < 1e-9
 
 
 def test_frechet_distance_agrees_with_pytorch_fid():
@@ -37,8 +38,8 @@ def test_frechet_distance_agrees_with_pytorch_fid():
     fid_score = pytest.importorskip("pytorch_fid.fid_score")
     mixing = torch.randn(6, 6, dtype=torch.float64, generator=torch.Generator().manual_seed(3))
     a, b = gaussian(300, 0, 1) @ mixing, gaussian(200, 0.5, 2, seed=1)
-    theirs = fid_score.calculate_frechet_distance(*(np.asarray(v) for f in (a, b) for v in evaluate.moments(f)))
-    assert evaluate.frechet_distance(evaluate.moments(a), evaluate.moments(b)) == pytest.approx(theirs, rel=1e-6)
+    theirs = fid_score.calculate_frechet_distance(*(np.asarray(v) for f in (a, b) for v in judge.moments(f)))
+    assert judge.frechet_distance(judge.moments(a), judge.moments(b)) == pytest.approx(theirs, rel=1e-6)
 
 
 @pytest.fixture(scope="module")
@@ -94,14 +95,13 @@ def test_metrics_agree_with_torch_fidelity_and_pytorch_fid(random_inception, two
         images = (interpolate_bilinear_2d_like_tensorflow1x(images, size=(299, 299), align_corners=False) - 128) / 128
         with torch.no_grad():
             features.append(torch.cat([network(part)[0].mean((2, 3)) for part in images.split(55)]).double())
-    theirs = fid_score.calculate_frechet_distance(*(np.asarray(v) for f in features for v in evaluate.moments(f)))
+    theirs = fid_score.calculate_frechet_distance(*(np.asarray(v) for f in features for v in judge.moments(f)))
     assert float(printed["frechet_inception_distance"]) == pytest.approx(theirs, rel=1e-3)
 
 
 @pytest.mark.parametrize("flags, words", [
     (["--metrics", "fid"], "110 images are too few for fid: it needs 2049"),
     (["--metrics", "kid"], "too few for kid: it needs 1000"),
-    (["--metrics", "judge"], "no classes to train a judge on"),
     (["--metrics", "beauty"], "choose from judge, fid, kid, is, pr"),
     (["--metrics", "fid", "--features", "64", "--weights", "other.pth"], "the Inception network could not be loaded")])
 def test_what_makes_no_sense_is_refused_with_the_reason(two_folders, folder, flags, words):
@@ -333,7 +333,7 @@ def test_nothing_is_done_where_nothing_can_come_of_it(folder, monkeypatch, capsy
     small_folders(folder, with_names="--data_dir" in flags)
     if "--data_dir" in flags:
         flags = [*flags[:-1], "hundred/images/" + min(path.name for path in (folder / "hundred/images").iterdir())]
-    monkeypatch.setattr(evaluate, "train_classifier", None)
+    monkeypatch.setattr(judge, "train_classifier", None)
     assert evaluate.main(flags) == 2
     errors = capsys.readouterr().err
     assert words in errors and "unexpected" not in errors
@@ -344,9 +344,9 @@ def test_what_can_be_computed_is(folder, monkeypatch, capsys):
     a judge that cannot be kept is no reason to stop."""
     small_folders(folder, with_names=True)
     told = []
-    monkeypatch.setattr(evaluate, "train_classifier", lambda reference, device: told.append(capsys.readouterr().err)
-                        or evaluate.Classifier((1, 8, 8), 10).eval())
-    monkeypatch.setattr(evaluate, "write_atomically", lambda path, write: (_ for _ in ()).throw(OSError(28, "full")))
+    monkeypatch.setattr(judge, "train_classifier", lambda *a: told.append(capsys.readouterr().err)
+                        or judge.Classifier((1, 8, 8), 10).eval())
+    monkeypatch.setattr(judge, "write_atomically", lambda path, write: (_ for _ in ()).throw(OSError(28, "full")))
     assert evaluate.main(["hundred", "--against", "digits", "--json", "scores.json"]) == 0
     assert "left out: 100 images are too few for a Frechet distance" in told[0]
     assert {"images", "accuracy", "judge's own accuracy"} == set(json.loads((folder / "scores.json").read_text()))

@@ -14,7 +14,7 @@ import edit
 
 # What each file may import of the project; everything else of it stands above.
 FILES = "diffuser_lib.files"
-GROUND_FLOOR = {f"diffuser_lib.{name}" for name in ("files", "images", "cpu_kernels", "machine", "processes", "spellings", "metrics")}
+GROUND_FLOOR = {f"diffuser_lib.{name}" for name in ("files", "images", "cpu_kernels", "machine", "processes", "spellings", "metrics", "tensors", "judge", "copies")}
 BELOW = {
     "diffuser_lib": set(),
     FILES: set(),
@@ -24,6 +24,9 @@ BELOW = {
     "diffuser_lib.machine": set(),
     "diffuser_lib.spellings": {FILES},
     "diffuser_lib.metrics": {FILES},
+    "diffuser_lib.tensors": {FILES},
+    "diffuser_lib.judge": {FILES, "diffuser_lib.cpu_kernels", "diffuser_lib.images", "diffuser_lib.tensors"},
+    "diffuser_lib.copies": {FILES, "diffuser_lib.images"},
     "plot_loss": {FILES},
     "report": {FILES, "plot_loss"},
     "diffuser": {*GROUND_FLOOR, "report"},

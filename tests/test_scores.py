@@ -1,0 +1,136 @@
+"""Scores while training (--score_every): their rows, the judge that evaluate.py shares, the best checkpoint, resuming."""
+
+import csv
+import math
+
+import pytest
+import torch
+from conftest import TINY_FLAGS, cli, same, tiny_training
+
+import diffuser
+from diffuser import UserError, load_checkpoint, train
+from diffuser_lib.images import ImageData, to_pil
+
+FLAGS = ("--mode", "train", "--dataset", "digits", "--timesteps", "20", "--batch_size", "256", "--log_every", "3", *TINY_FLAGS)
+
+
+def table(folder):
+    [path] = folder.rglob("metrics.csv")
+    return list(csv.DictReader(open(path)))
+
+
+class FakeJudge:
+    """Gives the distances that it is told, and remembers what it was shown."""
+
+    def __init__(self, distances):
+        self.distances = list(distances)
+        self.shown = []
+
+    def scores(self, images, labels):
+        self.shown.append((images, labels))
+        return {"accuracy": 0.5, "distance": self.distances.pop(0), "recall": 1.0}
+
+
+@pytest.fixture
+def fake_judge(monkeypatch):
+    """distances -> a judge that gives these, one after another, in all runs from here on."""
+    def install(*distances):
+        judge = FakeJudge(distances)
+        monkeypatch.setattr(diffuser, "find_judge", lambda *a: judge)
+        return judge
+    return install
+
+
+def settings(**more):
+    """Epochs of eight steps."""
+    return tiny_training(**{**dict(batch_size=224, epochs=3, iterations=0, score_every=1, log_every=2, steps=2), **more})
+
+
+def test_scores_stand_in_metrics_csv_and_report_and_evaluate_has_the_same_judge(folder):
+    """The real command line: accuracy and distance in the first row after two epochs and at the end; the report draws
+    them; evaluate.py finds the judge that was trained here."""
+    done = cli(*[f for f in FLAGS if f != "--no-report"], "--epochs", "3", "--score_every", "2", cwd=folder)
+    assert done.returncode == 0, done.stderr
+    rows = table(folder)
+    scored = [row for row in rows if row["distance"]]
+    assert [math.ceil(float(row["epoch"])) for row in scored] == [2, 3] and scored[-1] is rows[-1] and len(rows) > 4
+    assert all(0 <= float(row["accuracy"]) <= 1 and float(row["distance"]) > 0 for row in scored)
+    [report] = folder.rglob("report.html")
+    assert "Distance of drawn images to real ones" in report.read_text()
+    [kept] = (folder / "data").glob("judge_digits_*.pt")
+    time = kept.stat().st_mtime_ns
+    out = cli("--mode", "inference", "--dataset", "digits", "--num_images", "20", "--save_dir", "out", cwd=folder)
+    assert out.returncode == 0, out.stderr
+    judged = cli("out", "--against", "digits", script="evaluate.py", cwd=folder)
+    assert judged.returncode == 0 and "training the judge" not in judged.stderr
+    assert [kept] == list((folder / "data").glob("judge_*")) and kept.stat().st_mtime_ns == time
+
+
+@pytest.mark.parametrize("name", ["", "mine"])
+def test_the_best_checkpoint_is_kept_beside_the_last(folder, fake_judge, name):
+    """The one with the smallest distance, not the last; it is whole, can be drawn from, and resuming ignores it."""
+    judge = fake_judge(7.0, 3.0, 5.0)
+    cfg = settings(experiment_name=name)
+    last = train(cfg)
+    best = diffuser.best_path(cfg)
+    assert best.parent.parent == (last.parents[1] if name else last.parents[1]) and best != last
+    rows = [row for row in table(folder) if row["distance"]]
+    assert [float(row["distance"]) for row in rows] == [7, 3, 5]
+    assert load_checkpoint(best)["step"] == int(rows[1]["step"]) < load_checkpoint(last)["step"]
+    assert load_checkpoint(last)["best_distance"] == load_checkpoint(best)["best_distance"] == 3
+    assert diffuser.load(best).generate([1], num_images=2).shape == (2, 1, 8, 8)
+    assert diffuser.find_resume_checkpoint(settings(experiment_name=name, epochs=4), {})[0] == last
+    images, labels = judge.shown[0]
+    assert images.shape == (300, 1, 8, 8) and labels.bincount().tolist() == [30] * 10
+
+
+def test_a_resumed_run_remembers_the_best(folder, fake_judge):
+    """Going on, a larger distance than the best of before replaces nothing; a smaller one does."""
+    fake_judge(4.0, 6.0, 5.0, 2.0)
+    train(settings(epochs=2))
+    best = diffuser.best_path(settings())
+    assert load_checkpoint(best)["epoch"] < 2
+    train(settings(epochs=3))
+    assert load_checkpoint(best)["epoch"] < 2
+    train(settings(epochs=4))
+    assert load_checkpoint(best)["epoch"] > 3
+
+
+def test_scores_leave_the_run_as_it_is(folder):
+    """With a real judge: the same weights, to the bit, as without any."""
+    scored = load_checkpoint(train(settings(score_every=1, experiment_name="a", dropout=0.1)))
+    plain = load_checkpoint(train(settings(score_every=0, experiment_name="b", dropout=0.1)))
+    assert plain["step"] == scored["step"] and same(plain["model"], scored["model"]) and same(plain["ema"], scored["ema"])
+    assert plain["best_distance"] == math.inf > scored["best_distance"] > 0
+
+
+def test_without_classes_there_is_a_distance(folder):
+    """A folder of pictures: a fixed random network judges, nothing is trained or kept; accuracy has no column."""
+    (folder / "pictures").mkdir()
+    for i, image in enumerate(torch.randint(0, 256, (170, 3, 8, 8), dtype=torch.uint8)):
+        to_pil(image).save(folder / "pictures" / f"{i}.png")
+    train(settings(dataset="folder", path_to_data="pictures", img_size=(8, 8), patch_size=1, batch_size=85, epochs=2))
+    rows = table(folder)
+    assert float(rows[-1]["distance"]) > 0 and "accuracy" not in rows[-1] and not list(folder.rglob("judge_*"))
+
+
+def test_too_few_images_are_one_line_before_the_first_step(folder):
+    """A Frechet distance over 128 features needs more of them."""
+    data = ImageData(torch.zeros(150, 3, 8, 8, dtype=torch.uint8))
+    with pytest.raises(UserError, match="150 images are too few to judge others by: it takes 155"):
+        train(settings(dataset="folder", img_size=(8, 8), channels=3, patch_size=1), data=data)
+    assert not list(folder.rglob("*.pt"))
+
+
+def test_a_run_of_minutes_counts_its_scores(folder, fake_judge, monkeypatch):
+    """Scores that take their time leave fewer steps."""
+    def slow_scores(self, images, labels):
+        diffuser.time.sleep(1)
+        return {"distance": 1.0}
+
+    monkeypatch.setattr(FakeJudge, "scores", slow_scores)
+    cfg = diffuser.dataclasses.replace(settings(), epochs=0, train_minutes=0.2)
+    devices = diffuser.Devices(cfg)
+    plenty = diffuser.steps_for_minutes(cfg, devices, None, diffuser.time.perf_counter() + 12)[0].iterations
+    few = diffuser.steps_for_minutes(cfg, devices, None, diffuser.time.perf_counter() + 12, None, FakeJudge([]))[0].iterations
+    assert few < plenty / 2
