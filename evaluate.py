@@ -495,12 +495,11 @@ def evaluate(args: argparse.Namespace) -> dict[str, float]:
     figures: dict[str, float] = {"images": len(generated.images)}
     class_names = reference.train.class_names
     by_judge = "accuracy" in metrics or "distance" in metrics
-    if by_judge:
-        if len(class_names) >= 2 and labels_in_reference(generated, class_names) is None:
-            problem = f"accuracy needs the classes of {reference.name} in names of files (000012_cat.png) or folders"
-            if "distance" not in metrics:
-                raise UserError(f"{problem}; a distance needs {FEATURES + 1} images")
-            warn(f"evaluate: left out: {problem}")
+    if by_judge and len(class_names) >= 2 and labels_in_reference(generated, class_names) is None:
+        problem = f"accuracy needs the classes of {reference.name} in names of files (000012_cat.png) or folders"
+        if "distance" not in metrics:
+            raise UserError(f"{problem}; a distance needs {FEATURES + 1} images")
+        warn(f"evaluate: left out: {problem}")
     if by_judge or args.copies:
         stats = judge_of(reference, args.data_dir)
     if by_judge:

@@ -58,7 +58,7 @@ class Nearest:
 
 
 def nearest(vectors: Tensor, mirrored: Tensor, training: Tensor, itself: Tensor | None = None) -> Nearest:
-    """The nearest of the training images' vectors [M, D] to each image, given by its vector and its mirror image's [N, D].
+    """The training image nearest to each image: vectors [M, D] of all, and [N, D] of the images and of their mirrors.
 
     itself: int64 [N], the place among the training images that an image has itself, which is passed over.
     """

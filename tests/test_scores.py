@@ -73,7 +73,7 @@ def test_the_best_checkpoint_is_kept_beside_the_last(folder, fake_judge, name):
     cfg = settings(experiment_name=name)
     last = train(cfg)
     best = diffuser.best_path(cfg)
-    assert best.parent.parent == (last.parents[1] if name else last.parents[1]) and best != last
+    assert best.parent == (last.parents[1] / "best" if name else last.parent) and best != last
     rows = [row for row in table(folder) if row["distance"]]
     assert [float(row["distance"]) for row in rows] == [7, 3, 5]
     assert load_checkpoint(best)["step"] == int(rows[1]["step"]) < load_checkpoint(last)["step"]
