@@ -475,7 +475,7 @@ PRESETS = {
     "celeba": dict(
         timesteps=1000, schedule_type="cosine", batch_size=8, learning_rate=1e-4, emb_dim=256, base_channels=64,
         channel_mults=(1, 2, 2, 4), attention_levels=(2,), head_dim=64, epochs=50),
-    "folder": dict(                                              # and folder_preset, by what is asked for
+    "folder": dict(                                              # and picture_preset, by what is asked for
         timesteps=1000, schedule_type="cosine", prediction="x0", time_sampling="logit_normal", emb_dim=128, head_dim=64,
         ema_decay=0.9995, guidance_scale=0.5),
 }
@@ -509,10 +509,11 @@ FOLDER_MINUTES = 3.0                                             # of training, 
 ACCELERATOR = 30                                                 # times as fast as two CPU cores, roughly
 
 
-def folder_preset(known: dict) -> dict:
-    """The preset of the folder dataset: by the time that training may take, what computes, and the images' size.
+def picture_preset(known: dict, shape: tuple[int, int, int] | None = None) -> dict:
+    """The preset of pictures: by the time that training may take, what computes, and the images' size.
 
-    known: the settings that are settled already.
+    known: the settings that are settled already; shape: (C, H, W) of the dataset, None for a folder, whose images
+    get the size that suits the time.
     """
     preset = dict(PRESETS["folder"])
     if not any(known.get(name) for name in LENGTHS):
@@ -524,7 +525,8 @@ def folder_preset(known: dict) -> dict:
         minutes *= ACCELERATOR
     row = next(row for row in FOLDER_NETWORKS if minutes <= row.minutes)
 
-    preset["img_size"] = (row.side, row.side)
+    if shape is None:
+        preset["img_size"] = (row.side, row.side)
     preset["base_channels"] = row.base_channels
     preset["channel_mults"] = row.channel_mults
     preset["batch_size"] = row.batch_size
@@ -534,7 +536,7 @@ def folder_preset(known: dict) -> dict:
     preset["learning_rate"] = 2e-3 * min(1.0, 64 / max(1, settings["base_channels"]))
 
     # Patches: as large as leaves that many of them, if they divide the image.
-    height, width = settings["img_size"] or DATASETS["folder"].shape[1:]
+    height, width = settings.get("img_size") or (shape or DATASETS["folder"].shape)[1:]
     patch_size = 1
     while 2 * patch_size * row.tokens <= min(height, width) and patch_size < 16:
         patch_size *= 2
@@ -546,9 +548,12 @@ def folder_preset(known: dict) -> dict:
 
 def preset_of(known: dict) -> dict:
     """The preset of the dataset among the settings that are known; empty without one."""
-    if known.get("dataset") == "folder":
-        return folder_preset(known)
-    return dict(PRESETS.get(known.get("dataset", ""), {}))
+    dataset = known.get("dataset", "")
+    if dataset == "folder":
+        return picture_preset(known)
+    if known.get("recipe") == "best" and dataset in BEST and DATASETS[dataset].shape[0] == 3:
+        return picture_preset(known, DATASETS[dataset].shape)
+    return dict(PRESETS.get(dataset, {}))
 
 
 # --recipe best: what benchmarks/ found best for a dataset; see its README for the experiments.
@@ -559,10 +564,11 @@ BEST = {
         base_channels=32, channel_mults=(1, 2), batch_size=64, learning_rate=4e-3, adam_betas=(0.9, 0.95),
         time_mean=0.5, ema_decay=0.9995, train_minutes=10.0, spacing="logsnr", steps=10, guidance_scale=0.7,
         guidance_interval=(0.3, 5.0)),
-    "cifar10": dict(
-        timesteps=1000, schedule_type="cosine", prediction="v", time_sampling="logit_normal", base_channels=128,
-        channel_mults=(1, 2, 2), attention_levels=(1,), num_heads=4, batch_size=128, learning_rate=5e-4,
-        ema_decay=0.9995, train_minutes=20.0, guidance_scale=0.2),
+    # Pictures: by the time there is, see picture_preset.
+    "cifar10": dict(train_minutes=30.0),
+    "cifar10_optimized": dict(train_minutes=30.0),
+    "celeba": dict(train_minutes=60.0),
+    "folder": dict(),                                            # its preset is that already
 }
 
 # What DDPM's training does (2006.11239), where datasets have other settings.

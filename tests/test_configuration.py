@@ -242,10 +242,24 @@ def test_best_is_a_recipe_of_its_dataset(dataset):
         assert network(torch.zeros(1, *shape), torch.zeros(1, dtype=torch.long)).shape == (1, *shape)
 
 
-def test_best_is_refused_where_there_is_none():
-    """A dataset without a measured best says which have one."""
-    with pytest.raises(UserError, match="best knows digits, mnist, cifar10, not celeba"):
-        configure(dataset="celeba", recipe="best")
+def test_best_for_pictures_follows_the_time(on_a_cpu):
+    """Colour datasets and folders at the same size have the same network, by the minutes; the dataset's own size stays."""
+    for minutes in (5, 30, 300, 2000):
+        own, folder = (configure(recipe="best", train_minutes=minutes, **data) for data in (
+            dict(dataset="cifar10"), dict(path_to_data="x", img_size=32)))
+        for name in ("base_channels", "channel_mults", "patch_size", "batch_size", "learning_rate", "prediction", "schedule_type"):
+            assert getattr(own, name) == getattr(folder, name)
+        assert own.img_size is None and own.train_minutes == minutes
+    few, many = (configure(recipe="best", dataset="cifar10", train_minutes=m) for m in (5, 2000))
+    assert (few.patch_size, few.base_channels) != (many.patch_size, many.base_channels)
+    assert configure(recipe="best", dataset="cifar10").train_minutes == 30 and configure(dataset="cifar10").prediction == "eps"
+
+
+def test_best_is_refused_where_there_is_none(monkeypatch):
+    """A dataset of one's own that has no best: which have one."""
+    monkeypatch.setitem(diffuser.DATASETS, "mine", diffuser.DATASETS["mnist"])
+    with pytest.raises(UserError, match="best knows digits, mnist, cifar10, .*, not mine"):
+        configure(dataset="mine", recipe="best")
 
 
 def test_a_length_asked_for_beats_a_recipes_minutes():
