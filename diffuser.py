@@ -4189,19 +4189,20 @@ class Guard:
 SCORED_IMAGES = 300                                              # drawn for a score
 
 
-def find_judge(cfg: Config, devices: Devices, data: ImageData | None) -> ReferenceStats:
-    """The judge of what is drawn in training, the one that evaluate.py keeps, or else it is trained here.
+def find_judge(cfg: Config, devices: Devices, data: ImageData | None) -> ReferenceStats | None:
+    """The judge of what is drawn in training, the one that evaluate.py keeps, or else it is trained here; for rank 0.
 
     data: images of one's own. Raises UserError.
     """
     with devices.processes.main_first():
         images = load_data(cfg) if data is None else select_labels(cfg, data)
-    if not devices.processes.is_main:
-        return None
-    real = real_images(cfg, images)
+        real = real_images(cfg, images)
     if len(real.train.images) <= FEATURES:
         raise UserError(f"--score_every: {len(images.images)} images are too few to judge others by: it takes "
                         f"{math.ceil(1.2 * FEATURES) + 1}")
+    if not devices.processes.is_main:
+        return None
+
     bf16 = pick_precision(Config(), devices.device) == "bf16"
     with torch.random.fork_rng():                                # the run's own numbers stay what they are
         return ReferenceStats(real, cfg.data_dir, devices.device, bf16)
@@ -4306,8 +4307,9 @@ class Monitor:
         images = torch.cat(list(draw_with_bar(trainer.model, labels, trainer.cfg)))
         scores = self.judge.scores(images, torch.tensor(labels))
 
-        self.is_best = scores["distance"] < trainer.progress.best_distance
-        trainer.progress.best_distance = min(scores["distance"], trainer.progress.best_distance)
+        self.is_best = scores["distance"] < trainer.progress.best_distance   # never where it is nan
+        if self.is_best:
+            trainer.progress.best_distance = scores["distance"]
         return {name: scores[name] for name in ("accuracy", "distance") if name in scores}
 
     def preview_config(self) -> Config:

@@ -53,10 +53,10 @@ MOST_ROWS = 100
 # Title of a figure: {label of a curve: column of metrics.csv}.
 FIGURES = {
     "Training and validation": {"training": "loss", "validation": "val_loss"},
-    "Distance of drawn images to real ones": {"distance": "distance"},
-    "Drawn images taken for their class": {"accuracy": "accuracy"},
     "By quartile of the timestep": {"q1 (least noise)": "loss_q1", "q2": "loss_q2", "q3": "loss_q3",
                                     "q4 (most noise)": "loss_q4"},
+    "Distance of drawn images to real ones": {"distance": "distance"},
+    "Drawn images taken for their class": {"accuracy": "accuracy"},
 }
 # What the machine did, by columns of metrics.csv: {column: (name, how its values become one, unit)}.
 LOAD = {
@@ -370,15 +370,16 @@ def evenly(items: Sequence, most: int) -> Sequence:
 
 
 def describe(rows: list[Row], column: str) -> str:
-    """The last value of a column that has values, and the lowest one, in words."""
+    """The last value of a column that has values, and the best one, in words: the lowest, of an accuracy the highest."""
     points = series(rows, column)
     last = f"{points[-1][1]:.4g}"
     numbers = finite(points)
     if not numbers:
         return last
 
-    x, lowest = min(numbers, key=lambda point: point[1])
-    return f"{last} (lowest {lowest:.4g} at {axis_name(rows)} {x:.10g})"
+    word, choose = ("highest", max) if column == "accuracy" else ("lowest", min)
+    x, best = choose(numbers, key=lambda point: point[1])
+    return f"{last} ({word} {best:.4g} at {axis_name(rows)} {x:.10g})"
 
 
 def duration(seconds: float) -> str:
@@ -453,7 +454,8 @@ def summarize(rows: list[Row], dataset: str | None, times: dict[str, str]) -> li
         if last.get(name):
             facts.append(f"{name} {number(last[name]):.10g}")
 
-    for column, name in (("loss", "loss"), ("val_loss", "validation loss")):
+    for column, name in (("loss", "loss"), ("val_loss", "validation loss"), ("accuracy", "class accuracy"),
+                         ("distance", "distance to real images")):
         if series(rows, column):
             facts.append(f"{name} {describe(rows, column)}")
 

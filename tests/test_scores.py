@@ -56,7 +56,8 @@ def test_scores_stand_in_metrics_csv_and_report_and_evaluate_has_the_same_judge(
     assert [math.ceil(float(row["epoch"])) for row in scored] == [2, 3] and scored[-1] is rows[-1] and len(rows) > 4
     assert all(0 <= float(row["accuracy"]) <= 1 and float(row["distance"]) > 0 for row in scored)
     [report] = folder.rglob("report.html")
-    assert "Distance of drawn images to real ones" in report.read_text()
+    page = report.read_text()
+    assert "Distance of drawn images to real ones" in page and "class accuracy" in page and "(highest" in page
     [kept] = (folder / "data").glob("judge_digits_*.pt")
     time = kept.stat().st_mtime_ns
     out = cli("--mode", "inference", "--dataset", "digits", "--num_images", "20", "--save_dir", "out", cwd=folder)
@@ -94,6 +95,13 @@ def test_a_resumed_run_remembers_the_best(folder, fake_judge):
     assert load_checkpoint(best)["epoch"] < 2
     train(settings(epochs=4))
     assert load_checkpoint(best)["epoch"] > 3
+
+
+def test_a_score_that_is_no_number_is_not_the_best(folder, fake_judge):
+    """Images of a network that has gone astray: the run goes on, and the checkpoint can be read."""
+    fake_judge(math.nan, 3.0, math.nan)
+    last = train(settings())
+    assert load_checkpoint(last)["best_distance"] == 3
 
 
 def test_scores_leave_the_run_as_it_is(folder):
