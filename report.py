@@ -370,7 +370,7 @@ def evenly(items: Sequence, most: int) -> Sequence:
 
 
 def describe(rows: list[Row], column: str) -> str:
-    """The last value of a column that has values, and the best one, in words: the lowest, of an accuracy the highest."""
+    """The last value of a column that has values, and the best one, in words: the lowest, or an accuracy's highest."""
     points = series(rows, column)
     last = f"{points[-1][1]:.4g}"
     numbers = finite(points)

@@ -258,7 +258,7 @@ def test_best_for_pictures_follows_the_time(on_a_cpu):
 def test_best_is_refused_where_there_is_none(monkeypatch):
     """A dataset of one's own that has no best: which have one."""
     monkeypatch.setitem(diffuser.DATASETS, "mine", diffuser.DATASETS["mnist"])
-    with pytest.raises(UserError, match="best knows digits, mnist, cifar10, .*, not mine"):
+    with pytest.raises(UserError, match=r"best knows digits, mnist, cifar10, .*, not mine"):
         configure(dataset="mine", recipe="best")
 
 
