@@ -3154,6 +3154,11 @@ def best_path(cfg: Config) -> Path:
     return path.with_stem(f"{path.stem}_best")
 
 
+def is_best(path: Path) -> bool:
+    """Whether a checkpoint is one of best_path's."""
+    return path.parent.name == "best" or path.stem.endswith("_best")
+
+
 def run_title(config: dict) -> str:
     """What a run is called, by the configuration in its checkpoint: its name and its dataset."""
     name = config.get("experiment_name")
@@ -5319,6 +5324,9 @@ def choose_checkpoint(asked: dict) -> Path | None:
     for option in ("experiment_name", "dataset"):
         if asked.get(option):
             found = of_that_run(found, option, asked[option], home)
+            # Of a run that is named, the last one; its best one is taken where it is picked or named itself.
+            last = [(path, state) for path, state in found if not is_best(path)]
+            found = last if len(last) == 1 else found
     if len(found) == 1 or asked.get("yes"):
         path, _ = found[0]
         return path

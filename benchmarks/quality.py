@@ -455,7 +455,7 @@ def check(args: argparse.Namespace) -> diffuser.Model | None:
     """The model to study, if any. Raises UserError for what would fail later."""
     unknown = [name for name in args.contestants.split(",") if name not in CONTESTANTS]
     unknown += [name for name in args.study.split(",") if name not in STUDIES]
-    if args.dataset not in diffuser.BEST:
+    if args.dataset not in diffuser.BEST or not diffuser.DATASETS[args.dataset].classes:
         unknown.append(args.dataset)
     if unknown:
         raise UserError(f"unknown: {', '.join(unknown)}, see --help")
