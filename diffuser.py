@@ -494,15 +494,18 @@ class FolderNetwork:
     base_channels: int
     channel_mults: tuple[float, ...]
     batch_size: int
+    optimizer: str = "muon"
 
 
-# Found on sets of 300 to 3,000 pictures in three minutes of two CPU cores: see benchmarks/README.md. In that time the
-# coarsest patches win by far, because they let the network see each picture thirty times. Longer rows keep that number
-# up: each has about four times the arithmetic per image of the one before.
+# The first row was found on sets of 300 to 3,000 pictures in three minutes of two CPU cores, the second on CIFAR-10 in
+# four to fifteen: see benchmarks/README.md. The shorter the time, the coarser the patches, because they let the network
+# see each picture more often. Longer rows follow from that: each has three to four times the arithmetic per image of
+# the one before, for about as many times the minutes.
 FOLDER_NETWORKS = (
-    FolderNetwork(10, 32, 8, 64, (1, 2), 16),
-    FolderNetwork(60, 64, 16, 64, (1, 2), 16),
-    FolderNetwork(600, 64, 32, 64, (1, 2, 2), 32),
+    FolderNetwork(10, 32, 8, 64, (1, 2), 16, "adamw"),
+    FolderNetwork(60, 64, 16, 64, (1, 2), 64),
+    FolderNetwork(240, 64, 16, 128, (1, 2), 64),
+    FolderNetwork(900, 64, 32, 64, (1, 2, 2), 64),
     FolderNetwork(math.inf, 64, 32, 128, (1, 2, 2), 64),
 )
 FOLDER_MINUTES = 3.0                                             # of training, where no length is asked for
@@ -530,6 +533,7 @@ def picture_preset(known: dict, shape: tuple[int, int, int] | None = None) -> di
     preset["base_channels"] = row.base_channels
     preset["channel_mults"] = row.channel_mults
     preset["batch_size"] = row.batch_size
+    preset["optimizer"] = row.optimizer
     settings = {**preset, **known}
     levels = len(settings["channel_mults"])
     preset["attention_levels"] = (max(0, levels - 1),)           # the coarsest
