@@ -499,13 +499,12 @@ class FolderNetwork:
 
 # The first row was found on sets of 300 to 3,000 pictures in three minutes of two CPU cores, the second on CIFAR-10 in
 # four to fifteen: see benchmarks/README.md. The shorter the time, the coarser the patches, because they let the network
-# see each picture more often. Longer rows follow from that: each has three to four times the arithmetic per image of
-# the one before, for about as many times the minutes.
+# see each picture more often. Longer rows follow from that: each has about four times the arithmetic per image of the
+# one before.
 FOLDER_NETWORKS = (
     FolderNetwork(10, 32, 8, 64, (1, 2), 16, "adamw"),
     FolderNetwork(60, 64, 16, 64, (1, 2), 64),
     FolderNetwork(240, 64, 16, 128, (1, 2), 64),
-    FolderNetwork(900, 64, 32, 64, (1, 2, 2), 64),
     FolderNetwork(math.inf, 64, 32, 128, (1, 2, 2), 64),
 )
 FOLDER_MINUTES = 3.0                                             # of training, where no length is asked for
@@ -1999,7 +1998,7 @@ def load_data(cfg: Config, train: bool = True) -> ImageData:
 
 
 def real_images(cfg: Config, data: ImageData) -> Reference:
-    """Images as configured as what drawn ones are judged by: with the dataset's own test part, or one divided off."""
+    """The images of the dataset that drawn ones are judged by: its training and test part, or one divided in two."""
     spec = DATASETS[cfg.dataset]
     if spec.has_test and tuple(data.images.shape[1:]) == spec.shape:
         return Reference(cfg.dataset, data, load_data(cfg, train=False), own_test=True)
@@ -3081,7 +3080,7 @@ class Progress:
     nonfinite_steps: Tensor = saved_field("faults", partial(is_finite_tensor, shape=(3,)), torch.zeros(3))
     # How often the learning rate was halved after a divergence.
     lr_halvings: int = saved_field("slowed", lambda v: is_count(v, most=Guard.MAX_HALVINGS), 0)
-    # The smallest distance of drawn images to real ones, inf before the first.
+    # The distance of drawn images to real ones, the smallest so far; inf before the first.
     best_distance: float = saved_field("best_distance", is_distance, math.inf)
     # Losses from this step on can be compared: since then no setting has changed.
     baseline_step: int = saved_field("range_since", is_count, 0)
@@ -3159,8 +3158,10 @@ def best_path(cfg: Config) -> Path:
 
 
 def is_best(path: Path) -> bool:
-    """Whether a checkpoint is one of best_path's."""
-    return path.parent.name == "best" or path.stem.endswith("_best")
+    """Whether a checkpoint has one of best_path's names."""
+    if path.name == "model.pt":
+        return path.parent.name == "best"
+    return path.name.startswith("diffusion_checkpoint_") and path.stem.endswith("_best")
 
 
 def run_title(config: dict) -> str:
@@ -4204,16 +4205,19 @@ def find_judge(cfg: Config, devices: Devices, data: ImageData | None) -> Referen
     data: images of one's own. Raises UserError.
     """
     with devices.processes.main_first():
-        images = load_data(cfg) if data is None else select_labels(cfg, data)
-        real = real_images(cfg, images)
+        if data is None:
+            real = real_images(cfg, load_data(cfg))
+        else:
+            real = Reference("images", *divide(select_labels(cfg, data)))
     if len(real.train.images) <= FEATURES:
-        raise UserError(f"--score_every: {len(images.images)} images are too few to judge others by: it takes "
-                        f"{math.ceil(1.2 * FEATURES) + 1}")
+        raise UserError(f"--score_every: {len(real.everything().images)} images are too few to judge others by: "
+                        f"it takes {math.ceil(1.2 * FEATURES)}")
     if not devices.processes.is_main:
         return None
 
     bf16 = pick_precision(Config(), devices.device) == "bf16"
-    with torch.random.fork_rng():                                # the run's own numbers stay what they are
+    on_gpu = [devices.device] if devices.device.type == "cuda" else []
+    with torch.random.fork_rng(on_gpu):                          # the run's own numbers stay what they are
         return ReferenceStats(real, cfg.data_dir, devices.device, bf16)
 
 
@@ -4229,7 +4233,8 @@ class Monitor:
         self.logger = logger
         self.folder = folder
         self.judge = judge
-        self.is_best = False                                     # the last score, of all so far
+        self.distance = math.inf                                 # of the last score
+        self.best_distance = math.inf                            # of the checkpoint at best_path
         self.timed_steps = 0                                     # since the last row
         self.timed_seconds = 0.0
         self.restart_clock()
@@ -4309,16 +4314,20 @@ class Monitor:
                 total += trainer.diffusion.loss(trainer.ema.network, *batch).sum().item()
         return total / n
 
+    def find_best(self) -> None:
+        """Look up what the best checkpoint's distance is, where a run is gone on with."""
+        state = try_load(best_path(self.trainer.cfg), peek=True)
+        if state and self.trainer.step:
+            self.best_distance = state["best_distance"]
+
     def score(self) -> dict[str, float]:
-        """Accuracy and distance of images drawn as after training; remembers whether no distance was smaller."""
+        """Accuracy and distance of images drawn as after training."""
         trainer = self.trainer
-        labels = trainer.model.labels(list(range(trainer.null_class)), SCORED_IMAGES)
+        classes = range(0, trainer.null_class, max(1, math.ceil(trainer.null_class / SCORED_IMAGES)))
+        labels = trainer.model.labels(list(classes), SCORED_IMAGES)
         images = torch.cat(list(draw_with_bar(trainer.model, labels, trainer.cfg)))
         scores = self.judge.scores(images, torch.tensor(labels))
-
-        self.is_best = scores["distance"] < trainer.progress.best_distance   # never where it is nan
-        if self.is_best:
-            trainer.progress.best_distance = scores["distance"]
+        self.distance = scores["distance"]
         return {name: scores[name] for name in ("accuracy", "distance") if name in scores}
 
     def preview_config(self) -> Config:
@@ -4495,7 +4504,7 @@ def steps_for_minutes(cfg: Config, devices: Devices, state: dict | None, deadlin
     between_validations = max(cfg.log_every, min(between_grids, per_epoch))
     each = step + validation / between_validations + grid / between_grids
     if cfg.score_every:
-        each += score / (cfg.score_every * per_epoch)
+        each += score / max(cfg.log_every, cfg.score_every * per_epoch)
     left = deadline - time.perf_counter() - validation - grid - score
     steps = max(1, devices.processes.broadcast(int(left / each)))
     devices.processes.print0(f"{step * 1000:.3g} ms a step: {steps:,} steps fit into {cfg.train_minutes:g} minutes")
@@ -4569,7 +4578,6 @@ def train(cfg: Config, devices: Devices | None = None, data: ImageData | None = 
 
 def train_locked(cfg: Config, devices: Devices, signals: Signals, data: ImageData | None) -> Path:
     """What train does once nobody else may write to the run's files."""
-    start_time = time.perf_counter()
     processes = devices.processes
     # Once more, now under the lock and read in full: a command line has only had a look.
     path, state = find_resume_checkpoint(cfg, dataclasses.asdict(cfg), processes)
@@ -4581,7 +4589,7 @@ def train_locked(cfg: Config, devices: Devices, signals: Signals, data: ImageDat
     if cfg.train_minutes and state and state["config"].get("train_minutes") == cfg.train_minutes:
         cfg = dataclasses.replace(cfg, iterations=state["config"]["iterations"])
     elif cfg.train_minutes:
-        deadline = start_time + USABLE_SECONDS * cfg.train_minutes
+        deadline = time.perf_counter() + USABLE_SECONDS * cfg.train_minutes
         cfg, compute = steps_for_minutes(cfg, devices, state, deadline, data, judge)
 
     trainer = Trainer(cfg, devices, state, compute, data)
@@ -4593,6 +4601,7 @@ def train_locked(cfg: Config, devices: Devices, signals: Signals, data: ImageDat
 
     logger = start_logger(trainer, folder) if processes.is_main else None
     monitor = Monitor(trainer, logger, folder, judge)
+    monitor.find_best()
     if logger and cfg.report:                                    # it stands beside the samples there
         warn_on_oserror(str(folder / "real.png"), monitor.draw_real)
     hide_bar = None if processes.is_main else True                   # None: where there is no terminal
@@ -4613,7 +4622,7 @@ def train_locked(cfg: Config, devices: Devices, signals: Signals, data: ImageDat
 def set_earlier_run_aside(cfg: Config, path: Path | None, folder: Path, processes: Processes) -> None:
     """Rename the files of another run that stand where this one's go. path: the checkpoint that it goes on from."""
     kept = kept_checkpoints(cfg)
-    if path and path.resolve() in [p.resolve() for p in kept]:
+    if path and path.resolve() in [p.resolve() for p in (*kept, best_path(cfg))]:
         return
     earlier = [folder, *kept, best_path(cfg)]
     if cfg.experiment_name and kept:
@@ -4632,7 +4641,7 @@ def announce(trainer: Trainer, path: Path | None) -> None:
     print0(describe_run(cfg, trainer.devices, trainer.shape, trainer.null_class, images, trainer.compute))
 
     others = Path(cfg.working_directory).glob(f"diffusion_checkpoint_{cfg.dataset}_*.pt")
-    others = newest_first(p for p in others if "_old" not in p.stem)
+    others = newest_first(p for p in others if "_old" not in p.stem and not is_best(p))
     if trainer.step:
         print0(f"resuming from {path} at step {trainer.step} of {trainer.total}")
     elif others and cfg.resume == "auto" and not cfg.experiment_name:
@@ -4815,13 +4824,9 @@ def training_loop(trainer: Trainer, monitor: Monitor, signals: Signals, bar: tqd
             processes.print0(time_needed)
 
         # Save and draw.
-        if due.grid or due.save:
+        best_so_far = due.score and bool(processes.broadcast(int(monitor.distance < monitor.best_distance)))
+        if due.grid or due.save or best_so_far:
             monitor.stop_clock()
-        if due.score and processes.broadcast(int(monitor.is_best)):
-            state = trainer.state()
-            if processes.is_main:
-                best = best_path(cfg)
-                warn_on_oserror(f"checkpoint {best}", partial(write_state, best, state))
         if due.save:
             path = checkpoint_path(cfg, trainer.step)
             state = trainer.state()
@@ -4833,10 +4838,16 @@ def training_loop(trainer: Trainer, monitor: Monitor, signals: Signals, bar: tqd
                 last_good = path
             if save_succeeded and save_wanted:
                 processes.print0(f"saved {path} at step {trainer.step}, as asked for by a signal")
+        if best_so_far:
+            trainer.progress.best_distance = monitor.distance
+            state = trainer.state()
+            best = best_path(cfg)
+            if processes.is_main and warn_on_oserror(f"checkpoint {best}", partial(write_state, best, state)):
+                monitor.best_distance = monitor.distance
         if due.grid and processes.is_main:
             with grids.measure():
                 warn_on_oserror(f"a grid of samples in {monitor.folder}", partial(monitor.show_grid, loss))
-        if due.grid or due.save:
+        if due.grid or due.save or best_so_far:
             monitor.restart_clock()
 
         # Stop.

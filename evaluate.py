@@ -44,6 +44,7 @@ from diffuser_lib.files import (
     require_writable,
     run_script,
     warn,
+    warn_on_oserror,
     write_json,
 )
 from diffuser_lib.images import DecodedImages, ImageData, ImageFiles, Shape, file_names, from_uint8
@@ -119,7 +120,10 @@ def load_reference(against: str, data_dir: str, shape: Shape, test: str = "") ->
     if test:
         return load_both(against, data_dir, shape, test)
     if against not in diffuser.DATASETS or against == "folder":
-        train, held_out = divide(read_images(against, shape))
+        data = read_images(against, shape)
+        if len(data.class_names) > len(data.images) / 2:         # IMG_0001.jpg: numbers, no classes
+            data = ImageData(data.images)
+        train, held_out = divide(data)
         return Reference(Path(against).stem, train, held_out)
 
     channels, height, width = shape
@@ -133,9 +137,11 @@ def load_both(against: str, data_dir: str, shape: Shape, test: str) -> Reference
     reference = load_reference(against, data_dir, shape)
     data = reference.everything()
     held_out = read_images(test, shape)
-    if held_out.class_names != data.class_names:
-        raise UserError(f"--test {test} has the classes {diffuser.list_classes(held_out.class_names) or 'none'}, and "
-                        f"{against} has {diffuser.list_classes(data.class_names) or 'none'}: they have to be the same")
+    if data.class_names:
+        labels = labels_in_reference(held_out, data.class_names)
+        if labels is None:
+            raise UserError(f"--test {test} has other classes than {against}, or none: they have to be the same")
+        held_out = ImageData(held_out.images, labels, data.class_names)
     return Reference(reference.name, data, held_out, own_test=True)
 
 
@@ -158,7 +164,7 @@ def judge_of(reference: Reference, data_dir: str) -> ReferenceStats:
 
 def labels_in_reference(generated: ImageData, class_names: list[str]) -> Tensor | None:
     """The labels of a folder of images by the reference's numbers, int64 [N]; None where it has other classes."""
-    numbers = {name: i for i, name in enumerate(file_names(class_names))}
+    numbers = {name: i for names in (file_names(class_names), class_names) for i, name in enumerate(names)}
     if not generated.class_names:
         return None
     if not set(generated.class_names) <= set(numbers):
@@ -192,7 +198,7 @@ def look_for_copies(path: str, generated: ImageData, reference: Reference, stats
     """The figures of diffuser_lib/copies.py for a folder of images, by pixels and by the judge's features.
 
     Real images are those of the reference's own test part; where it has none, some of the training images, each held
-    against the others. Writes the page. Raises OSError.
+    against the others. Writes the page.
     """
     training = reference.everything()
     if reference.own_test:
@@ -215,7 +221,9 @@ def look_for_copies(path: str, generated: ImageData, reference: Reference, stats
         comparisons.append(copies.compare(space, drawn, usual))
 
     title = f"{len(generated.images):,} images of {path} against {len(training.images):,} of {reference.name}"
-    copies.write_page(page, title, find_images(path).names, generated.images, training.images, comparisons)
+    names = find_images(path).names
+    warn_on_oserror(str(page), lambda: copies.write_page(
+        page, title, names, generated.images, training.images, comparisons))
 
     figures = {}
     for comparison in comparisons:
@@ -449,7 +457,7 @@ def too_few_for(metric: str, generated: int, real: int, args: argparse.Namespace
     }
     least, why = needs[metric]
     if metric in ("accuracy", "distance"):
-        trained_on = real - real // 6
+        trained_on = real if args.test else real - real // 6
         if trained_on < 10:
             return f"{real} real images are too few to train a judge on: it needs 12"
         real = trained_on
@@ -476,6 +484,8 @@ def evaluate(args: argparse.Namespace) -> dict[str, float]:
     """The figures that the command line asks for, by name. Raises UserError."""
     if args.num_images < 1 or args.kid_subset_size < 2:
         raise UserError("--num_images has to be at least 1, --kid_subset_size at least 2")
+    if args.copies and (args.bpd or not args.copies.endswith(".html")):
+        raise UserError("--copies is for a folder of images: evaluate.py DIR --against DATA --copies PAGE.html")
     if args.bpd:
         return checkpoint_bpd(args.bpd, args.data_dir, args.num_images)
     if not args.folder or not args.against:
@@ -489,6 +499,10 @@ def evaluate(args: argparse.Namespace) -> dict[str, float]:
         if inception:
             require_inception(inception, args.weights)
         metrics = choose_possible(wanted, len(find_images(args.folder)), count_reference(args.against), args)
+
+    there = count_reference(args.against)
+    if args.copies and there < 12:
+        raise UserError(f"{there} real images are too few to tell copies: it needs 12, and a hundred say more")
 
     generated = read_images(args.folder)
     reference = load_reference(args.against, args.data_dir, tuple(generated.images.shape[1:]), args.test)
@@ -524,7 +538,7 @@ def run(args: argparse.Namespace) -> None:
     for name, value in figures.items():
         print(f"{name:48} {value:.5g}")
     print(f"{'seconds':48} {time.perf_counter() - start_time:.0f}")
-    if args.copies:
+    if args.copies and Path(args.copies).exists():
         print(f"the nearest pairs are in {args.copies}")
     if args.json:
         write_json(Path(args.json), figures)

@@ -467,7 +467,7 @@ def summarize(rows: list[Row], dataset: str | None, times: dict[str, str]) -> li
 # ---- The page ----------------------------------------------------------------------------------
 
 
-def draw(curves: dict[str, list[Point]], xlabel: str, text: str, prefix: str) -> str:
+def draw(curves: dict[str, list[Point]], xlabel: str, ylabel: str, text: str, prefix: str) -> str:
     """{label: points} as an SVG element that takes the colour of the page's text.
 
     text: stands in its place for those who cannot see it; prefix: its ids begin with it, so that several fit on one
@@ -478,7 +478,7 @@ def draw(curves: dict[str, list[Point]], xlabel: str, text: str, prefix: str) ->
 
     everything = []
     for label, points in curves.items():
-        require_drawable(f"the {label} loss", points, xlabel)
+        require_drawable(f"the {label} {ylabel}", points, xlabel)
         everything += points
     log = wants_log_axis(everything)
 
@@ -487,7 +487,7 @@ def draw(curves: dict[str, list[Point]], xlabel: str, text: str, prefix: str) ->
     with matplotlib.rc_context({**STYLE, "axes.prop_cycle": cycle}):
         figure = Figure(figsize=(5, 3.4), layout="constrained")
         axes = figure.add_subplot()
-        draw_panel(axes, curves.items(), "", log)
+        draw_panel(axes, curves.items(), "", log, ylabel)
         axes.set_xlabel(xlabel)
         figure.legend(loc="outside upper center", ncols=2, frameon=False)
         file = io.StringIO()
@@ -522,7 +522,8 @@ def make_figures(rows: list[Row]) -> list[dict]:
         # Draw them.
         svg = ""
         if curves:
-            svg = draw(curves, axis_name(rows), "; ".join(texts), f"figure{place}")
+            ylabel = "loss" if "loss" in "".join(columns.values()) else "score"
+            svg = draw(curves, axis_name(rows), ylabel, "; ".join(texts), f"figure{place}")
         if svg or left_out:
             figures.append(dict(title=title, svg=svg, left_out=left_out))
     return figures

@@ -5,6 +5,7 @@
     python benchmarks/quality.py --dataset mnist --race race.png        the way there: curves over minutes of training
     python benchmarks/quality.py --checkpoint C.pt --study guidance     what a setting does to a trained model
     python benchmarks/quality.py --minutes 1 --contestants preset,diffusers
+    python benchmarks/quality.py --dataset cifar10 --path_to_data train.zip --test test.zip --minutes 30
 
 Each contestant trains from scratch for each number of minutes, alone on the machine, and draws the same number of
 images; a classifier trained on the real images judges them (see evaluate.py). The peers train as their own training
@@ -74,13 +75,16 @@ def our_settings(args: argparse.Namespace, recipe: str) -> dict:
     if not args.path_to_data:
         return dict(dataset=args.dataset, recipe=recipe)
 
+    channels, *size = diffuser.DATASETS[args.dataset].shape
+    images = dict(dataset="folder", path_to_data=args.path_to_data, img_size=tuple(size), channels=channels)
+    if recipe and channels == 3:
+        return dict(images, recipe=recipe)                       # the best for pictures is that of a folder
+
     settings = {**diffuser.DDPM, **diffuser.PRESETS[args.dataset]}           # nothing of the folder's own preset
     if recipe:
         settings.update(diffuser.BEST[args.dataset])
     del settings["epochs"]
-    channels, *size = diffuser.DATASETS[args.dataset].shape
-    settings.update(dataset="folder", path_to_data=args.path_to_data, img_size=tuple(size), channels=channels)
-    return settings
+    return {**settings, **images}
 
 
 def train_ours(args: argparse.Namespace, data: ImageData, minutes: float, recipe: str) -> Trained:
@@ -518,6 +522,9 @@ def work(args: argparse.Namespace) -> None:
     # The real images, and the judge trained on them.
     shape = diffuser.DATASETS[args.dataset].shape
     reference = load_reference(args.path_to_data or args.dataset, args.data_dir, shape, args.test)
+    if len(reference.train.class_names) < 2 or len(reference.train.images) <= FEATURES:
+        raise UserError(f"{args.path_to_data or args.dataset}: a race needs images of two classes or more, in folders "
+                        f"of their names, and more than {FEATURES} to train the judge on")
     count = len(reference.test.images)
     if count < args.images:
         if count <= FEATURES:

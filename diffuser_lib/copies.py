@@ -29,14 +29,18 @@ SIDE = 64                                                        # pixels: large
 
 def pixel_vectors(images: Tensor) -> Tensor:
     """Images uint8 [N, C, H, W] as float [N, D]: the length of a difference is its root mean square in grey levels."""
-    x = images.float()
-    height, width = x.shape[2:]
-    if max(height, width) > SIDE:
-        factor = SIDE / max(height, width)
-        size = (max(1, round(height * factor)), max(1, round(width * factor)))
-        x = F.interpolate(x, size, mode="area")
-    x = x.flatten(1)
-    return x / x.shape[1] ** 0.5
+    height, width = images.shape[2:]
+    factor = min(1, SIDE / max(height, width))
+    size = (max(1, round(height * factor)), max(1, round(width * factor)))
+
+    parts = []
+    for part in images.split(500):
+        x = part.float()
+        if factor < 1:
+            x = F.interpolate(x, size, mode="area")
+        parts.append(x.flatten(1))
+    vectors = torch.cat(parts)
+    return vectors / vectors.shape[1] ** 0.5
 
 
 # ---- Nearest -----------------------------------------------------------------------------------
@@ -58,8 +62,9 @@ class Nearest:
 
 
 def nearest(vectors: Tensor, mirrored: Tensor, training: Tensor, itself: Tensor | None = None) -> Nearest:
-    """The training image nearest to each image: vectors [M, D] of all, and [N, D] of the images and of their mirrors.
+    """The training image nearest to each image. vectors, mirrored: of the images and of their mirrors [N, D].
 
+    training: of the training images [M, D].
     itself: int64 [N], the place among the training images that an image has itself, which is passed over.
     """
     best = []
@@ -100,7 +105,7 @@ class Comparison:
 
     def suspicious(self) -> Tensor:
         """Which drawn images lie below the limit: bool [N]."""
-        return self.drawn.distance < self.limit
+        return self.drawn.distance <= self.limit
 
     def figures(self) -> dict[str, float]:
         """The numbers, by name."""
@@ -198,4 +203,4 @@ def write_page(path: Path, title: str, names: list[str], drawn: Tensor, training
         rows += [(name, f"{value:.3g}") for name, value in c.figures().items()]
     environment = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined)
     html = environment.from_string(TEMPLATE).render(title=title, rows=rows, pairs=pairs)
-    write_atomically(path, lambda file: file.write(html.encode("utf-8")))
+    write_atomically(path, lambda file: file.write(html.encode("utf-8", errors="replace")))

@@ -22,7 +22,7 @@ from tqdm import tqdm
 
 from diffuser_lib.cpu_kernels import keep_freed_memory
 from diffuser_lib.files import UserError, require_writable, warn, warn_on_oserror, write_atomically
-from diffuser_lib.images import ImageData, Shape, from_uint8
+from diffuser_lib.images import ImageData, Shape, file_name, from_uint8
 from diffuser_lib.tensors import read_tensors, write_tensors
 
 # ---- Classifiers -------------------------------------------------------------------------------
@@ -116,9 +116,9 @@ def train_classifier(data: ImageData, name: str, device: torch.device, bf16: boo
     autocast = torch.autocast(device.type, torch.bfloat16, enabled=bf16)
 
     batch = 128
-    steps_per_epoch = math.ceil(len(data.images) / batch)
+    steps_per_epoch = max(1, len(data.images) // batch)          # others wait for the next epoch
     least, images_seen = (8, 30_000) if colour else (4, 100_000)
-    epochs = max(least, images_seen // len(data.images))
+    epochs = max(least, min(200, images_seen // len(data.images)))
     steps = steps_per_epoch * epochs
     optimizer = torch.optim.AdamW(classifier.parameters(), weight_decay=0.01, fused=device.type in ("cpu", "cuda"))
     lr_schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 3e-3, total_steps=steps)
@@ -159,7 +159,7 @@ def random_network(data: ImageData, device: torch.device) -> Classifier:
     chosen = torch.linspace(0, len(data.images) - 1, min(1000, len(data.images))).long()
     network.train().to(device)
     with torch.no_grad():
-        for batch in chosen.split(250):
+        for batch in chosen.chunk(math.ceil(len(chosen) / 250)):
             network(data.images[batch].to(device))
     return network.eval()
 
@@ -200,7 +200,8 @@ def frechet_distance(a: tuple[Tensor, Tensor], b: tuple[Tensor, Tensor]) -> floa
     values, vectors = torch.linalg.eigh(s1)
     root = vectors * values.clamp(min=0).sqrt() @ vectors.T
     middle = torch.linalg.eigvalsh(root @ s2 @ root).clamp(min=0).sqrt().sum()
-    return ((m1 - m2).square().sum() + s1.trace() + s2.trace() - 2 * middle).item()
+    distance = (m1 - m2).square().sum() + s1.trace() + s2.trace() - 2 * middle
+    return max(distance.item(), 0.0)                             # rounding may lead below; nan stays nan
 
 
 def share_within(points: Tensor, of: Tensor, k: int) -> float:
@@ -304,16 +305,18 @@ class ReferenceStats:
             scores["distance"] = frechet_distance(self.real, moments(features))
             order = torch.randperm(len(self.train_features), generator=torch.Generator().manual_seed(0))
             real = self.train_features[order[:n]]
-            scores["precision"], scores["recall"] = precision_and_recall(features[:n], real)
+            shuffled = torch.randperm(len(features), generator=torch.Generator().manual_seed(0))
+            scores["precision"], scores["recall"] = precision_and_recall(features[shuffled[:n]], real)
         return scores
 
 
 def load_or_train_classifier(reference: Reference, data_dir: str, device: torch.device, bf16: bool) -> Classifier:
-    """The classifier kept in data_dir for these very images, else a new one, which is kept there. Raises UserError."""
+    """The classifier kept in data_dir for images of this digest, else a new one, to be kept there. Raises UserError."""
     shape = tuple(reference.train.images.shape[1:])
     size = "x".join(map(str, shape))
     digest = reference.train.digest()[:12]
-    path = Path(data_dir, f"judge_{reference.name}_{digest}_{size}.pt")
+    kind = "" if shape[0] == 1 else "_residual"
+    path = Path(data_dir, f"judge_{file_name(reference.name)}_{digest}_{size}{kind}.pt")
 
     if path.exists():
         classifier = Classifier(shape, len(reference.train.class_names)).to(device).eval()

@@ -1,11 +1,13 @@
 """benchmarks/quality.py: the race and the studies, on the digits and for seconds instead of minutes."""
 
+import argparse
 import importlib
 import importlib.util
 import json
 import subprocess
 
 import pytest
+import torch
 from conftest import cli
 from PIL import Image
 
@@ -157,3 +159,17 @@ def test_a_place_for_the_rows_that_cannot_be_written_is_told_first(folder, capsy
     (folder / "file").write_text("")
     assert module.main(["--json", "file/rows.json"]) == 2
     assert "choose another --json" in capsys.readouterr().err
+
+
+def test_the_best_for_pictures_in_a_zip_is_that_of_the_dataset(monkeypatch):
+    """--path_to_data with a colour dataset's shape: the same network, by the minutes, as --dataset cifar10 --recipe best."""
+    quality = importlib.import_module("benchmarks.quality")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    args = argparse.Namespace(path_to_data="train.zip", dataset="cifar10")
+    ours = diffuser.configure(**quality.our_settings(args, "best"), train_minutes=30)
+    own = diffuser.configure(dataset="cifar10", recipe="best", train_minutes=30)
+    assert (ours.img_size, ours.channels, ours.path_to_data) == ((32, 32), 3, "train.zip")
+    for name in ("base_channels", "channel_mults", "patch_size", "optimizer", "prediction", "batch_size", "learning_rate"):
+        assert getattr(ours, name) == getattr(own, name)
+    preset = diffuser.configure(**quality.our_settings(args, ""), train_minutes=30)
+    assert preset.base_channels == 128 and preset.prediction == "eps" and preset.dataset == "folder"

@@ -66,7 +66,7 @@ def test_the_colour_judge_learns_and_scores(folder):
     assert real["accuracy"] == stats.accuracy and real["distance"] == pytest.approx(stats.floor)
     assert real["precision"] > 0.7 and real["recall"] > 0.7
     assert noise["distance"] > 10 * stats.floor and noise["precision"] < 0.2
-    [kept] = folder.glob("judge_stripes_*_3x8x8.pt")
+    [kept] = folder.glob("judge_stripes_*_3x8x8_residual.pt")
     again = judge.ReferenceStats(reference, str(folder), torch.device("cpu"))
     assert again.scores(reference.test.images)["distance"] == pytest.approx(real["distance"], rel=1e-3)
     assert kept.stat().st_mtime_ns == next(folder.glob("judge_*")).stat().st_mtime_ns

@@ -97,6 +97,32 @@ def test_a_resumed_run_remembers_the_best(folder, fake_judge):
     assert load_checkpoint(best)["epoch"] > 3
 
 
+def test_a_best_that_could_not_be_written_is_tried_again(folder, fake_judge, monkeypatch, capsys):
+    """A full disk: the run goes on, and the next score is held against the file that is there, not against the lost one."""
+    fake_judge(4.0, 2.0, 3.0)
+    real, calls = diffuser.write_state, []
+
+    def write_state(path, *rest):
+        calls.append(path)
+        if diffuser.is_best(path) and sum(map(diffuser.is_best, calls)) == 2:
+            raise OSError(28, "No space left on device", str(path))
+        real(path, *rest)
+
+    monkeypatch.setattr(diffuser, "write_state", write_state)
+    last = train(settings())
+    assert "No space left" in capsys.readouterr().err
+    assert load_checkpoint(diffuser.best_path(settings()))["step"] == load_checkpoint(last)["step"]
+
+
+def test_going_on_from_the_best_leaves_the_run_where_it_is(folder, fake_judge):
+    """--resume_from_checkpoint with the best one: nothing is set aside."""
+    fake_judge(1.0, 5.0, 4.0, 3.0)
+    train(settings(epochs=2))
+    best = diffuser.best_path(settings())
+    train(settings(epochs=3, resume_from_checkpoint=str(best)))
+    assert not list(folder.rglob("*_old*")) and load_checkpoint(best)["best_distance"] == 1
+
+
 def test_a_score_that_is_no_number_is_not_the_best(folder, fake_judge):
     """Images of a network that has gone astray: the run goes on, and the checkpoint can be read."""
     fake_judge(math.nan, 3.0, math.nan)
@@ -124,8 +150,8 @@ def test_without_classes_there_is_a_distance(folder):
 
 def test_too_few_images_are_one_line_before_the_first_step(folder):
     """A Frechet distance over 128 features needs more of them."""
-    data = ImageData(torch.zeros(150, 3, 8, 8, dtype=torch.uint8))
-    with pytest.raises(UserError, match="150 images are too few to judge others by: it takes 155"):
+    data = ImageData(torch.zeros(153, 3, 8, 8, dtype=torch.uint8))
+    with pytest.raises(UserError, match="153 images are too few to judge others by: it takes 154"):
         train(settings(dataset="folder", img_size=(8, 8), channels=3, patch_size=1), data=data)
     assert not list(folder.rglob("*.pt"))
 
