@@ -477,7 +477,7 @@ PRESETS = {
         channel_mults=(1, 2, 2, 4), attention_levels=(2,), head_dim=64, epochs=50),
     "folder": dict(                                              # and picture_preset, by what is asked for
         timesteps=1000, schedule_type="cosine", prediction="x0", time_sampling="logit_normal", emb_dim=128, head_dim=64,
-        ema_decay=0.9995, guidance_scale=0.5),
+        ema_decay=0.9995, guidance_scale=1.0, spacing="logsnr", steps=10),
 }
 
 
