@@ -467,7 +467,7 @@ def summarize(rows: list[Row], dataset: str | None, times: dict[str, str]) -> li
 # ---- The page ----------------------------------------------------------------------------------
 
 
-def draw(curves: dict[str, list[Point]], xlabel: str, ylabel: str, text: str, prefix: str) -> str:
+def draw(curves: dict[str, list[Point]], xlabel: str, text: str, prefix: str, ylabel: str = "loss") -> str:
     """{label: points} as an SVG element that takes the colour of the page's text.
 
     text: stands in its place for those who cannot see it; prefix: its ids begin with it, so that several fit on one
@@ -523,7 +523,7 @@ def make_figures(rows: list[Row]) -> list[dict]:
         svg = ""
         if curves:
             ylabel = "loss" if "loss" in "".join(columns.values()) else "score"
-            svg = draw(curves, axis_name(rows), ylabel, "; ".join(texts), f"figure{place}")
+            svg = draw(curves, axis_name(rows), "; ".join(texts), f"figure{place}", ylabel)
         if svg or left_out:
             figures.append(dict(title=title, svg=svg, left_out=left_out))
     return figures

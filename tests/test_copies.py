@@ -98,7 +98,7 @@ def test_the_page_shows_the_nearest_pairs_first(folder, held_out):
 def test_what_cannot_be_is_one_line(folder, flags, words):
     """A page that cannot be written, a test part that is not there."""
     (folder / "d").mkdir()
-    for i, image in enumerate(pictures(5, 0)):
+    for i, image in enumerate(pictures(15, 0)):
         to_pil(image).save(folder / "d" / f"{i}.png")
     done = cli("d", "--against", "d", *flags, script="evaluate.py", cwd=folder)
     assert done.returncode == 2 and words in done.stderr and "Traceback" not in done.stderr

@@ -461,7 +461,7 @@ def test_a_row_has_the_epoch_to_four_digits_behind_the_point(folder):
     run, recorder = Trainer(tiny_training(), Devices(tiny_training())), Recorder()
     run.train_step()
     run.progress.step = 123_457
-    diffuser.Monitor(run, recorder, folder).log(evaluated=False)
+    diffuser.Monitor(run, recorder, folder).log(diffuser.Due())
     assert recorder.values["epoch"] == round(123_457 / run.batches.steps_per_epoch, 4) > 1000
     assert recorder.values["loss"] == float(f"{recorder.values['loss']:.6g}")
 
