@@ -5,7 +5,7 @@
     python benchmarks/quality.py --dataset mnist --race race.png        the way there: curves over minutes of training
     python benchmarks/quality.py --checkpoint C.pt --study guidance     what a setting does to a trained model
     python benchmarks/quality.py --minutes 1 --contestants preset,diffusers
-    python benchmarks/quality.py --dataset cifar10 --path_to_data A.zip --test B.zip
+    python benchmarks/quality.py --dataset cifar10 --path_to_data A.zip
 
 Each contestant trains from scratch for each number of minutes, alone on the machine, and draws the same number of
 images; a classifier trained on the real images judges them (see evaluate.py). The peers train as their own training
