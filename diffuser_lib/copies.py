@@ -71,7 +71,7 @@ def nearest(vectors: Tensor, mirrored: Tensor, training: Tensor, itself: Tensor 
     for queries in (vectors, mirrored):
         found = []
         for start, part in enumerate(queries.split(500)):
-            distances = torch.cdist(part.float(), training.float())
+            distances = torch.cdist(part, training)
             if itself is not None:
                 own = itself[500 * start : 500 * start + len(part)]
                 distances[torch.arange(len(part)), own] = torch.inf
@@ -187,15 +187,16 @@ def write_page(path: Path, title: str, names: list[str], drawn: Tensor, training
 
     # The nearest first, by whichever measure finds it nearer.
     closeness = torch.stack([c.drawn.distance / max(c.limit, 1e-9) for c in comparisons]).amin(0)
+    suspicious = [c.suspicious() for c in comparisons]
     pairs = []
     for i in closeness.argsort().tolist()[:MOST_PAIRS]:
         pair = [dict(source=as_source(drawn[i]), name=names[i], near=False)]
-        for c in comparisons:
+        for c, near in zip(comparisons, suspicious, strict=True):
             image = training[c.drawn.index[i]]
             is_mirrored = c.drawn.mirrored[i].item()
             caption = f"by {c.space}: {c.drawn.distance[i]:.3g}{', mirrored' if is_mirrored else ''}"
             pair.append(dict(source=as_source(image.flip(-1) if is_mirrored else image), name=caption,
-                             near=c.suspicious()[i].item()))
+                             near=near[i].item()))
         pairs.append(pair)
 
     rows = []

@@ -245,9 +245,14 @@ class Reference:
         return ImageData(images, labels, self.train.class_names)
 
 
+def fixed_order(n: int) -> Tensor:
+    """The numbers 0 to n - 1 in a mixed order, the same one every time: int64 [n]."""
+    return torch.randperm(n, generator=torch.Generator().manual_seed(0))
+
+
 def divide(data: ImageData) -> tuple[ImageData, ImageData]:
     """Five sixths and one sixth of the images, the same ones every time."""
-    order = torch.randperm(len(data.images), generator=torch.Generator().manual_seed(0))
+    order = fixed_order(len(data.images))
     test_size = len(order) // 6
     train = order[test_size:]
     test = order[:test_size]
@@ -285,7 +290,7 @@ class ReferenceStats:
 
         n is at most the number of test images.
         """
-        order = torch.randperm(len(self.test_features), generator=torch.Generator().manual_seed(0))
+        order = fixed_order(len(self.test_features))
         whole_draws = [draw for draw in order.split(n) if len(draw) == n]
         draws = whole_draws[:5]
         distances = [frechet_distance(self.real, moments(self.test_features[draw])) for draw in draws]
@@ -303,10 +308,9 @@ class ReferenceStats:
         n = min(len(images), len(self.train_features), 10_000)
         if n > FEATURES:
             scores["distance"] = frechet_distance(self.real, moments(features))
-            order = torch.randperm(len(self.train_features), generator=torch.Generator().manual_seed(0))
-            real = self.train_features[order[:n]]
-            shuffled = torch.randperm(len(features), generator=torch.Generator().manual_seed(0))
-            scores["precision"], scores["recall"] = precision_and_recall(features[shuffled[:n]], real)
+            drawn = features[fixed_order(len(features))[:n]]
+            real = self.train_features[fixed_order(len(self.train_features))[:n]]
+            scores["precision"], scores["recall"] = precision_and_recall(drawn, real)
         return scores
 
 
