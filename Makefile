@@ -6,9 +6,10 @@ PYTHON  ?= python3
 VENV    := .venv/bin/python
 RUNTIME := .venv/requirements.installed
 DEV     := .venv/requirements-dev.installed
+EXTRA   := .venv/requirements-extra.installed
 MODERN  := -c 'import sys; sys.exit(sys.version_info < (3, 10))'
 
-.PHONY: help demo test test-slow lint bench setup setup-dev
+.PHONY: help demo app test test-slow lint bench setup setup-dev
 .NOTPARALLEL:      # two installations into one .venv get in each other's way
 .DELETE_ON_ERROR:  # what was made by half is made anew next time
 
@@ -25,6 +26,9 @@ demo: $(RUNTIME)  ## train on the shipped digits, sample from the result, plot t
 	echo "Samples of the result:      samples/demo/grid.png" && \
 	echo "Loss:                       $$(ls -d samples/samples_demo_*)/loss.png" && \
 	echo "All of it on one page:      $$(ls -d samples/samples_demo_*)/report.html"
+
+app: $(RUNTIME) $(EXTRA)  ## draw, edit and train in a browser
+	$(VENV) app.py --open
 
 test: lint  ## run the linter and the fast tests
 	OMP_NUM_THREADS=1 $(VENV) -m pytest -m "not slow" -n auto --maxprocesses 4 --dist worksteal

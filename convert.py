@@ -1,15 +1,17 @@
 #!/usr/bin/env python3
-"""convert: checkpoints to and from Hugging Face diffusers and safetensors.
+"""convert: checkpoints to and from Hugging Face diffusers and safetensors, and to the Hub.
 
     python convert.py to-diffusers CKPT DIR             a DDPMPipeline: UNet2DModel, scheduler, model card
     python convert.py to-diffusers CKPT DIR --label 3   the network of one class, that takes no labels
     python convert.py from-diffusers DIR CKPT           to draw from here, or to train on with --init_from CKPT
     python convert.py to-safetensors CKPT FILE          bare weights, the configuration in the metadata
     python convert.py from-safetensors FILE CKPT
+    python convert.py to-space CKPT DIR                 a page that draws, for Hugging Face Spaces
+    python convert.py to-hub DIR OWNER/NAME             publish what to-diffusers or to-space has written
 
 Weights are the averaged ones where there are any (--raw: those being trained). diffusers and safetensors are read and
-written by their own libraries (pip install diffusers), and nothing is looked for on the network. A network that its
-counterpart cannot represent is refused with the reason.
+written by their own libraries (pip install diffusers); but for to-hub nothing is looked for on the network. A network
+that its counterpart cannot represent is refused with the reason.
 """
 
 from __future__ import annotations
@@ -28,6 +30,8 @@ import inspect
 import json
 import math
 import os
+import shlex
+import shutil
 import tempfile
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
@@ -51,6 +55,7 @@ from diffuser_lib.files import (
     write_json,
 )
 from diffuser_lib.images import Shape, save_grid
+from diffuser_lib.machine import package_version
 
 # ---- Weights -----------------------------------------------------------------------------------
 # Which module of a UNet stands where in a UNet2DModel. Both of a pair have the same parameters.
@@ -928,9 +933,16 @@ def to_safetensors(checkpoint: str, path: str, raw: bool = False) -> str:
 
 def from_safetensors(path: str, checkpoint: str) -> str:
     """Write a checkpoint from such a file; returns what to say of it. Raises UserError."""
+    target = require_free_checkpoint(checkpoint)
+    model = read_safetensors(path)
+    write_checkpoint(path, target, model.network, model.config, model.shape, model.class_names, model.moments)
+    return f"{target}: {diffuser.count_parameters(model.network):,} parameters"
+
+
+def read_safetensors(path: str | Path) -> diffuser.Model:
+    """The model in such a file, on the CPU. Raises UserError."""
     from safetensors import safe_open
 
-    target = require_free_checkpoint(checkpoint)
     if not Path(path).is_file():
         raise UserError(f"{path}: there is no such file")
     try:
@@ -968,8 +980,96 @@ def from_safetensors(path: str, checkpoint: str) -> str:
         network.load_state_dict(tensors, assign=True)
     except RuntimeError as error:
         raise UserError(f"{path} cannot be used: its tensors are not those of its configuration") from error
-    write_checkpoint(path, target, network, cfg, shape, class_names, moments)
-    return f"{target}: {diffuser.count_parameters(network):,} parameters"
+    return diffuser.Model.from_network(network, cfg, shape, class_names, moments)
+
+
+# ---- The Hub -----------------------------------------------------------------------------------
+
+# What a Space runs: the page, and what that imports.
+SPACE_FILES = ("app.py", "runs.py", "edit.py", "convert.py", "diffuser.py", "plot_loss.py", "report.py", "diffuser_lib")
+SPACE_WEIGHTS = "model.safetensors"                              # beside it app.py is a Space
+SPACE_GRADIO = "6.31.0"                                          # where none is installed here
+
+SPACE_CARD = """---
+title: {title}
+sdk: gradio
+sdk_version: {gradio}
+app_file: app.py
+pinned: false
+---
+
+# {title}
+
+A page that draws with a denoising diffusion model of {shape} images, trained on `{dataset}` ({steps:,} steps).
+
+![samples](samples.png)
+
+To run it on a machine of one's own: `pip install -r requirements.txt`, then `python app.py`.
+"""
+
+
+def to_space(checkpoint: str, folder: str, raw: bool = False) -> str:
+    """Write a folder that is a Space for Hugging Face as it stands; returns what to say of it. Raises UserError.
+
+    raw: the weights being trained, not their average.
+    """
+    target = require_free(folder, "folder")
+    model, state = read_model(checkpoint, raw)
+    here = Path(__file__).resolve().parent
+    height, width = model.shape[1:]
+    card = SPACE_CARD.format(
+        title=json.dumps(target.name)[1:-1], gradio=package_version("gradio") or SPACE_GRADIO,
+        shape=f"{height}x{width}x{model.shape[0]}", dataset=model.config.dataset or "images", steps=state["step"])
+    requirements = (here / "requirements.txt").read_text(encoding="utf-8")
+
+    # The folder is whole before it has its name.
+    target.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix=f".{target.name}.", dir=target.parent) as aside:
+        temporary = Path(aside, target.name)
+        temporary.mkdir()
+        for name in SPACE_FILES:
+            if (here / name).is_dir():
+                shutil.copytree(here / name, temporary / name, ignore=shutil.ignore_patterns("__pycache__"))
+            else:
+                shutil.copyfile(here / name, temporary / name)
+        to_safetensors(checkpoint, str(temporary / SPACE_WEIGHTS), raw)
+        save_samples(temporary / "samples.png", model, model.class_names[:10], None)
+        (temporary / "README.md").write_text(card, encoding="utf-8")
+        (temporary / "requirements.txt").write_text(f"{requirements}safetensors>=0.4\ngradio>=6.0\n", encoding="utf-8")
+        temporary.rename(target)
+    return (f"{target}: a Space that draws; try it with python {target / 'app.py'}, publish it with\n"
+            f"python convert.py to-hub {target} OWNER/NAME")
+
+
+def to_hub(folder: str, repository: str, private: bool = False) -> str:
+    """Push a folder that was exported to the Hub, as a Space or as a model; returns its address.
+
+    repository: OWNER/NAME. Raises UserError, with the command to give by hand where no token is known.
+    """
+    import huggingface_hub as hub
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError
+
+    # What it is.
+    path = Path(folder)
+    if not path.is_dir() or not (path / "README.md").is_file():
+        raise UserError(f"{folder} is no folder as to-space or to-diffusers write it")
+    is_space = (path / "app.py").is_file()
+    kind = "space" if is_space else "model"
+    if repository.count("/") != 1:
+        raise UserError(f"{repository} is no name of a repository: write OWNER/NAME")
+
+    if not hub.get_token():
+        raise UserError("no token of Hugging Face is known here: log in by `hf auth login`, then give this command "
+                        f"again, or\nhf upload {repository} {shlex.quote(folder)} --repo-type {kind}")
+    try:
+        address = hub.create_repo(repository, repo_type=kind, private=private, exist_ok=True,
+                                  space_sdk="gradio" if is_space else None)
+        hub.upload_folder(repo_id=repository, repo_type=kind, folder_path=path)
+    except HFValidationError as error:
+        raise UserError(f"{repository} is no name of a repository: {first_line(error)}") from error
+    except (HfHubHTTPError, OSError) as error:
+        raise UserError(f"{repository} was not written: {first_line(error)}", code=1) from error
+    return f"{folder} is at {address}"
 
 
 # ---- Model card --------------------------------------------------------------------------------
@@ -1109,6 +1209,8 @@ COMMANDS = {
     "from-diffusers": Command(from_diffusers, "folder", "checkpoint"),
     "to-safetensors": Command(to_safetensors, "checkpoint", "path"),
     "from-safetensors": Command(from_safetensors, "path", "checkpoint"),
+    "to-space": Command(to_space, "checkpoint", "folder"),
+    "to-hub": Command(to_hub, "folder", "repository"),
 }
 
 
@@ -1128,10 +1230,11 @@ def build_parser() -> Parser:
         sub.add_argument(command.target)
         subparsers[name] = sub
 
-    for name in ("to-diffusers", "to-safetensors"):
+    for name in ("to-diffusers", "to-safetensors", "to-space"):
         subparsers[name].add_argument("--raw", action="store_true", help="the weights being trained, not their average")
     subparsers["to-diffusers"].add_argument(
         "--label", help="leave this class alone in it, for pipelines that know no labels")
+    subparsers["to-hub"].add_argument("--private", action="store_true", help="for nobody else to see")
     subparsers["from-diffusers"].add_argument(
         "--class_names", help="cat,dog: of all class embeddings, or all but a last for no label")
     subparsers["from-diffusers"].add_argument(
@@ -1149,7 +1252,7 @@ def convert(args: argparse.Namespace) -> str:
     except UserError:
         raise
     except ImportError as error:
-        raise UserError(f"{error.name} is needed: pip install diffusers safetensors", code=1) from error
+        raise UserError(f"{error.name} is needed: pip install diffusers safetensors huggingface_hub", code=1) from error
     except Exception as error:                                   # the libraries raise many kinds
         clearer = diffuser.explain(error, "close other programs, or use a larger machine")
         if clearer is not error or isinstance(error, OSError):

@@ -5414,13 +5414,10 @@ def save_images(model: Model, cfg: Config, numbers: list[int], count: int, sourc
     if not cfg.save_dir:
         folder = unused_path(Path(cfg.generated_directory, f"inference_{cfg.dataset}_"))
     labels = model.labels(numbers, count, first)
-    names = [*file_names(model.class_names), "image"]
-    class_names = [model.class_names[n] for n in numbers]
-    record = dict(source, images=count, first=first, seeds=cfg.seeds, classes=class_names,
-                  config=dataclasses.asdict(cfg))
+    names = picture_names(model, labels, first, seeds)
     pictures = PictureFolder(
-        folder, "samples.json", record, drawing_request,
-        name=lambda i: f"{seeds[i] if seeds else first + i:06}_{names[labels[i]]}.png", count=count, shape=model.shape,
+        folder, "samples.json", drawing_record(model, cfg, numbers, count, source, first), drawing_request,
+        name=names.__getitem__, count=count, shape=model.shape,
         last="trajectory.png" if cfg.trajectory else "grid.png")
 
     with pictures.hold(how_to_go_on(cfg, folder, numbers, count, first)):
@@ -5445,6 +5442,20 @@ def save_images(model: Model, cfg: Config, numbers: list[int], count: int, sourc
     written = ["grid.png", *["trajectory.png"] * cfg.trajectory, "samples.json"]
     print(f"{count} images in {folder / 'images'}, beside them in {folder}: {', '.join(written)}")
     return folder
+
+
+def picture_names(model: Model, labels: list[int], first: int = 0, seeds: Sequence[int] = ()) -> list[str]:
+    """The files of images number first, first + 1, ... with these labels: by number, or seed, and class."""
+    classes = [*file_names(model.class_names), "image"]
+    numbers = seeds or range(first, first + len(labels))
+    return [f"{number:06}_{classes[label]}.png" for number, label in zip(numbers, labels)]
+
+
+def drawing_record(model: Model, cfg: Config, numbers: list[int], count: int, source: dict, first: int = 0) -> dict:
+    """What samples.json says of images: all that is needed to draw them once more. See save_images."""
+    class_names = [model.class_names[number] for number in numbers]
+    return dict(source, images=count, first=first, seeds=cfg.seeds, classes=class_names,
+                config=dataclasses.asdict(cfg))
 
 
 def drawing_request(record: dict) -> tuple:

@@ -366,6 +366,13 @@ def choose_folder(args: argparse.Namespace) -> Path:
     return folder
 
 
+def usual_settings(command: str, timesteps: int) -> dict:
+    """How a command draws where nothing else is asked for; other settings are the checkpoint's. timesteps: T."""
+    if command == "inpaint":                                     # RePaint is ancestral sampling
+        return dict(sampler="ddpm", steps=min(50, timesteps))
+    return {}
+
+
 def edit_request(record: dict) -> dict:
     """What two edit.json have in common where they ask for the same images."""
     return {name: value for name, value in record.items() if name not in ("checkpoint", "save_dir")}
@@ -381,9 +388,7 @@ def load_model(args: argparse.Namespace) -> tuple[diffuser.Model, dict]:
 
     state, source = diffuser.load_with_digest(Path(args.checkpoint))
     saved = state["config"]
-    settings = overrides
-    if args.command == "inpaint":                                # RePaint is ancestral sampling
-        settings = dict(sampler="ddpm", steps=min(50, saved["timesteps"])) | overrides
+    settings = usual_settings(args.command, saved["timesteps"]) | overrides
     model = diffuser.build_model(state, diffuser.configure(saved, **dict(device="auto") | settings))
 
     # A flag that the sampler does not take is refused, as in diffuser.py.

@@ -561,3 +561,26 @@ def hold_lock(place: Path, flag: str, advice: str, patience: float = 6.0) -> Ite
         yield
     finally:
         lock.release()
+
+
+def lock_holder(place: Path) -> int | None:
+    """The process that holds a place by hold_lock: None if nobody does, 0 for one of another machine."""
+    from filelock import FileLock, Timeout
+
+    file = place.with_name(f".{place.name}.lock")
+    if not file.exists():
+        return None
+    try:
+        with FileLock(file, timeout=0):
+            return None
+    except Timeout:
+        pass
+    except OSError:                                              # not ours to look at
+        return None
+
+    with suppress(OSError):
+        owner = place.with_name(f".{place.name}.owner").read_text(errors="replace")
+        match = re.match(r"process (\d+) on (.*?) since ", owner)
+        if match and match[2] == platform.node():
+            return int(match[1])
+    return 0

@@ -26,6 +26,8 @@ PACKAGES = (
     ("diffusers", "diffusers", "convert.py"),
     ("safetensors", "safetensors", "convert.py"),
     ("torch_fidelity", "torch-fidelity", "the Inception metrics of evaluate.py"),
+    ("gradio", "gradio", "app.py"),
+    ("huggingface_hub", "huggingface_hub", "convert.py to-hub"),
 )
 
 

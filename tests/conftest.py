@@ -51,6 +51,24 @@ def image_folder(tmp_path):
     return tmp_path / "pictures"
 
 
+SWITCHES = ("--no-sandbox", "--disable-gpu", "--no-first-run", "--disable-background-networking",
+            "--disable-component-update", "--disable-sync")
+
+
+@pytest.fixture(scope="session")
+def browser():
+    """A Chromium without a window, one for all tests."""
+    api = pytest.importorskip("playwright.sync_api")
+    names = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable")
+    path = next(filter(None, map(shutil.which, names)), None)
+    if not path:
+        pytest.skip(f"no browser: none of {', '.join(names)} is installed")
+    with api.sync_playwright() as playwright:
+        browser = playwright.chromium.launch(executable_path=path, args=SWITCHES)
+        yield browser
+        browser.close()
+
+
 @contextmanager
 def small_file_system(place, size):
     """A file system of that size, such as 64k, mounted at a new folder for a while; or a skip."""

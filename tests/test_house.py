@@ -31,6 +31,8 @@ BELOW = {
     "report": {FILES, "plot_loss"},
     "diffuser": {*GROUND_FLOOR, "report"},
     **{script: {*GROUND_FLOOR, "diffuser"} for script in ("convert", "edit", "evaluate")},
+    "runs": {*GROUND_FLOOR, "diffuser", "plot_loss"},
+    "app": {*GROUND_FLOOR, "diffuser", "convert", "edit", "report", "runs"},
 }
 
 

@@ -6,7 +6,6 @@ import json
 import math
 import os
 import re
-import shutil
 import subprocess
 import sys
 from html.parser import HTMLParser
@@ -612,23 +611,7 @@ def test_loss_too_large_to_draw(tmp_path):
 
 # ---- in a browser -------------------------------------------------------------------------------
 
-SWITCHES = ("--no-sandbox", "--disable-gpu", "--no-first-run", "--disable-background-networking",
-            "--disable-component-update", "--disable-sync")
 EPOCHS = (1, 2.5, 4, 5)
-
-
-@pytest.fixture(scope="module")
-def browser():
-    """A Chromium without a window, one for all tests."""
-    api = pytest.importorskip("playwright.sync_api")
-    names = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable")
-    path = next(filter(None, map(shutil.which, names)), None)
-    if not path:
-        pytest.skip(f"no browser: none of {', '.join(names)} is installed")
-    with api.sync_playwright() as playwright:
-        browser = playwright.chromium.launch(executable_path=path, args=SWITCHES)
-        yield browser
-        browser.close()
 
 
 @pytest.fixture(scope="module")

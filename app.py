@@ -1,0 +1,1264 @@
+#!/usr/bin/env python3
+"""app: draw, edit and train in a browser.
+
+    python app.py                                     a page for this machine alone: http://127.0.0.1:7860
+    python app.py --open                              and a browser that shows it
+    python app.py --host 0.0.0.0 --password SECRET    a page for others, too, who are asked for the password
+
+The page draws with the checkpoints that are here, varies and mends pictures, starts training runs and watches them; for
+what it does it shows the command that does the same. A run is a process of its own, the ordinary command: it goes on
+when the page is closed. Nothing is fetched from the internet.
+
+Beside a file model.safetensors the page draws and edits with that model alone: `python convert.py to-space` makes such
+a folder, which is a Space for Hugging Face as it stands.
+"""
+
+from __future__ import annotations
+
+# signal itself imports others first, and Ctrl-C would print a traceback there.
+import _signal
+
+if __name__ == "__main__" and _signal.getsignal(_signal.SIGINT) is _signal.default_int_handler:
+    _signal.signal(_signal.SIGINT, _signal.SIG_DFL)              # Ctrl-C while torch is imported: no traceback
+
+import argparse
+import base64
+import dataclasses
+import functools
+import hmac
+import inspect
+import io
+import json
+import os
+import random
+import shlex
+import sys
+import tempfile
+import threading
+import time
+import zipfile
+from collections import OrderedDict
+from collections.abc import Callable, Iterator
+from contextlib import suppress
+from dataclasses import dataclass
+from html import escape
+from pathlib import Path
+
+os.environ.setdefault("GRADIO_ANALYTICS_ENABLED", "False")       # before gradio is imported
+
+try:
+    import gradio as gr
+except ModuleNotFoundError as error:
+    sys.exit(f"app: {error.name} is not installed: pip install gradio")
+import torch
+from PIL import Image
+from torch import Tensor
+
+import diffuser
+import edit
+import report
+import runs
+from convert import SPACE_WEIGHTS, read_safetensors
+from diffuser_lib.files import (
+    Parser,
+    UserError,
+    add_debug,
+    end_process,
+    first_line,
+    newest_first,
+    printable,
+    run_script,
+    warn,
+)
+from diffuser_lib.images import FORMATS, file_name, open_image, save_grid, to_pil, to_uint8
+from diffuser_lib.machine import duration
+from runs import Places, Run
+
+ROOT = Path(__file__).resolve().parent
+SPACE_MODEL = ROOT / SPACE_WEIGHTS                               # there in a Space alone
+
+MOST_IMAGES = 64                                                 # drawn at a time: they are one batch
+MOST_BUTTONS = 100                                               # classes that are shown as buttons
+UPLOAD_SIZE = "2gb"                                              # of all files of one upload
+FRAME_SECONDS = 0.1                                              # between two views of a drawing that is under way
+GRACE = 10.0                                                     # seconds that a page may take to come back
+
+
+# ---- What is here ------------------------------------------------------------------------------
+# Checkpoints and the models in them. What comes from the browser is looked up in lists made here, and never a path.
+
+
+@dataclass(frozen=True)
+class Found:
+    """A checkpoint: its path, what it is called, the folder of its run's samples, if any."""
+
+    path: Path
+    label: str
+    samples: Path | None
+
+
+@dataclass(frozen=True)
+class Loaded:
+    """A model ready to draw, and what names its checkpoint for good: path and SHA-256."""
+
+    model: diffuser.Model
+    source: dict
+
+
+class Home:
+    """The folders of this page, and the models that are loaded, of which the last two are kept."""
+
+    def __init__(self, places: Places, space: bool = False):
+        self.places = places
+        self.space = space
+        self.scratch = tempfile.TemporaryDirectory(prefix="diffuser_app_")       # downloads; gone with the page
+        self.lock = threading.Lock()
+        self.known: dict[tuple, Found | str] = {}                # by path, time and size of the file
+        self.loaded: OrderedDict[tuple, Loaded] = OrderedDict()
+
+    def checkpoints(self) -> tuple[dict[str, Found], list[str]]:
+        """All checkpoints by their paths, the newest first; and a line for each file that is none."""
+        if self.space:
+            return {SPACE_MODEL.name: Found(SPACE_MODEL, SPACE_MODEL.stem, None)}, []
+
+        found = {}
+        unusable = []
+        for path in newest_first(self.places.checkpoints.glob("**/*.pt")):
+            about = self.look(path)
+            if isinstance(about, Found):
+                found[str(path)] = about
+            else:
+                unusable.append(about)
+        return found, unusable
+
+    def look(self, path: Path) -> Found | str:
+        """What a checkpoint is, or the reason why it is none; a file that has not changed is not read again."""
+        try:
+            stamp = file_stamp(path)
+            if stamp not in self.known:
+                self.known[stamp] = self.describe(path)
+            return self.known[stamp]
+        except (UserError, OSError) as error:
+            reason = first_line(error)
+            with suppress(OSError):
+                self.known[file_stamp(path)] = reason
+            return reason
+
+    def describe(self, path: Path) -> Found:
+        """Read what a checkpoint says of itself. Raises UserError."""
+        state = diffuser.load_checkpoint(path, peek=True)
+        history = state["loss_history"]
+        loss = f", loss {history[-1][1]:.4f}" if history else ""
+        best = ", best" if diffuser.is_best(path) else ""
+        label = f"{diffuser.run_title(state['config'])}, step {state['step']:,}{loss}{best}"
+
+        name = state["config"].get("experiment_name") or ""
+        cfg = diffuser.configure(state["config"], experiment_name=name, **self.places.options())
+        return Found(path, printable(label), diffuser.samples_path(cfg))
+
+    def find(self, key: str | None) -> Found:
+        """The checkpoint of that key. Raises UserError."""
+        found, _ = self.checkpoints()
+        if not found:
+            raise UserError("there is no checkpoint yet: train one first")
+        if key not in found:
+            raise UserError("this checkpoint is gone: choose another one")
+        return found[key]
+
+    def load(self, key: str | None) -> Loaded:
+        """The model of that key. Raises UserError."""
+        path = self.find(key).path
+        with self.lock:
+            stamp = file_stamp(path)
+            if stamp not in self.loaded:
+                self.loaded[stamp] = self.read(path)
+                while len(self.loaded) > 2:
+                    self.loaded.popitem(last=False)
+            self.loaded.move_to_end(stamp)
+            return self.loaded[stamp]
+
+    def read(self, path: Path) -> Loaded:
+        """Read a model. Raises UserError."""
+        if path.suffix == ".safetensors":
+            return Loaded(read_safetensors(path), dict(checkpoint=path.name))
+        state, source = diffuser.load_with_digest(path)
+        return Loaded(diffuser.build_model(state, diffuser.configure(state["config"], device="auto")), source)
+
+    def scratch_file(self, ending: str) -> Path:
+        """A new name for a file that lives as long as the page, or an hour."""
+        folder = Path(self.scratch.name)
+        for old in folder.iterdir():
+            with suppress(OSError):
+                if time.time() - old.stat().st_mtime > 3600:
+                    old.unlink()
+        return folder / f"{random.getrandbits(64):016x}{ending}"
+
+
+def file_stamp(path: Path) -> tuple:
+    """What changes when a file does. Raises OSError."""
+    status = path.stat()
+    return str(path), status.st_mtime_ns, status.st_size
+
+
+# ---- Pictures ----------------------------------------------------------------------------------
+# As HTML, with the pixels inside: nothing is written to the disk, and they stay sharp however large they are shown.
+
+CHOOSE_PICTURE = """
+element.addEventListener('click', event => {
+  const chosen = event.target.closest('button[data-index]');
+  if (!chosen) return;
+  element.querySelectorAll('button[data-index]').forEach(button =>
+    button.setAttribute('aria-pressed', button === chosen));
+  trigger('select', {index: Number(chosen.dataset.index)});
+});
+"""
+
+
+def data_address(picture: Image.Image) -> str:
+    """A picture as the address of an <img>."""
+    file = io.BytesIO()
+    picture.save(file, "PNG", compress_level=1)
+    return "data:image/png;base64," + base64.b64encode(file.getvalue()).decode()
+
+
+def show_pictures(images: Tensor, names: list[str], chosen: int = -1) -> str:
+    """uint8 [N, C, H, W] as buttons with pictures, each of which has a name."""
+    buttons = []
+    for i, (image, name) in enumerate(zip(images, names)):
+        title = escape(name, quote=True)
+        pressed = "true" if i == chosen else "false"
+        buttons.append(f'<button type="button" data-index="{i}" aria-pressed="{pressed}" title="{title}">'
+                       f'<img src="{data_address(to_pil(image))}" alt="{title}"></button>')
+    return f'<div class="pictures" style="--count: {len(buttons)}">{"".join(buttons)}</div>'
+
+
+def show_file(path: Path | None, alt: str) -> str:
+    """A PNG file that a run has drawn; nothing where it is not there."""
+    if path is None:
+        return ""
+    try:
+        content = path.read_bytes()
+    except OSError:
+        return ""
+    address = "data:image/png;base64," + base64.b64encode(content).decode()
+    return f'<img class="sharp" src="{address}" alt="{escape(alt, quote=True)}">'
+
+
+def note(text: str) -> str:
+    """A line of words."""
+    return f'<p class="note">{escape(text)}</p>' if text else ""
+
+
+# ---- Draw --------------------------------------------------------------------------------------
+
+
+@dataclass
+class Drawing:
+    """Images, and what they were drawn with.
+
+    images: uint8 [N, C, H, W]; labels: their class numbers; names: those of their files; record: of samples.json;
+    command: the command line that draws the same.
+    """
+
+    key: str
+    images: Tensor
+    labels: list[int]
+    titles: list[str]
+    names: list[str]
+    record: dict
+    command: list[str]
+
+
+def own_settings(model: diffuser.Model) -> dict:
+    """How a checkpoint draws where nothing else is asked for."""
+    cfg = model.config
+    return dict(sampler=cfg.sampler, steps=diffuser.sampling_steps(cfg), guidance_scale=cfg.guidance_scale)
+
+
+def changed_settings(model: diffuser.Model, sampler: str, steps: float, guidance: float) -> dict:
+    """The settings that are not the checkpoint's own. A number of steps goes with its sampler."""
+    own = own_settings(model)
+    wanted = dict(sampler=sampler, steps=int(steps), guidance_scale=float(guidance))
+    changed = {name: value for name, value in wanted.items() if value != own[name]}
+    if "sampler" in changed:
+        changed["steps"] = wanted["steps"]
+    return changed
+
+
+def class_numbers(model: diffuser.Model, classes: list[str] | str) -> list[int]:
+    """Class numbers from names on buttons, or from text; all where none is named. Raises UserError."""
+    if not model.class_names:
+        return []
+    if not classes or (isinstance(classes, str) and not classes.strip()):
+        return list(range(len(model.class_names)))
+    return diffuser.parse_classes(classes, model.class_names)
+
+
+def class_titles(model: diffuser.Model, labels: list[int]) -> list[str]:
+    """What images with these labels are called."""
+    names = [*model.class_names, "image"]
+    return [f"{i}: {names[label]}" for i, label in enumerate(labels)]
+
+
+def draw(home: Home, classes: list[str] | str, count: int, seed: int, key: str, taken: str | None, sampler: str,
+         steps: int, guidance: float) -> Iterator[Drawing]:
+    """Draw images: after each step, from noise on, what there is of them.
+
+    taken: the checkpoint whose values the controls have; where it is another one, they do not count yet. Raises
+    UserError.
+    """
+    loaded = home.load(key)
+    model = loaded.model
+    if not 1 <= count <= MOST_IMAGES:
+        raise UserError(f"between 1 and {MOST_IMAGES} images can be drawn at a time")
+    diffuser.check_value("seed", seed)
+    numbers = class_numbers(model, classes)
+    settings = changed_settings(model, sampler, steps, guidance) if taken == key else {}
+    cfg = model.sampling_config(dict(settings, seed=seed))
+
+    # What it is called, and how it is drawn again.
+    labels = model.labels(numbers, count)
+    record = diffuser.drawing_record(model, cfg, numbers, count, loaded.source)
+    command = ["python", "diffuser.py", "--mode", "inference", "--model_path", loaded.source["checkpoint"]]
+    if len(numbers) < len(model.class_names):
+        command += ["--classes", ",".join(map(str, numbers))]
+    command += runs.to_words(dict(num_images=count, seed=seed, **settings, save_dir="drawn"))
+    drawing = Drawing(key, torch.empty(0), labels, class_titles(model, labels), diffuser.picture_names(model, labels),
+                      record, command)
+
+    for _, x, _ in model.generate(numbers or None, count, each_step=True, seed=seed, **settings):
+        drawing.images = x
+        yield drawing
+
+
+def pack(home: Home, drawing: Drawing) -> str:
+    """The path of a ZIP file as --save_dir fills a folder: images/, grid.png, samples.json."""
+    path = home.scratch_file(".zip")
+    with zipfile.ZipFile(path, "w") as archive:
+        for image, name in zip(drawing.images, drawing.names):
+            file = io.BytesIO()
+            to_pil(image).save(file, "PNG")
+            archive.writestr(f"images/{name}", file.getvalue())
+        grid = home.scratch_file(".png")
+        save_grid(drawing.images, grid, drawing.record.get("classes") or [])
+        archive.write(grid, "grid.png")
+        grid.unlink()
+        archive.writestr("samples.json", json.dumps(drawing.record, indent=1))
+    return str(path)
+
+
+# ---- Edit --------------------------------------------------------------------------------------
+# The commands of edit.py, with files made of what the page holds.
+
+
+def edit_model(home: Home, key: str, command: str, seed: int = 0, **settings) -> diffuser.Model:
+    """The model with the settings of an edit. Raises UserError."""
+    model = home.load(key).model
+    own = edit.usual_settings(command, model.diffusion.T)
+    if command == "interpolate":
+        sampler = diffuser.SAMPLERS[model.config.sampler]
+        if sampler.adds_noise(diffuser.sampler_options(model.config)):
+            own = dict(sampler="dpmpp")
+    return dataclasses.replace(model, config=model.sampling_config({**own, **settings, "seed": seed}))
+
+
+def class_of(model: diffuser.Model, name: str | None) -> list[int]:
+    """The class of that name as a list, empty for none. Raises UserError."""
+    if not name or not model.class_names or name == NO_CLASS:
+        return []
+    return diffuser.parse_classes([name], model.class_names)
+
+
+def run_edit(home: Home, key: str, command: str, classes: list[str | None], count: int, seed: int = 0,
+             **arguments) -> Drawing:
+    """What a command of edit.py makes. arguments: its own. Raises UserError."""
+    if not 1 <= count <= MOST_IMAGES:
+        raise UserError(f"between 1 and {MOST_IMAGES} images can be drawn at a time")
+    diffuser.check_value("seed", seed)
+    model = edit_model(home, key, command, seed)
+    numbers = []
+    for name in classes:
+        numbers += class_of(model, name)
+    if len(set(numbers)) < 2:
+        numbers = numbers[:1]
+
+    context = edit.EditContext(model, numbers, count)
+    with torch.no_grad():
+        edited = edit.COMMANDS[command].run(context, argparse.Namespace(**arguments))
+
+    # How the same is done on the command line.
+    words = ["python", "edit.py", home.load(key).source["checkpoint"], command]
+    if "picture" in arguments:
+        words.append("PICTURE")
+    if "mask" in arguments:
+        words.append("MASK")
+    for name in ("seeds", "strength"):
+        if name in arguments:
+            words += [f"--{name}", f"{arguments[name]}"]
+    if numbers:
+        words += ["--classes", ",".join(map(str, numbers))]
+    words += ["--num_images", str(count)]
+    if command != "interpolate":
+        words += ["--seed", str(seed)]
+
+    labels = [numbers[0] if numbers else model.null_class] * count
+    titles = [f"{i}: {heading}" for i, heading in enumerate(edited.headings)]
+    record = dict(home.load(key).source, command=shlex.join(words), config=dataclasses.asdict(model.config))
+    return Drawing(key, to_uint8(edited.x), labels, titles, [f"{i:06}.png" for i in range(count)], record, words)
+
+
+def uploaded_picture(home: Home, file: str | None, model: diffuser.Model) -> Path:
+    """An uploaded picture as the model sees it, in a file. Raises UserError."""
+    if not file:
+        raise UserError("choose a picture first")
+    try:
+        picture = edit.read_picture(file, model.shape)
+    except UserError as error:                                   # it names a path that nobody knows
+        raise UserError(str(error).replace(file, Path(file).name)) from None
+    return save_picture(home, picture[0])
+
+
+def save_picture(home: Home, image: Tensor) -> Path:
+    """uint8 [C, H, W] in a file for edit.py."""
+    path = home.scratch_file(".png")
+    to_pil(image).save(path)
+    return path
+
+
+def painted_mask(editor: dict | None, shape: tuple[int, int, int]) -> Tensor:
+    """What is painted in the editor, at the model's size: uint8 [1, H, W], 255 where anything is. Raises UserError."""
+    layers = (editor or {}).get("layers") or []
+    if not layers:
+        raise UserError("paint over the part that is to be drawn anew")
+    painted = torch.zeros(shape[1:])
+    for layer in layers:
+        alpha = torch.tensor(list(layer.convert("RGBA").getchannel("A").tobytes()), dtype=torch.float32)
+        alpha = alpha.view(1, layer.height, layer.width)
+        painted = torch.maximum(painted, torch.nn.functional.adaptive_max_pool2d(alpha, shape[1:])[0])
+    return (painted > 127)[None].to(torch.uint8) * 255
+
+
+def canvas(path: Path) -> Image.Image:
+    """A picture for the editor, enlarged by a whole factor so that there is something to paint on."""
+    picture = Image.open(path)
+    zoom = max(1, 384 // max(picture.size))
+    size = (picture.width * zoom, picture.height * zoom)
+    return picture.convert("RGB").resize(size, Image.Resampling.NEAREST)
+
+
+# ---- Runs --------------------------------------------------------------------------------------
+# What the page shows of training runs.
+
+
+def describe_progress(run: Run) -> str:
+    """A bar and a line: how far a run is, how long it still takes, how good it is."""
+    words = [run.status]
+    if run.rows:
+        words.append(f"step {run.step:,} of {run.total:,}" if run.total else f"step {run.step:,}")
+        words.append(f"loss {run.rows[-1].get('loss')}")
+    if run.process is not None and run.seconds_left:
+        words.append(f"{duration(run.seconds_left)} left")
+
+    done = 1.0 if run.status == "finished" else min(1.0, run.step / max(1, run.total))
+    percent = f"{100 * done:.1f}"
+    return (f'<div class="bar" role="progressbar" aria-label="progress of the run" aria-valuenow="{percent}">'
+            f'<div style="width: {percent}%"></div></div><p>{escape(", ".join(words))}</p>')
+
+
+def draw_curves(run: Run) -> str:
+    """The curves of a run, as in its report."""
+    try:
+        figures = [figure for figure in report.make_figures(run.rows) if figure["svg"]]
+    except ValueError as error:                                  # a loss that no axis can hold
+        return note(f"the curves cannot be drawn: {first_line(error)}")
+    parts = [f'<figure><figcaption>{escape(figure["title"])}</figcaption>{figure["svg"]}</figure>'
+             for figure in figures]
+    return f'<div class="curves">{"".join(parts)}</div>'
+
+
+def show_grid(run: Run, place: int) -> str:
+    """The grid of that place, counted from 1."""
+    if not run.grids:
+        return note("A grid of samples appears here as soon as one is drawn.")
+    path = run.grids[min(max(1, int(place)), len(run.grids)) - 1]
+    words = path.stem.replace("_", " ")
+    return show_file(path, words) + note(words)
+
+
+def show_overlay(chosen: list[Run]) -> str:
+    """The losses of runs over each other. Raises UserError."""
+    picture = base64.b64encode(runs.overlaid_curves(chosen)).decode()
+    names = escape(", ".join(run.name for run in chosen), quote=True)
+    return f'<img class="figure" src="data:image/png;base64,{picture}" alt="losses of {names}">'
+
+
+def show_report(run: Run) -> str:
+    """The report of a run inside the page, shut off from it. Raises UserError."""
+    try:
+        content = report.render(run.folder)
+    except (OSError, ValueError) as error:
+        raise UserError(f"there is no report of {run.name}: {first_line(error)}") from error
+    return (f'<iframe class="report" sandbox="allow-scripts" title="report of {escape(run.name, quote=True)}" '
+            f'srcdoc="{escape(content, quote=True)}"></iframe>')
+
+
+# ---- The page ----------------------------------------------------------------------------------
+
+NO_CLASS = "no class"
+OWN_PICTURES = "my own pictures"
+UNITS = {"minutes": "train_minutes", "epochs": "epochs", "steps": "iterations"}
+GO_ON = "training goes on"
+STOP = "training stops and saves"
+
+CSS = """
+.pictures { display: grid; gap: 6px; grid-template-columns: repeat(auto-fill, minmax(min(100%, 5.5rem), 1fr)) }
+.pictures button { padding: 2px; border: 2px solid transparent; border-radius: 6px; background: none; cursor: pointer }
+.pictures button:hover { border-color: var(--border-color-primary) }
+.pictures button[aria-pressed=true] { border-color: var(--color-accent) }
+.pictures button:focus-visible { outline: 2px solid var(--color-accent); outline-offset: 1px }
+.pictures img, img.sharp { display: block; width: 100%; image-rendering: pixelated }
+img.sharp { max-width: 40rem }
+img.figure { width: 100%; max-width: 60rem }
+.thumbnail img.sharp { max-width: 14rem }
+.one-picture .pictures { grid-template-columns: minmax(0, 14rem) }
+.note { margin: .25rem 0; color: var(--body-text-color-subdued) }
+.bar { height: .6rem; border-radius: .3rem; overflow: hidden; background: var(--border-color-primary) }
+.bar div { height: 100%; background: var(--color-accent) }
+input[role=combobox] { padding-right: 1.75rem !important; text-overflow: ellipsis }
+.curves { display: grid; gap: 1.5rem; grid-template-columns: repeat(auto-fit, minmax(min(100%, 15rem), 1fr)) }
+.curves svg { display: block; width: 100%; height: auto }
+.curves svg text { font-family: system-ui, sans-serif !important }
+iframe.report { width: 100%; height: 70vh; border: 1px solid var(--border-color-primary); border-radius: 6px }
+"""
+
+INTRODUCTION = "# diffuser\nDraw with a diffusion model, change pictures with it, or train one."
+NOTHING_YET = ("**There is no checkpoint yet**, so there is nothing to draw with. Train one first: the digits that "
+               "come with the program take about a minute.")
+
+
+def told(work: Callable) -> Callable:
+    """A callback of the page whose failures are a line in the page; what nobody expected is told on stderr, too."""
+    def told_error(error: Exception) -> gr.Error:
+        clearer = diffuser.explain(error, "draw fewer images at a time") or error
+        if not isinstance(clearer, (UserError, OSError)):
+            warn(f"app: unexpected {type(error).__name__}: {first_line(error)}")
+        return gr.Error(escape(printable(str(clearer) if isinstance(clearer, UserError) else first_line(clearer))),
+                        print_exception=False)
+
+    if inspect.isgeneratorfunction(work):
+        @functools.wraps(work)
+        def steps(*values):
+            try:
+                yield from work(*values)
+            except gr.Error:
+                raise
+            except Exception as error:
+                raise told_error(error) from None
+        return steps
+
+    @functools.wraps(work)
+    def call(*values):
+        try:
+            return work(*values)
+        except gr.Error:
+            raise
+        except Exception as error:
+            raise told_error(error) from None
+    return call
+
+
+def on(trigger: Callable, work: Callable, inputs: list | None = None, outputs: list | None = None, **options):
+    """Call work(values of inputs) at an event of the page; what it returns goes to outputs."""
+    return trigger(told(work), inputs, outputs, api_visibility="private", show_progress="hidden", **options)
+
+
+def checkpoint_choices(home: Home) -> list[tuple[str, str]]:
+    """(label, key) of all checkpoints; labels that are alike have the path added."""
+    found, _ = home.checkpoints()
+    labels = [about.label for about in found.values()]
+    choices = []
+    for key, about in found.items():
+        label = about.label
+        if labels.count(label) > 1:
+            label = f"{label} ({printable(key)})"
+        choices.append((label, key))
+    return choices
+
+
+def choose_again(home: Home, key: str | None):
+    """The list of checkpoints as it is now, with the one that was chosen, or else the newest."""
+    choices = checkpoint_choices(home)
+    keys = [key for _, key in choices]
+    value = key if key in keys else (keys[0] if keys else None)
+    return gr.update(choices=choices, value=value)
+
+
+@dataclass(frozen=True)
+class Filler:
+    """What brings a tab up to date with what there is: a callback, its inputs and outputs."""
+
+    work: Callable
+    inputs: list
+    outputs: list
+
+
+@dataclass
+class DrawingControls:
+    """The controls of one way to draw."""
+
+    checkpoint: gr.Dropdown
+    thumbnail: gr.HTML
+    sampler: gr.Dropdown
+    steps: gr.Slider
+    guidance: gr.Slider
+    taken: gr.State                                              # the checkpoint whose values they have
+
+    def inputs(self) -> list:
+        """As draw takes them."""
+        return [self.checkpoint, self.taken, self.sampler, self.steps, self.guidance]
+
+    def own_values(self) -> list:
+        """What take_own_values fills."""
+        return [self.thumbnail, self.taken, self.sampler, self.steps, self.guidance]
+
+
+def drawing_controls(home: Home, label: str) -> DrawingControls:
+    """Checkpoint, sampler, steps, guidance; they take the checkpoint's own values when it is chosen."""
+    checkpoint = gr.Dropdown(choices=[], label=label, visible=not home.space)
+    thumbnail = gr.HTML(elem_classes="thumbnail", visible=False)
+    with gr.Accordion("How it is drawn", open=False):
+        sampler = gr.Dropdown(list(diffuser.SAMPLERS), label="sampler")
+        steps = gr.Slider(1, 1000, 10, step=1, label="steps", info="more are slower, and up to a point better")
+        guidance = gr.Slider(0, 5, 0, step=0.05, label="guidance",
+                             info="more makes classes clearer, and images more alike")
+    controls = DrawingControls(checkpoint, thumbnail, sampler, steps, guidance, gr.State(None))
+
+    def take_own_steps(key: str, sampler: str):
+        model = home.load(key).model
+        if sampler == model.config.sampler:
+            return diffuser.sampling_steps(model.config)
+        return diffuser.sampling_steps(dataclasses.replace(model.config, sampler=sampler, steps=None))
+
+    on(sampler.input, take_own_steps, [checkpoint, sampler], [steps])
+    return controls
+
+
+def take_own_values(home: Home, key: str | None):
+    """What the controls of one way to draw become when a checkpoint is chosen."""
+    if not key:
+        return "", None, gr.skip(), gr.skip(), gr.skip()
+    model = home.load(key).model
+    own = own_settings(model)
+    samples = home.find(key).samples
+    grids = runs.read_run(home.places, samples).grids if samples else []
+    thumbnail = show_file(grids[-1] if grids else None, "the run's last grid of samples")
+    return (gr.update(value=thumbnail, visible=bool(thumbnail)), key, own["sampler"],
+            gr.update(maximum=min(1000, model.diffusion.T), value=own["steps"]),
+            gr.update(maximum=max(5, own["guidance_scale"]), value=own["guidance_scale"]))
+
+
+def show_classes(home: Home, key: str | None):
+    """The classes of a checkpoint: as buttons or, where they are many, as a field for text."""
+    names = home.load(key).model.class_names if key else []
+    few = 0 < len(names) <= MOST_BUTTONS
+    return (gr.update(choices=names if few else [], value=[], visible=few),
+            gr.update(value="", visible=len(names) > MOST_BUTTONS))
+
+
+def class_menu(home: Home, key: str | None):
+    """The classes of a checkpoint as a menu."""
+    names = home.load(key).model.class_names if key else []
+    return gr.update(choices=[NO_CLASS, *names], value=NO_CLASS, visible=bool(names))
+
+
+@dataclass
+class Output:
+    """Where pictures appear: they, what they were drawn with, the command, the download."""
+
+    pictures: gr.HTML
+    drawing: gr.State
+    chosen: gr.State
+    command: gr.Code
+    download: gr.DownloadButton
+
+    def all(self) -> list:
+        return [self.pictures, self.drawing, self.chosen, self.command, self.download]
+
+
+def output_area(label: str) -> Output:
+    """A place for pictures, of which one can be chosen."""
+    pictures = gr.HTML(js_on_load=CHOOSE_PICTURE, label=label)
+    drawing = gr.State(None)
+    chosen = gr.State(-1)
+    download = gr.DownloadButton("download as ZIP", visible=False, size="sm")
+    command = gr.Code(label="the same on the command line", language="shell", interactive=False, visible=False,
+                      show_line_numbers=False, wrap_lines=True, lines=1, buttons=["copy"])
+
+    def choose(event: gr.EventData) -> int:
+        index = event._data.get("index") if isinstance(event._data, dict) else None
+        return index if isinstance(index, int) else -1
+
+    # Not by `on`: gradio looks at the annotation.
+    pictures.select(choose, None, [chosen], api_visibility="private", show_progress="hidden")
+    return Output(pictures, drawing, chosen, command, download)
+
+
+def show_drawing(home: Home, drawing: Drawing) -> tuple:
+    """Values for all of an Output, once everything is drawn."""
+    return (show_pictures(drawing.images, drawing.titles), drawing, -1,
+            gr.update(value=shlex.join(drawing.command), visible=not home.space),
+            gr.update(value=pack(home, drawing), visible=True))
+
+
+def watch_drawing(home: Home, steps: Iterator[Drawing]) -> Iterator[tuple]:
+    """Values for all of an Output while images are drawn, a few times a second, and at the end."""
+    shown = 0.0
+    drawing = None
+    for drawing in steps:
+        if time.monotonic() - shown > FRAME_SECONDS:
+            yield show_pictures(drawing.images, drawing.titles), gr.skip(), -1, gr.skip(), gr.skip()
+            shown = time.monotonic()
+    yield show_drawing(home, drawing)
+
+
+def chosen_picture(drawing: Drawing | None, chosen: int) -> tuple[Tensor, int]:
+    """The picture that is chosen, and its class number. Raises UserError."""
+    if drawing is None or not 0 <= chosen < len(drawing.images):
+        raise UserError("choose a picture first: click on it")
+    return drawing.images[chosen], drawing.labels[chosen]
+
+
+def draw_tab(home: Home, tabs: gr.Tabs) -> Filler:
+    """The tab that draws."""
+    with gr.Group(visible=False) as nothing:
+        gr.Markdown(NOTHING_YET, container=True)
+        go_train = gr.Button("train digits", variant="primary")
+
+    with gr.Row(visible=False) as everything:
+        with gr.Column(scale=1, min_width=300):
+            first = drawing_controls(home, "checkpoint")
+            buttons = gr.CheckboxGroup(choices=[], label="classes", info="none: all of them in turn", visible=False)
+            text = gr.Textbox(label="classes", info="names or numbers, such as 3, 5 or 3-5", visible=False)
+            count = gr.Slider(1, MOST_IMAGES, 16, step=1, label="images")
+            seed = gr.Number(0, label="seed", precision=0, minimum=0, info="the same seed, the same images")
+            with gr.Row():
+                start = gr.Button("draw", variant="primary", min_width=90)
+                again = gr.Button("another seed", min_width=90)
+                stop = gr.Button("stop", min_width=90)
+            with gr.Accordion("Side by side", open=False):
+                gr.Markdown("The same seeds and classes, drawn in a second way.")
+                beside = gr.Checkbox(False, label="draw side by side")
+                second = drawing_controls(home, "second checkpoint")
+        with gr.Column(scale=2, min_width=300):
+            with gr.Row():
+                with gr.Column(min_width=280):
+                    left = output_area("pictures")
+                with gr.Column(min_width=280, visible=False) as right_column:
+                    right = output_area("pictures of the second way")
+            with gr.Row():
+                strength = gr.Slider(0.05, 1, 0.5, step=0.05, label="strength", min_width=160,
+                                     info="near 0: hardly anything changes; 1: everything")
+                like = gr.Button("more like the chosen one", min_width=160)
+
+    # Choosing a checkpoint.
+    for controls in (first, second):
+        on(controls.checkpoint.change, functools.partial(take_own_values, home), [controls.checkpoint],
+           controls.own_values())
+    on(first.checkpoint.change, functools.partial(show_classes, home), [first.checkpoint], [buttons, text])
+
+    # Drawing.
+    def run(names, words, count, seed, beside, *ways):
+        what = (words if words and words.strip() else names, int(count), int(seed or 0))
+        first_way, second_way = ways[:5], ways[5:]
+        leave_left = (gr.skip(),) * len(left.all())
+        leave_right = (gr.skip(),) * len(right.all())
+        column = gr.update(visible=bool(beside))
+        for values in watch_drawing(home, draw(home, *what, *first_way)):
+            yield (*values, *leave_right, column)
+        if beside:
+            for values in watch_drawing(home, draw(home, *what, *second_way)):
+                yield (*leave_left, *values, column)
+
+    inputs = [buttons, text, count, seed, beside, *first.inputs(), *second.inputs()]
+    outputs = [*left.all(), *right.all(), right_column]
+    drawing = on(start.click, run, inputs, outputs)
+    seeding = on(again.click, lambda: random.randrange(2**31), None, [seed])
+    drawing_again = on(seeding.then, run, inputs, outputs)
+
+    def vary(drawing, chosen, strength, count, seed):
+        picture, label = chosen_picture(drawing, chosen)
+        names = home.load(drawing.key).model.class_names
+        made = run_edit(home, drawing.key, "vary", [names[label] if label < len(names) else None], int(count),
+                        int(seed or 0), picture=str(save_picture(home, picture)), strength=float(strength))
+        return show_drawing(home, made)
+
+    varying = on(like.click, vary, [left.drawing, left.chosen, strength, count, seed], left.all())
+    stop.click(None, cancels=[drawing, drawing_again, varying], api_visibility="private")
+    go_train.click(lambda: gr.Tabs(selected="train"), None, [tabs], api_visibility="private")
+
+    def fill(key, other):
+        there = bool(checkpoint_choices(home))
+        return choose_again(home, key), choose_again(home, other), gr.update(visible=not there), gr.update(
+            visible=there)
+
+    both = [first.checkpoint, second.checkpoint]
+    return Filler(fill, both, [*both, nothing, everything])
+
+
+def edit_tab(home: Home) -> Filler:
+    """The tab that edits."""
+    checkpoint = gr.Dropdown(choices=[], label="checkpoint", visible=not home.space)
+
+    with gr.Tabs():
+        with gr.Tab("Between two images"), gr.Row():
+            with gr.Column(scale=1, min_width=300):
+                seeds = [gr.Number(i, label=f"{name} seed", precision=0, minimum=0)
+                         for i, name in enumerate(("first", "second"))]
+                menus = [gr.Dropdown([NO_CLASS], value=NO_CLASS, label=f"{name} class", visible=False)
+                         for name in ("first", "second")]
+                between = gr.Slider(2, 32, 9, step=1, label="images on the way")
+                go_between = gr.Button("draw the way", variant="primary")
+            with gr.Column(scale=2, min_width=300):
+                place = gr.Slider(0, 8, 0, step=1, label="place on the way")
+                with gr.Column(elem_classes="one-picture"):
+                    one = gr.HTML()
+                way = output_area("the way")
+
+        with gr.Tab("Like a picture"), gr.Row():
+            with gr.Column(scale=1, min_width=300):
+                vary_file = gr.File(label="picture", file_count="single", height=140, elem_id="vary-picture")
+                vary_view = gr.HTML(elem_classes="thumbnail")
+                vary_menu = gr.Dropdown([NO_CLASS], value=NO_CLASS, label="class", visible=False)
+                strength = gr.Slider(0.05, 1, 0.5, step=0.05, label="strength",
+                                     info="near 0: the picture, 1: nothing of it")
+                vary_count = gr.Slider(1, 32, 8, step=1, label="images")
+                vary_seed = gr.Number(0, label="seed", precision=0, minimum=0)
+                go_vary = gr.Button("draw others like it", variant="primary")
+            with gr.Column(scale=2, min_width=300):
+                varied = output_area("variations")
+
+        with gr.Tab("A part anew"), gr.Row():
+            with gr.Column(scale=1, min_width=300):
+                fill_file = gr.File(label="picture", file_count="single", height=140, elem_id="fill-picture")
+                editor = gr.ImageEditor(label="paint what is to change", type="pil", sources=(), transforms=(),
+                                        layers=False, height=460, image_mode="RGBA", visible=False,
+                                        brush=gr.Brush(default_size=40, colors=["#e03030"], color_mode="fixed"))
+                with gr.Accordion("Or a mask from a file", open=False):
+                    mask_file = gr.File(label="white is drawn anew, black stays", file_count="single", height=140,
+                                        elem_id="fill-mask")
+                fill_menu = gr.Dropdown([NO_CLASS], value=NO_CLASS, label="class", visible=False)
+                fill_count = gr.Slider(1, 32, 8, step=1, label="images")
+                fill_seed = gr.Number(0, label="seed", precision=0, minimum=0)
+                go_fill = gr.Button("draw the part anew", variant="primary")
+            with gr.Column(scale=2, min_width=300):
+                filled = output_area("pictures with the part anew")
+
+    # Between two images.
+    def show_one(drawing, place):
+        if drawing is None:
+            return ""
+        i = min(int(place), len(drawing.images) - 1)
+        return show_pictures(drawing.images[i : i + 1], drawing.titles[i : i + 1])
+
+    def draw_way(key, first_seed, second_seed, first_class, second_class, count):
+        drawing = run_edit(home, key, "interpolate", [first_class, second_class], int(count),
+                           seeds=f"{int(first_seed or 0)},{int(second_seed or 0)}")
+        middle = len(drawing.images) // 2
+        return (*show_drawing(home, drawing), gr.update(maximum=len(drawing.images) - 1, value=middle),
+                show_one(drawing, middle))
+
+    on(go_between.click, draw_way, [checkpoint, *seeds, *menus, between], [*way.all(), place, one])
+    on(place.input, show_one, [way.drawing, place], [one], trigger_mode="always_last")
+
+    # Like a picture.
+    def view(key, file):
+        if not key or not file:
+            return ""
+        return show_file(uploaded_picture(home, file, home.load(key).model), "the picture as the model sees it")
+
+    def draw_variations(key, file, name, strength, count, seed):
+        path = uploaded_picture(home, file, home.load(key).model)
+        drawing = run_edit(home, key, "vary", [name], int(count), int(seed or 0), picture=str(path),
+                           strength=float(strength))
+        return show_drawing(home, drawing)
+
+    for trigger in (vary_file.change, checkpoint.change):
+        on(trigger, view, [checkpoint, vary_file], [vary_view])
+    on(go_vary.click, draw_variations, [checkpoint, vary_file, vary_menu, strength, vary_count, vary_seed],
+       varied.all())
+
+    # A part anew.
+    def put_on_canvas(key, file):
+        if not key or not file:
+            return gr.update(value=None, visible=False)
+        picture = canvas(uploaded_picture(home, file, home.load(key).model))
+        return gr.update(value=dict(background=picture, layers=[], composite=None), visible=True)
+
+    def draw_part(key, file, editor, mask_file, name, count, seed):
+        model = home.load(key).model
+        path = uploaded_picture(home, file, model)
+        if mask_file:
+            _, height, width = model.shape
+            with open_upload(mask_file) as mask:
+                mask = mask.convert("L").resize((width, height))
+            painted = torch.tensor(list(mask.tobytes()), dtype=torch.uint8).view(1, height, width)
+        else:
+            painted = painted_mask(editor, model.shape)
+        drawing = run_edit(home, key, "inpaint", [name], int(count), int(seed or 0), picture=str(path),
+                           mask=str(save_picture(home, painted)), jump_length=5, resamples=5)
+        return show_drawing(home, drawing)
+
+    for trigger in (fill_file.change, checkpoint.change):
+        on(trigger, put_on_canvas, [checkpoint, fill_file], [editor])
+    on(go_fill.click, draw_part, [checkpoint, fill_file, editor, mask_file, fill_menu, fill_count, fill_seed],
+       filled.all())
+
+    for menu in (*menus, vary_menu, fill_menu):
+        on(checkpoint.change, functools.partial(class_menu, home), [checkpoint], [menu])
+    return Filler(functools.partial(choose_again, home), [checkpoint], [checkpoint])
+
+
+def open_upload(file: str) -> Image.Image:
+    """An uploaded picture as it is. Raises UserError."""
+    try:
+        picture = open_image(file)
+        picture.load()
+        return picture
+    except Exception as error:                                   # Pillow raises many kinds
+        raise UserError(f"{Path(file).name} cannot be read as a picture ({first_line(error)})") from None
+
+
+def train_tab(home: Home, pages: Pages) -> Filler:
+    """The tab that trains and watches."""
+    places = home.places
+    datasets = [(f"{name}: {spec.about}", name) for name, spec in diffuser.DATASETS.items() if name != "folder"]
+    with gr.Row():
+        with gr.Column(scale=1, min_width=300):
+            dataset = gr.Dropdown([*datasets, (OWN_PICTURES, "folder")], value="digits", label="train on")
+            files = gr.File(label="a ZIP file of pictures, whose folders are classes, or pictures",
+                            file_count="multiple", visible=False, height=160, elem_id="train-pictures")
+            recipe = gr.Radio(["preset", "best"], value="preset", label="settings",
+                              info="preset: the documented ones; best: those that draw best today")
+            with gr.Row():
+                length = gr.Number(10, label="how long", minimum=0, min_width=100)
+                unit = gr.Dropdown(list(UNITS), value="epochs", label="in", min_width=100)
+            name = gr.Textbox("digits1", label="name of the run", max_length=100)
+            with gr.Accordion("More", open=False):
+                further = gr.Textbox("", label="other options", placeholder="--learning_rate 1e-3",
+                                     info="as on the command line; python diffuser.py --help all lists them")
+                tied = gr.Radio([GO_ON, STOP], value=GO_ON, label="when the last page is closed")
+            with gr.Row():
+                plan = gr.Button("what will it take?", min_width=120)
+                start = gr.Button("train", variant="primary", min_width=120)
+            planned = gr.Code(label="before it starts", language=None, interactive=False, visible=False,
+                              show_line_numbers=False, wrap_lines=True, buttons=["copy"])
+        with gr.Column(scale=2, min_width=300):
+            watched = gr.Dropdown([], label="run", info="those that train come first")
+            progress = gr.HTML()
+            with gr.Row():
+                stop = gr.Button("stop and save", min_width=120, interactive=False)
+                resume = gr.Button("resume", min_width=120, interactive=False)
+            grid = gr.HTML()
+            which = gr.Slider(1, 2, 1, step=1, label="grid of samples", visible=False)
+            curves = gr.HTML()
+            log = gr.Code(label="what the run says", language=None, interactive=False, show_line_numbers=False,
+                          wrap_lines=True, buttons=["copy"])
+    seen = gr.State({})
+    timer = gr.Timer(1.0)
+
+    # The form.
+    def take_dataset(dataset):
+        cfg = diffuser.configure(dataset=dataset)
+        option = diffuser.length_that_counts(vars(cfg))
+        unit = next(unit for unit, name in UNITS.items() if name == option)
+        return (gr.update(visible=dataset == "folder"),
+                gr.update(visible=bool(diffuser.BEST.get(dataset)), value="preset"),
+                getattr(cfg, option), unit, free_name(places, dataset))
+
+    on(dataset.change, take_dataset, [dataset], [files, recipe, length, unit, name])
+
+    def to_words(dataset, recipe, length, unit, name, further, data: Path | str):
+        options = dict(mode="train", dataset=dataset, path_to_data=str(data),
+                       recipe="best" if recipe == "best" else "", experiment_name=name.strip(), **places.options())
+        if length:
+            options[UNITS[unit]] = float(length) if unit == "minutes" else int(length)
+        return runs.to_words(options) + runs.parse_further(further)
+
+    def make_plan(dataset, files, recipe, length, unit, name, further):
+        with tempfile.TemporaryDirectory() as folder:
+            data = runs.keep_uploads(Path(folder), files or [], "plan") if dataset == "folder" else ""
+            text = runs.dry_run(to_words(dataset, recipe, length, unit, name, further, data))
+        return gr.update(value=text, visible=True)
+
+    def begin(dataset, files, recipe, length, unit, name, further, tied):
+        if not name.strip():
+            raise UserError("give the run a name")
+        # First what can be wrong, then what takes room on the disk.
+        data = ""
+        if dataset == "folder":
+            runs.check_words(to_words(dataset, recipe, length, unit, name, further, "uploads"))
+            data = runs.keep_uploads(places.data / "uploads", files or [], file_name(name.strip()))
+        key = runs.start_run(to_words(dataset, recipe, length, unit, name, further, data))
+        if tied == STOP:
+            pages.tied.add(key)
+        return gr.update(choices=list(runs.run_folders(places)), value=key), {}, free_name(places, dataset)
+
+    form = [dataset, files, recipe, length, unit, name, further]
+    on(plan.click, make_plan, form, [planned])
+    on(start.click, begin, [*form, tied], [watched, seen, name])
+
+    # Watching: only what has changed since the last look is sent.
+    def look(key, place, seen):
+        nothing = (gr.skip(),) * 6
+        if not key:
+            return note("There is no run yet."), *nothing, {}
+        run = runs.find_run(places, key)
+        now = dict(key=key, rows=len(run.rows), grids=len(run.grids), status=run.status, words=runs.last_words(run))
+
+        def changed(name: str) -> bool:
+            return seen.get("key") != key or seen[name] != now[name]
+
+        shown_grid = slider = gr.skip()
+        if changed("grids"):
+            newest = max(1, len(run.grids))
+            if seen.get("key") != key or place >= seen["grids"]:             # it follows until somebody moves it
+                place = newest
+            shown_grid = show_grid(run, place)
+            slider = gr.update(maximum=max(2, newest), value=place, visible=newest > 1)
+        can_stop = can_resume = gr.skip()
+        if changed("status"):
+            can_stop = gr.update(interactive=run.process is not None)
+            can_resume = gr.update(interactive=run.status == "stopped")
+        drawn_curves = draw_curves(run) if changed("rows") else gr.skip()
+        words = now["words"] if changed("words") else gr.skip()
+        return describe_progress(run), can_stop, can_resume, shown_grid, slider, drawn_curves, words, now
+
+    view = [progress, stop, resume, grid, which, curves, log, seen]
+    on(timer.tick, look, [watched, which, seen], view)
+    on(watched.change, look, [watched, which, seen], view)
+    on(which.input, lambda key, place: show_grid(runs.find_run(places, key), place), [watched, which], [grid],
+       trigger_mode="always_last")
+
+    def stop_watched(key):
+        gr.Info(escape(runs.stop_run(runs.find_run(places, key))))
+
+    def resume_watched(key):
+        runs.resume_run(places, runs.find_run(places, key))
+        return {}
+
+    on(stop.click, stop_watched, [watched])
+    on(resume.click, resume_watched, [watched], [seen])
+
+    def fill(key, name):
+        keys = list(runs.run_folders(places))
+        chosen = key if key in keys else (keys[0] if keys else None)
+        return gr.update(choices=keys, value=chosen), free_name(places, "digits") if name == "digits1" else gr.skip()
+
+    return Filler(fill, [watched, name], [watched, name])
+
+
+def free_name(places: Places, dataset: str) -> str:
+    """A name for a run that none has had here."""
+    beginning = "pictures" if dataset == "folder" else dataset
+    number = 1
+    while (places.checkpoints / f"{beginning}{number}").exists() or any(
+            places.samples.glob(f"*samples_{beginning}{number}_*")):
+        number += 1
+    return f"{beginning}{number}"
+
+
+def runs_tab(home: Home) -> Filler:
+    """The tab that compares runs."""
+    places = home.places
+    table = gr.Dataframe(label="runs", interactive=False, max_height=420, buttons=["copy"])
+    chosen = gr.CheckboxGroup([], label="which", info="curves: of all that are chosen; report: of the first")
+    with gr.Row():
+        compare = gr.Button("curves", variant="primary", min_width=120)
+        read = gr.Button("report", min_width=120)
+        delete = gr.Button("delete ...", variant="stop", min_width=120)
+    with gr.Group(visible=False) as question:
+        listing = gr.HTML(padding=True)
+        with gr.Row():
+            yes = gr.Button("delete them for good", variant="stop", min_width=120)
+            no = gr.Button("keep them", min_width=120)
+    doomed = gr.State([])
+    figure = gr.HTML()
+
+    def runs_of(keys):
+        if not keys:
+            raise UserError("choose runs first")
+        return [runs.find_run(places, key) for key in keys]
+
+    def fill(keys):
+        there = [runs.read_run(places, folder) for folder in runs.run_folders(places).values()]
+        headings, rows = runs.table_of_runs(there)
+        left = [run.key for run in there if run.key in keys]
+        return (gr.update(value=dict(headers=headings, data=rows)),
+                gr.update(choices=[(run.name, run.key) for run in there], value=left))
+
+    def ask(keys):
+        lines = [f"{run.name}: {', '.join(map(str, runs.parts_of(run)))}" for run in runs_of(keys)]
+        text = "<p>This cannot be undone. It deletes:</p>" + "".join(note(line) for line in lines)
+        return gr.update(visible=True), text, keys
+
+    def do_delete(keys):
+        for run in runs_of(keys):
+            runs.delete_run(run)
+        return gr.update(visible=False), [], "", *fill([])
+
+    on(compare.click, lambda keys: show_overlay(runs_of(keys)), [chosen], [figure])
+    on(read.click, lambda keys: show_report(runs_of(keys)[0]), [chosen], [figure])
+    on(delete.click, ask, [chosen], [question, listing, doomed])
+    on(yes.click, do_delete, [doomed], [question, doomed, figure, table, chosen])
+    on(no.click, lambda: (gr.update(visible=False), []), None, [question, doomed])
+    return Filler(fill, [chosen], [table, chosen])
+
+
+class Pages:
+    """The pages that are open, and the runs that are to stop when the last one is closed."""
+
+    def __init__(self, places: Places):
+        self.places = places
+        self.open: set[str] = set()
+        self.tied: set[str] = set()                              # keys of runs
+        self.lock = threading.Lock()
+
+    def opened(self, request: gr.Request) -> None:
+        with self.lock:
+            self.open.add(request.session_hash)
+
+    def closed(self, request: gr.Request) -> None:
+        """A page is gone; it may come back at once, as where it is loaded anew."""
+        with self.lock:
+            self.open.discard(request.session_hash)
+        timer = threading.Timer(GRACE, self.stop_tied)
+        timer.daemon = True
+        timer.start()
+
+    def stop_tied(self, always: bool = False) -> list[Run]:
+        """Stop the runs that are tied to the pages, unless one is open; returns those that save now."""
+        with self.lock:
+            if self.open and not always:
+                return []
+            keys = self.tied.copy()
+            self.tied.clear()
+        stopped = []
+        for key in keys:
+            with suppress(UserError):
+                run = runs.find_run(self.places, key)
+                runs.stop_run(run)
+                stopped.append(run)
+        return stopped
+
+
+def build_page(home: Home, pages: Pages) -> gr.Blocks:
+    """The page."""
+    with gr.Blocks(title="diffuser", analytics_enabled=False, delete_cache=(3600, 3600)) as page:
+        gr.Markdown(INTRODUCTION)
+        with gr.Tabs() as tabs:
+            with gr.Tab("Draw", id="draw") as draw_on:
+                fillers = {draw_on: draw_tab(home, tabs)}
+            with gr.Tab("Edit", id="edit") as edit_on:
+                fillers[edit_on] = edit_tab(home)
+            if not home.space:
+                with gr.Tab("Train", id="train") as train_on:
+                    fillers[train_on] = train_tab(home, pages)
+                with gr.Tab("Runs", id="runs") as runs_on:
+                    fillers[runs_on] = runs_tab(home)
+
+        # What there is may have changed since the page was made.
+        for tab, filler in fillers.items():
+            on(tab.select, filler.work, filler.inputs, filler.outputs)
+            on(page.load, filler.work, filler.inputs, filler.outputs)
+        page.load(pages.opened, None, None, api_visibility="private")
+        page.unload(pages.closed)
+    return page
+
+
+# ---- Command line ------------------------------------------------------------------------------
+
+
+def build_parser() -> Parser:
+    """The flags."""
+    parser = Parser("app.py", usage="python app.py [options]", doc=__doc__)
+    add = parser.add_argument
+    add("--host", default="", metavar="ADDRESS", help="where to listen [127.0.0.1: for this machine alone]")
+    add("--port", type=int, default=0, metavar="N", help="[the first free one from 7860 on]")
+    add("--password", default="", help="what a visitor has to know")
+    add("--share", action="store_true", help="a public address by way of gradio's servers, with --password")
+    add("--open", action="store_true", help="open the page in a browser")
+    add("--working_directory", default="checkpoints", metavar="PATH", help="where checkpoints are [checkpoints]")
+    add("--generated_directory", default="samples", metavar="PATH", help="where samples are [samples]")
+    add("--data_dir", default="data", metavar="PATH", help="where datasets are, and uploads go [data]")
+    add_debug(parser)
+    return parser
+
+
+def check(args: argparse.Namespace) -> None:
+    """Raise UserError for a page that everybody could use."""
+    if args.host not in ("", "127.0.0.1", "localhost", "::1") and not args.password:
+        raise UserError(f"--host {args.host} shows the page to other machines: give a --password, too")
+    if args.share and not args.password:
+        raise UserError("--share shows the page to the whole internet: give a --password, too")
+    if args.port and not 1 <= args.port <= 65535:
+        raise UserError("--port lies between 1 and 65535")
+
+
+def refuse_other_formats() -> None:
+    """Let Pillow open no other pictures than the project does: some formats start programs."""
+    Image.init()
+    Image.ID[:] = [name for name in Image.ID if name in FORMATS]
+    Image.MAX_IMAGE_PIXELS = 2**26
+
+
+def serve(args: argparse.Namespace) -> None:
+    """Show the page until Ctrl-C."""
+    check(args)
+    refuse_other_formats()
+    space = SPACE_MODEL.is_file()
+    places = Places(Path(args.working_directory), Path(args.generated_directory), Path(args.data_dir))
+    home = Home(places, space)
+    pages = Pages(places)
+    page = build_page(home, pages)
+
+    host = args.host or ("0.0.0.0" if os.environ.get("SPACE_ID") else "127.0.0.1")
+    auth = None
+    if args.password:
+        def auth(_, password: str) -> bool:
+            return hmac.compare_digest(password.encode(), args.password.encode())
+
+    theme = gr.themes.Default(font=["system-ui", "sans-serif"], font_mono=["ui-monospace", "monospace"])
+    try:
+        page.launch(server_name=host, server_port=args.port or None, auth=auth, share=args.share, inbrowser=args.open,
+                    auth_message="any name, and the password" if auth else None, quiet=True, prevent_thread_lock=True,
+                    max_file_size=UPLOAD_SIZE, ssr_mode=False, theme=theme, css=CSS, show_error=True,
+                    footer_links=[])
+    except OSError as error:
+        raise UserError(f"the page cannot be served: {first_line(error)}; try another --port", code=1) from error
+    print(f"{page.local_url}    Ctrl-C ends it", flush=True)
+
+    try:
+        threading.Event().wait()
+    except KeyboardInterrupt:
+        pass
+    finally:
+        end(page, pages)
+
+
+def end(page: gr.Blocks, pages: Pages) -> None:
+    """Stop the runs that are tied to the page, and wait until they have saved; then the page."""
+    stopped = pages.stop_tied(always=True)
+    if stopped:
+        print(f"stopping {', '.join(run.name for run in stopped)}, which takes a moment", flush=True)
+    while any(runs.process_of(run.folder) is not None for run in stopped):
+        time.sleep(0.2)
+    page.close(verbose=False)
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run the command line; returns the exit status."""
+    return run_script("app", lambda: build_parser().parse_args(argv), serve, diffuser.explain)
+
+
+if __name__ == "__main__":
+    end_process(main)

@@ -1,0 +1,406 @@
+"""Training runs on this machine: what there is, starting one, watching, stopping, comparing, deleting.
+
+Runs        a run is known by its folder of samples; whether it goes on, by the lock on that folder
+Starting    the ordinary command as a process of its own, which outlives the one that started it
+Uploads     pictures from elsewhere, put where training finds them
+Comparing   a table and the curves of several runs
+Deleting    all that is a run's
+
+For app.py; it shows nothing itself.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import shlex
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import threading
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+
+import diffuser
+from diffuser_lib.files import UserError, first_line, lock_holder, printable, read_json_object, unused_path
+from diffuser_lib.images import ImageFiles, open_image
+from plot_loss import find_grids, load_run, number, plot, read_metrics
+
+ROOT = Path(__file__).resolve().parent
+
+MOST_UPLOADED = 20_000                                           # pictures of one upload
+
+
+@dataclass(frozen=True)
+class Places:
+    """Where runs put what they make, and where datasets are."""
+
+    checkpoints: Path = Path("checkpoints")
+    samples: Path = Path("samples")
+    data: Path = Path("data")
+
+    def options(self) -> dict:
+        """As options of diffuser.py."""
+        return dict(working_directory=str(self.checkpoints), generated_directory=str(self.samples),
+                    data_dir=str(self.data))
+
+
+# ---- Runs --------------------------------------------------------------------------------------
+
+# Processes that were started here, by the names of their runs: until a run has its lock, only they know of it.
+CHILDREN: dict[str, subprocess.Popen] = {}
+
+
+@dataclass(frozen=True)
+class Run:
+    """A training run as its folder shows it.
+
+    cfg: None where it is not written yet, or broken; images: how many it trains on; rows: those of metrics.csv; grids:
+    of samples, the oldest first; process: what trains it, 0 on another machine, None if nobody does.
+    """
+
+    folder: Path
+    cfg: diffuser.Config | None
+    images: int
+    rows: list[dict]
+    grids: list[Path]
+    process: int | None
+
+    @property
+    def key(self) -> str:
+        return self.folder.name
+
+    @property
+    def name(self) -> str:
+        """What it is called: its experiment, or what its folder is named after."""
+        if self.cfg and self.cfg.experiment_name:
+            return self.cfg.experiment_name
+        return self.folder.name.removeprefix("samples_")
+
+    @property
+    def step(self) -> int:
+        step = number(self.rows[-1].get("step")) if self.rows else 0.0
+        return int(step) if 0 <= step < 2**53 else 0             # nan is not
+
+    @property
+    def total(self) -> int:
+        """Steps in all, 0 where that is not known."""
+        if self.cfg is None or self.images < 1:
+            return 0
+        steps, _, _ = diffuser.training_length(self.cfg, self.images)
+        return steps
+
+    @property
+    def status(self) -> str:
+        if self.process is not None:
+            return "training" if self.rows else "starting"
+        if (self.folder / "report.html").exists() or 0 < self.total <= self.step:
+            return "finished"
+        return "stopped"
+
+    @property
+    def seconds_left(self) -> float:
+        """What it still takes, by its last rows; 0 where they do not say."""
+        rows = self.rows[-6:]
+        if len(rows) < 2 or self.total <= self.step:
+            return 0.0
+        steps = number(rows[-1].get("step")) - number(rows[0].get("step"))
+        seconds = sum(number(row.get("seconds")) for row in rows[1:])
+        if not (steps > 0 and seconds > 0):                      # nan is neither
+            return 0.0
+        return (self.total - self.step) * seconds / steps
+
+
+def log_path(folder: Path) -> Path:
+    """What the process of a run says: beside its folder, which makes room for another run's when that begins."""
+    return folder.with_name(f".{folder.name}.log")
+
+
+def process_of(folder: Path) -> int | None:
+    """The process that trains the run of a folder: None if nobody does, 0 for one of another machine."""
+    child = CHILDREN.get(folder.name)
+    if child and child.poll() is None:
+        return child.pid
+    return lock_holder(folder)
+
+
+def read_run(places: Places, folder: Path) -> Run:
+    """All that there is of a run; what is missing or broken is left out."""
+    cfg = None
+    images = 0
+    path = folder / "config.json"
+    with suppress(UserError, OSError, ValueError):
+        cfg = dataclasses.replace(diffuser.configure(config=str(path)), **places.options())
+        count = read_json_object(path).get("images")
+        if isinstance(count, int):
+            images = count
+
+    grids = []
+    with suppress(OSError):
+        grids = [folder / match[0] for match in find_grids(folder)]
+    return Run(folder, cfg, images, read_metrics(folder), grids, process_of(folder))
+
+
+def run_folders(places: Places) -> dict[str, Path]:
+    """The folders of all runs by their names: those that train first, then those that wrote last."""
+    folders = {path for path in places.samples.glob("samples_*") if (path / "config.json").is_file()}
+    for log in places.samples.glob(".samples_*.log"):            # it may have just begun
+        folders.add(log.with_name(log.name[1:].removesuffix(".log")))
+    ordered = sorted(folders, key=last_change, reverse=True)
+    ordered.sort(key=lambda folder: process_of(folder) is None)
+    return {folder.name: folder for folder in ordered}
+
+
+def last_change(folder: Path) -> float:
+    """When a run has last written anything, in seconds; 0 for never."""
+    times = [0.0]
+    for path in (folder / "metrics.csv", folder / "config.json", log_path(folder)):
+        with suppress(OSError):
+            times.append(path.stat().st_mtime)
+    return max(times)
+
+
+def find_run(places: Places, key: str | None) -> Run:
+    """The run of that key. Raises UserError."""
+    folders = run_folders(places)
+    if key not in folders:
+        raise UserError("this run is gone: choose another one")
+    return read_run(places, folders[key])
+
+
+def last_words(run: Run, lines: int = 12) -> str:
+    """The last lines that the process of a run has said, harmless to show; empty where there are none."""
+    path = log_path(run.folder)
+    try:
+        with open(path, "rb") as file:
+            file.seek(max(0, path.stat().st_size - 2**14))
+            text = file.read().decode(errors="replace")
+    except OSError:
+        return ""
+    return printable("\n".join(text.splitlines()[-lines:]))
+
+
+# ---- Starting and stopping ---------------------------------------------------------------------
+
+
+def to_words(options: dict) -> list[str]:
+    """Options as on a command line, but for those that are empty."""
+    words = []
+    for name, value in options.items():
+        if value != "":
+            words += [f"--{name}", diffuser.format_value(name, value)]
+    return words
+
+
+def check_words(words: list[str]) -> diffuser.Config:
+    """The settings that a command line stands for. Raises UserError."""
+    options = diffuser.build_parser().parse_args(words)
+    return diffuser.complete(diffuser.requested(diffuser.translate_flags(vars(options), diffuser.parse_value)))
+
+
+# Options that are settled elsewhere, beside all that name files.
+SETTLED = {"mode", "experiment_name", "dataset", "yes", "check", "dry_run", "debug"}
+
+
+def parse_further(text: str) -> list[str]:
+    """Options as on a command line from somebody's text; those that name files are refused. Raises UserError."""
+    try:
+        words = shlex.split(text)
+    except ValueError as error:
+        raise UserError(f"other options: {first_line(error)}") from error
+    options = diffuser.build_parser().parse_args(words)
+    for name in diffuser.translate_flags(vars(options), diffuser.parse_value):           # whatever its spelling
+        if name in diffuser.PATHS | SETTLED:
+            raise UserError(f"--{name} is not taken here: use the other fields, or the command line")
+    return words
+
+
+def start_run(words: list[str]) -> str:
+    """Start the command with these options; returns the key of its run. Raises UserError."""
+    return launch(words, diffuser.samples_path(check_words(words)))
+
+
+def launch(words: list[str], folder: Path) -> str:
+    """Start the command, whose run has that folder; returns the run's key. Raises UserError."""
+    if process_of(folder) is not None:
+        raise UserError(f"{folder.name} is training already: give this run another name")
+
+    log = log_path(folder)
+    try:
+        log.parent.mkdir(parents=True, exist_ok=True)
+        with open(log, "wb") as file:
+            file.write(f"{shlex.join(['python', 'diffuser.py', *words])}\n".encode())
+            file.flush()
+            child = subprocess.Popen([sys.executable, str(ROOT / "diffuser.py"), *words], stdin=subprocess.DEVNULL,
+                                     stdout=file, stderr=subprocess.STDOUT, start_new_session=True)
+    except OSError as error:
+        raise UserError(f"training could not be started: {error.strerror}") from error
+
+    CHILDREN[folder.name] = child
+    with suppress(OSError, AttributeError):                      # what shows the run goes before
+        os.setpriority(os.PRIO_PROCESS, child.pid, 5)
+    threading.Thread(target=child.wait, daemon=True).start()     # or it would stay as a zombie
+    return folder.name
+
+
+def resume_run(places: Places, run: Run) -> str:
+    """Go on with a run from its newest checkpoint; returns its key. Raises UserError."""
+    kept = diffuser.kept_checkpoints(run.cfg) if run.cfg else []
+    if not kept:
+        raise UserError(f"{run.name} has no checkpoint to go on from: start it again")
+    options = dict(mode="train", resume_from_checkpoint=str(kept[0]), experiment_name=run.cfg.experiment_name,
+                   path_to_data=run.cfg.path_to_data, **places.options())
+    return launch(to_words(options), run.folder)
+
+
+def stop_run(run: Run) -> str:
+    """Ask the process of a run to save and end, as Ctrl-C does; returns what to say of it. Raises UserError."""
+    if run.process is None:
+        return f"{run.name} is not training"
+    if run.process == 0:
+        raise UserError(f"{run.name} trains on another machine: stop it there")
+    try:
+        os.kill(run.process, signal.SIGINT)
+    except ProcessLookupError:                                   # it has just ended
+        pass
+    except OSError as error:
+        raise UserError(f"{run.name} cannot be stopped: {error.strerror}") from error
+    return f"{run.name} saves and stops"
+
+
+def dry_run(words: list[str]) -> str:
+    """What is known of a run before it begins: device, data, network, memory, time. Raises UserError."""
+    check_words(words)
+    command = [sys.executable, str(ROOT / "diffuser.py"), *words, "--dry_run"]
+    try:
+        done = subprocess.run(command, stdin=subprocess.DEVNULL, capture_output=True, text=True, errors="replace",
+                              timeout=120)
+    except subprocess.TimeoutExpired:
+        raise UserError("to find that out takes longer than two minutes") from None
+    if done.returncode:
+        raise UserError(done.stderr.strip().removeprefix("diffuser: ") or f"it failed with status {done.returncode}")
+
+    # Behind the settings.
+    lines = done.stdout.splitlines()
+    begin = next((i for i, line in enumerate(lines) if line.startswith("device ")), 0)
+    return printable("\n".join(lines[begin:]))
+
+
+# ---- Uploads -----------------------------------------------------------------------------------
+
+
+def keep_uploads(folder: Path, files: list[str], name: str) -> Path:
+    """Copy pictures, or one ZIP file of them, to below a folder; returns the path to train on. Raises UserError.
+
+    Nothing is unpacked, and no file keeps the name that it came with. name: what the copies are called after.
+    """
+    if not files:
+        raise UserError("drop a ZIP file of pictures, or pictures, into the field first")
+    zips = [path for path in files if path.lower().endswith(".zip")]
+    if zips and len(files) > 1:
+        raise UserError("either one ZIP file or pictures, please")
+    count = len(ImageFiles(zips[0], "the upload:")) if zips else len(files)
+    if count > MOST_UPLOADED:
+        raise UserError(f"{count:,} pictures are more than the {MOST_UPLOADED:,} that are taken here: train on them by "
+                        "the command line, with --path_to_data")
+
+    endings = []
+    for path in () if zips else files:
+        try:
+            with open_image(path) as picture:
+                endings.append(picture.format.lower())
+        except Exception as error:                               # Pillow raises many kinds
+            raise UserError(f"{Path(path).name} cannot be read as a picture ({first_line(error)})") from None
+
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        if zips:
+            target = unused_path(folder / f"{name}_.zip")
+            shutil.copyfile(zips[0], target)
+            return target
+        target = unused_path(folder / f"{name}_")
+        target.mkdir()
+        for i, (path, ending) in enumerate(zip(files, endings)):
+            shutil.copyfile(path, target / f"{i:06}.{ending}")
+        return target
+    except OSError as error:
+        raise UserError(f"the upload cannot be kept: {error.strerror}", code=1) from error
+
+
+# ---- Comparing ---------------------------------------------------------------------------------
+
+
+def differing_settings(runs: list[Run]) -> list[str]:
+    """The settings in which runs differ, in the order of the options."""
+    known = [run.cfg for run in runs if run.cfg]
+    differing = []
+    for name, spec in diffuser.FIELDS.items():
+        if spec.metadata["per_run"] or name == "experiment_name":
+            continue
+        if len({repr(getattr(cfg, name)) for cfg in known}) > 1:
+            differing.append(name)
+    return differing
+
+
+def table_of_runs(runs: list[Run]) -> tuple[list[str], list[list[str]]]:
+    """Headings and rows: what became of each run, and in what its settings differ from the others'."""
+    settings = differing_settings(runs)
+    rows = []
+    for run in runs:
+        last = run.rows[-1] if run.rows else {}
+        validation = [row["val_loss"] for row in run.rows if row.get("val_loss")]
+        row = [run.name, run.status, f"{run.step:,}", last.get("loss", ""), validation[-1] if validation else ""]
+        for name in settings:
+            row.append(diffuser.format_value(name, getattr(run.cfg, name)) if run.cfg else "")
+        rows.append(row)
+    return ["run", "status", "steps", "loss", "validation", *settings], rows
+
+
+PLOTTING = threading.Lock()                                      # matplotlib's figures know nothing of threads
+
+
+def overlaid_curves(runs: list[Run]) -> bytes:
+    """The losses of runs over each other, as plot_loss.py draws them: a PNG file. Raises UserError."""
+    columns = {"loss": [], "val_loss": [], "lr": []}
+    for run in runs:
+        for column, points in load_run(run.folder).items():
+            if points:
+                columns[column].append((run.name, points))
+    with tempfile.TemporaryDirectory() as folder, PLOTTING:
+        path = Path(folder, "loss.png")
+        try:
+            plot(columns["loss"], path, validation=columns["val_loss"], rates=columns["lr"])
+        except ValueError as error:                              # a loss that no axis can hold
+            raise UserError(f"the curves cannot be drawn: {error}") from error
+        return path.read_bytes()
+
+
+# ---- Deleting ----------------------------------------------------------------------------------
+
+
+def parts_of(run: Run) -> list[Path]:
+    """The files and folders that are this run's alone. Raises UserError while it trains."""
+    if run.process is not None:
+        raise UserError(f"{run.name} is training: stop it first")
+    parts = [run.folder, log_path(run.folder)]
+    if run.cfg and diffuser.samples_path(run.cfg) == run.folder:         # else a folder that was renamed
+        if run.cfg.experiment_name:
+            parts.append(diffuser.checkpoint_path(run.cfg, 0).parents[1])
+        else:
+            parts += [*diffuser.kept_checkpoints(run.cfg), diffuser.best_path(run.cfg)]
+    return [path for path in parts if path.exists()]
+
+
+def delete_run(run: Run) -> None:
+    """Delete all that is a run's. Raises UserError."""
+    for path in parts_of(run):
+        try:
+            if path.is_dir() and not path.is_symlink():
+                shutil.rmtree(path)
+            else:
+                path.unlink()
+        except OSError as error:
+            raise UserError(f"{path} cannot be deleted: {error.strerror}") from error
