@@ -585,6 +585,12 @@ def checkpoint_choices(home: Home) -> list[tuple[str, str]]:
     return choices
 
 
+def checkpoint_menu(home: Home, label: str) -> gr.Dropdown:
+    """The list of checkpoints, the newest chosen."""
+    choices = checkpoint_choices(home)
+    return gr.Dropdown(choices, value=choices[0][1] if choices else None, label=label, visible=not home.space)
+
+
 def choose_again(home: Home, key: str | None):
     """The list of checkpoints as it is now, with the one that was chosen, or else the newest."""
     choices = checkpoint_choices(home)
@@ -595,11 +601,15 @@ def choose_again(home: Home, key: str | None):
 
 @dataclass(frozen=True)
 class Filler:
-    """What brings a tab up to date with what there is: a callback, its inputs and outputs."""
+    """What brings a tab up to date with what there is, when the page is loaded: a callback, its inputs and outputs.
+
+    on_select: also when the tab is gone back to.
+    """
 
     work: Callable
     inputs: list
     outputs: list
+    on_select: bool = True
 
 
 @dataclass
@@ -624,7 +634,7 @@ class DrawingControls:
 
 def drawing_controls(home: Home, label: str) -> DrawingControls:
     """Checkpoint, sampler, steps, guidance; they take the checkpoint's own values when it is chosen."""
-    checkpoint = gr.Dropdown(choices=[], label=label, visible=not home.space)
+    checkpoint = checkpoint_menu(home, label)
     thumbnail = gr.HTML(elem_classes="thumbnail", visible=False)
     with gr.Accordion("How it is drawn", open=False):
         sampler = gr.Dropdown(list(diffuser.SAMPLERS), label="sampler")
@@ -728,13 +738,14 @@ def chosen_picture(drawing: Drawing | None, chosen: int) -> tuple[Tensor, int]:
     return drawing.images[chosen], drawing.labels[chosen]
 
 
-def draw_tab(home: Home, tabs: gr.Tabs) -> Filler:
+def draw_tab(home: Home, tabs: gr.Tabs) -> list[Filler]:
     """The tab that draws."""
-    with gr.Group(visible=False) as nothing:
+    there = bool(checkpoint_choices(home))
+    with gr.Group(visible=not there) as nothing:
         gr.Markdown(NOTHING_YET, container=True)
         go_train = gr.Button("train digits", variant="primary")
 
-    with gr.Row(visible=False) as everything:
+    with gr.Row(visible=there) as everything:
         with gr.Column(scale=1, min_width=300):
             first = drawing_controls(home, "checkpoint")
             buttons = gr.CheckboxGroup(choices=[], label="classes", info="none: all of them in turn", visible=False)
@@ -761,10 +772,14 @@ def draw_tab(home: Home, tabs: gr.Tabs) -> Filler:
                 like = gr.Button("more like the chosen one", min_width=160)
 
     # Choosing a checkpoint.
+    fillers = []
     for controls in (first, second):
-        on(controls.checkpoint.change, functools.partial(take_own_values, home), [controls.checkpoint],
-           controls.own_values())
-    on(first.checkpoint.change, functools.partial(show_classes, home), [first.checkpoint], [buttons, text])
+        fillers.append(Filler(functools.partial(take_own_values, home), [controls.checkpoint], controls.own_values(),
+                              on_select=False))
+    fillers.append(Filler(functools.partial(show_classes, home), [first.checkpoint], [buttons, text],
+                          on_select=False))
+    for filler in fillers:
+        on(filler.inputs[0].change, filler.work, filler.inputs, filler.outputs)
 
     # Drawing.
     def run(names, words, count, seed, beside, *ways):
@@ -802,12 +817,12 @@ def draw_tab(home: Home, tabs: gr.Tabs) -> Filler:
             visible=there)
 
     both = [first.checkpoint, second.checkpoint]
-    return Filler(fill, both, [*both, nothing, everything])
+    return [Filler(fill, both, [*both, nothing, everything]), *fillers]
 
 
-def edit_tab(home: Home) -> Filler:
+def edit_tab(home: Home) -> list[Filler]:
     """The tab that edits."""
-    checkpoint = gr.Dropdown(choices=[], label="checkpoint", visible=not home.space)
+    checkpoint = checkpoint_menu(home, "checkpoint")
 
     with gr.Tabs():
         with gr.Tab("Between two images"), gr.Row():
@@ -913,9 +928,11 @@ def edit_tab(home: Home) -> Filler:
     on(go_fill.click, draw_part, [checkpoint, fill_file, editor, mask_file, fill_menu, fill_count, fill_seed],
        filled.all())
 
+    fillers = [Filler(functools.partial(choose_again, home), [checkpoint], [checkpoint])]
     for menu in (*menus, vary_menu, fill_menu):
-        on(checkpoint.change, functools.partial(class_menu, home), [checkpoint], [menu])
-    return Filler(functools.partial(choose_again, home), [checkpoint], [checkpoint])
+        fillers.append(Filler(functools.partial(class_menu, home), [checkpoint], [menu], on_select=False))
+        on(checkpoint.change, fillers[-1].work, [checkpoint], [menu])
+    return fillers
 
 
 def open_upload(file: str) -> Image.Image:
@@ -928,7 +945,7 @@ def open_upload(file: str) -> Image.Image:
         raise UserError(f"{Path(file).name} cannot be read as a picture ({first_line(error)})") from None
 
 
-def train_tab(home: Home, pages: Pages) -> Filler:
+def train_tab(home: Home, pages: Pages) -> list[Filler]:
     """The tab that trains and watches."""
     places = home.places
     datasets = [(f"{name}: {spec.about}", name) for name, spec in diffuser.DATASETS.items() if name != "folder"]
@@ -1054,7 +1071,7 @@ def train_tab(home: Home, pages: Pages) -> Filler:
         chosen = key if key in keys else (keys[0] if keys else None)
         return gr.update(choices=keys, value=chosen), free_name(places, "digits") if name == "digits1" else gr.skip()
 
-    return Filler(fill, [watched, name], [watched, name])
+    return [Filler(fill, [watched, name], [watched, name])]
 
 
 def free_name(places: Places, dataset: str) -> str:
@@ -1067,7 +1084,7 @@ def free_name(places: Places, dataset: str) -> str:
     return f"{beginning}{number}"
 
 
-def runs_tab(home: Home) -> Filler:
+def runs_tab(home: Home) -> list[Filler]:
     """The tab that compares runs."""
     places = home.places
     table = gr.Dataframe(label="runs", interactive=False, max_height=420, buttons=["copy"])
@@ -1111,7 +1128,7 @@ def runs_tab(home: Home) -> Filler:
     on(delete.click, ask, [chosen], [question, listing, doomed])
     on(yes.click, do_delete, [doomed], [question, doomed, figure, table, chosen])
     on(no.click, lambda: (gr.update(visible=False), []), None, [question, doomed])
-    return Filler(fill, [chosen], [table, chosen])
+    return [Filler(fill, [chosen], [table, chosen])]
 
 
 class Pages:
@@ -1167,9 +1184,11 @@ def build_page(home: Home, pages: Pages) -> gr.Blocks:
                     fillers[runs_on] = runs_tab(home)
 
         # What there is may have changed since the page was made.
-        for tab, filler in fillers.items():
-            on(tab.select, filler.work, filler.inputs, filler.outputs)
-            on(page.load, filler.work, filler.inputs, filler.outputs)
+        for tab, several in fillers.items():
+            for filler in several:
+                on(page.load, filler.work, filler.inputs, filler.outputs)
+                if filler.on_select:
+                    on(tab.select, filler.work, filler.inputs, filler.outputs)
         page.load(pages.opened, None, None, api_visibility="private")
         page.unload(pages.closed)
     return page
@@ -1237,22 +1256,22 @@ def serve(args: argparse.Namespace) -> None:
         raise UserError(f"the page cannot be served: {first_line(error)}; try another --port", code=1) from error
     print(f"{page.local_url}    Ctrl-C ends it", flush=True)
 
-    try:
+    with suppress(KeyboardInterrupt):
         threading.Event().wait()
-    except KeyboardInterrupt:
-        pass
-    finally:
-        end(page, pages)
+    end(home, page, pages)
 
 
-def end(page: gr.Blocks, pages: Pages) -> None:
-    """Stop the runs that are tied to the page, and wait until they have saved; then the page."""
+def end(home: Home, page: gr.Blocks, pages: Pages) -> None:
+    """Stop the runs that are tied to the page, wait until they have saved, and end the process."""
     stopped = pages.stop_tied(always=True)
     if stopped:
         print(f"stopping {', '.join(run.name for run in stopped)}, which takes a moment", flush=True)
     while any(runs.process_of(run.folder) is not None for run in stopped):
         time.sleep(0.2)
     page.close(verbose=False)
+    home.scratch.cleanup()
+    sys.stdout.flush()
+    os._exit(0)                                                  # a drawing under way would hold up the usual end
 
 
 def main(argv: list[str] | None = None) -> int:

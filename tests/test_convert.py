@@ -1,9 +1,13 @@
 """convert.py: against diffusers and safetensors themselves. Nothing here may reach for the network."""
 
+import base64
 import dataclasses
 import inspect
 import json
 import socket
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from threading import Thread
+from typing import ClassVar
 
 import pytest
 import torch
@@ -633,3 +637,99 @@ def test_a_full_disk_is_exit_1_and_names_the_target(folder, monkeypatch, capsys,
     assert convert.main(["to-diffusers", path, "there"]) == 1
     errors = [line for line in capsys.readouterr().err.splitlines() if line.startswith("convert:")]
     assert len(errors) == 1 and errors[0].startswith("convert: there: ")
+
+
+# ---- the Hub -----------------------------------------------------------------------------------
+
+
+class Hub(BaseHTTPRequestHandler):
+    """As much of the Hub as publishing a folder takes. asked: (method, path, content) of all requests."""
+
+    asked: ClassVar = []
+
+    def log_message(self, *_):
+        pass
+
+    def answer(self, content):
+        text = json.dumps(content).encode()
+        self.send_response(200)
+        self.send_header("Content-Type", "application/json")
+        self.send_header("Content-Length", str(len(text)))
+        self.end_headers()
+        self.wfile.write(text)
+
+    def do_GET(self):
+        self.asked.append(("GET", self.path, b""))
+        self.answer({})
+
+    def do_POST(self):
+        content = self.rfile.read(int(self.headers.get("Content-Length") or 0))
+        self.asked.append(("POST", self.path, content))
+        assert self.headers["Authorization"] == "Bearer hf_secret"
+        here = f"http://{self.headers['Host']}"
+        if self.path.endswith("/create"):
+            return self.answer(dict(url=f"{here}/spaces/me/digits", name="me/digits"))
+        if "/preupload/" in self.path:
+            files = json.loads(content)["files"]
+            return self.answer(dict(files=[dict(path=file["path"], uploadMode="regular", shouldIgnore=False)
+                                           for file in files]))
+        if "/commit/" in self.path:
+            return self.answer(dict(commitUrl=f"{here}/spaces/me/digits/commit/1", commitOid="1", success=True))
+        return self.answer(dict(errors=[], warnings=[]))
+
+
+@pytest.fixture
+def space(folder):
+    """A Space of a network that is not trained."""
+    diffuser.Model.from_network(tiny_unet(classes=10), tiny_training(), (1, 8, 8), list("0123456789")).save("digits.pt")
+    convert.to_space("digits.pt", "space")
+    return folder / "space"
+
+
+def test_a_space_is_published(space, tmp_path):
+    """to-hub makes the repository as a Space of gradio and sends every file of the folder, by the library's own way."""
+    pytest.importorskip("huggingface_hub")
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Hub)
+    Thread(target=server.serve_forever, daemon=True).start()
+    Hub.asked.clear()
+    env = dict(HF_ENDPOINT=f"http://127.0.0.1:{server.server_port}", HF_TOKEN="hf_secret", HF_HOME=str(tmp_path / "hub"),
+               HF_HUB_DISABLE_XET="1", NO_PROXY="127.0.0.1", no_proxy="127.0.0.1")
+    try:
+        done = cli("to-hub", space, "me/digits", script="convert.py", cwd=tmp_path, env=env)
+    finally:
+        server.shutdown()
+        server.server_close()
+    assert done.returncode == 0, done.stderr
+    assert "/spaces/me/digits" in done.stdout
+
+    create = next(json.loads(content) for _, path, content in Hub.asked if path.endswith("/create"))
+    assert (create["type"], create["name"], create["organization"], create["sdk"]) == ("space", "digits", "me", "gradio")
+    commit = next(content for _, path, content in Hub.asked if "/commit/" in path)
+    sent = {}
+    for line in commit.splitlines():
+        entry = json.loads(line)
+        if entry["key"] == "file":
+            sent[entry["value"]["path"]] = base64.b64decode(entry["value"]["content"])
+    files = {path.relative_to(space).as_posix(): path.read_bytes() for path in space.rglob("*") if path.is_file()}
+    assert sent == files and {"app.py", "README.md", "model.safetensors", "diffuser_lib/files.py"} <= sent.keys()
+
+
+def test_without_a_token_the_command_is_told(space, tmp_path):
+    """Where nobody has logged in nothing is sent, and the command to do it by hand is said; wrong folders are refused."""
+    pytest.importorskip("huggingface_hub")
+    env = dict(HF_TOKEN="", HF_HOME=str(tmp_path / "hub"), HF_ENDPOINT="http://127.0.0.1:9")
+    done = cli("to-hub", space, "me/digits", script="convert.py", cwd=tmp_path, env=env)
+    assert done.returncode == 2 and f"hf upload me/digits {space} --repo-type space" in done.stderr
+    for source, target in ((tmp_path, "me/digits"), (space, "digits"), (tmp_path / "nothing", "me/digits")):
+        with pytest.raises(UserError):
+            convert.to_hub(str(source), target)
+
+
+def test_a_space_says_nothing_of_the_machine(space, tmp_path):
+    """What is published holds no path of the machine that it was made on, and no leftovers."""
+    for path in space.rglob("*"):
+        assert "__pycache__" not in path.name
+        if path.is_file():
+            assert str(tmp_path).encode() not in path.read_bytes(), path
+    with pytest.raises(UserError, match="exists"):
+        convert.to_space("digits.pt", str(space))
