@@ -112,7 +112,7 @@ os._exit(status & 255)
 """
 # What the scripts import, at their start or where they need it.
 IMPORTED = ("diffuser", "evaluate", "convert", "edit", "plot_loss", "report", "matplotlib", "jinja2", "filelock", "safetensors.torch",
-            "torch.utils.flop_counter")
+            "torch.utils.flop_counter", "torch._dynamo", "torchvision")
 
 
 def heed_interrupts():
