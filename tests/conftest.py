@@ -1,5 +1,6 @@
 """What the tests share: a small network, a few small images, the real command line, real data where it is."""
 
+import inspect
 import os
 import shutil
 import subprocess
@@ -22,6 +23,23 @@ REAL_DATA = Path(os.environ.get("DIFFUSER_TEST_DATA", ROOT / "data"))
 TINY = dict(base_channels=8, channel_mults=(1, 2), num_res_blocks=1, emb_dim=8, num_heads=2)
 TINY_FLAGS = ["--base_channels", "8", "--channel_mults", "1,2", "--num_res_blocks", "1", "--emb_dim", "8",
               "--num_heads", "2", "--preview_steps", "2", "--device", "cpu", "--no-report"]
+
+
+@pytest.fixture(autouse=True, scope="session")
+def sizes_are_counted_once():
+    """Counting the layers of a network takes as long as training it for a few steps: once for all runs with the same one."""
+    real, known = diffuser.network_size, {}
+    options = inspect.signature(diffuser.UNet).parameters.keys() & diffuser.FIELDS.keys()
+
+    def network_size(cfg, *more):
+        network = (*(getattr(cfg, name) for name in sorted(options)), *more)
+        if network not in known:
+            known[network] = real(cfg, *more)
+        return known[network]
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(diffuser, "network_size", network_size)
+        yield
 
 
 @pytest.fixture

@@ -176,6 +176,15 @@ class Process:
             raise subprocess.TimeoutExpired(self.args, timeout)
         return self.poll()
 
+    def communicate(self, timeout=None):
+        self.wait(timeout)
+        texts = []
+        for file in self.outputs:
+            with file:
+                file.seek(0)
+                texts.append(file.read())
+        return tuple(texts)
+
     def send_signal(self, number):
         if self.poll() is None:
             os.kill(self.pid, number)
@@ -184,16 +193,38 @@ class Process:
         self.send_signal(signal.SIGKILL)
 
 
-def run(*arguments, cwd, stdin="", env=None, timeout=300):
-    """`python ARGUMENTS` to its end, as subprocess.run() would give it with capture_output and text."""
-    with tempfile.TemporaryFile("w+") as given, tempfile.TemporaryFile("w+") as out, tempfile.TemporaryFile("w+") as err:
+def start(*arguments, cwd, stdin="", env=None):
+    """`python ARGUMENTS` in the background; communicate() gives what it has written."""
+    with tempfile.TemporaryFile("w+") as given:
         given.write(stdin)
         given.seek(0)
+        out, err = tempfile.TemporaryFile("w+", errors="replace"), tempfile.TemporaryFile("w+", errors="replace")
         process = Process(arguments, cwd, env, given, out, err)
-        try:
-            process.wait(timeout)
-        except BaseException:
+    process.outputs = out, err
+    return process
+
+
+def run(*arguments, cwd, stdin="", env=None, timeout=300):
+    """`python ARGUMENTS` to its end, as subprocess.run() would give it with capture_output and text."""
+    process = start(*arguments, cwd=cwd, stdin=stdin, env=env)
+    try:
+        out, err = process.communicate(timeout)
+    except BaseException:
+        process.kill()
+        raise
+    return subprocess.CompletedProcess(arguments, process.returncode, out, err)
+
+
+def run_two(*arguments, cwd, timeout=240):
+    """`python ARGUMENTS` in two processes, which find what torchrun would tell them: (status, stdout, stderr) of both."""
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        port = free.getsockname()[1]
+    told = dict(WORLD_SIZE="2", LOCAL_WORLD_SIZE="2", MASTER_ADDR="localhost", MASTER_PORT=str(port))
+    processes = [start(*arguments, cwd=cwd, env=dict(told, RANK=rank, LOCAL_RANK=rank)) for rank in "01"]
+    try:
+        outputs = [process.communicate(timeout) for process in processes]
+    finally:
+        for process in processes:
             process.kill()
-            raise
-        out.seek(0), err.seek(0)
-        return subprocess.CompletedProcess(arguments, process.returncode, out.read(), err.read())
+    return max(abs(process.returncode) for process in processes), *map("".join, zip(*outputs))
