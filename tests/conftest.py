@@ -11,10 +11,12 @@ import numpy as np
 import prepared
 import pytest
 import torch
+from filelock import FileLock
 from PIL import Image
 from prepared import heed_interrupts  # noqa: F401 (the tests take it from here)
 
 import diffuser
+import evaluate
 
 ROOT = Path(diffuser.__file__).resolve().parent
 REAL_DATA = Path(os.environ.get("DIFFUSER_TEST_DATA", ROOT / "data"))
@@ -67,6 +69,26 @@ def image_folder(tmp_path):
             pixels = random.integers(0, 100, (20, 30, 3), dtype=np.uint8) + np.uint8(100 * c)
             Image.fromarray(pixels).save(tmp_path / "pictures" / name / f"{i}.{ending}")
     return tmp_path / "pictures"
+
+
+@pytest.fixture(scope="session")
+def digits_judge(tmp_path_factory):
+    """The file in which evaluate.py keeps its judge of the digits, trained once for all tests and all their processes."""
+    place = tmp_path_factory.getbasetemp()
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        place = place.parent
+    place = place / "digits_judge"
+    with FileLock(f"{place}.lock"), torch.random.fork_rng():
+        place.mkdir(exist_ok=True)
+        evaluate.judge_of(evaluate.load_reference("digits", "data", (1, 8, 8)), str(place))
+    [file] = place.glob("judge_digits_*.pt")
+    return file
+
+
+def some_digits(n):
+    """The first n digits as images of one's own, for epochs of few steps and small batches."""
+    data = diffuser.load_data(diffuser.configure(dataset="digits"))
+    return diffuser.ImageData(data.images[:n], data.labels[:n], data.class_names)
 
 
 @contextmanager

@@ -129,6 +129,7 @@ class Server:
         ours, theirs = socket.socketpair()
         with theirs:
             self.process = subprocess.Popen([sys.executable, "-c", PREPARED, str(theirs.fileno()), ",".join(IMPORTED)], cwd=ROOT,
+                                            env={name: value for name, value in os.environ.items() if name != "MPLBACKEND"},
                                             pass_fds=[theirs.fileno()], stdin=subprocess.DEVNULL, preexec_fn=heed_interrupts)
         self.requests = ours
         atexit.register(self.close)
@@ -149,7 +150,8 @@ server = None
 class Process:
     """`python ARGUMENTS` in the background, with the methods of subprocess.Popen that the tests use.
 
-    stdin, stdout, stderr: open files; nothing is there to be read, and what is written is lost, where they are left out.
+    env: what is to be changed in the environment, None: taken away. stdin, stdout, stderr: open files; nothing is there to
+    be read, and what is written is lost, where they are left out.
     """
 
     def __init__(self, arguments, cwd, env=None, stdin=None, stdout=None, stderr=None):
@@ -158,7 +160,8 @@ class Process:
         status, theirs = os.pipe()
         with open(theirs, "wb") as theirs, open(os.devnull, "r+b") as nothing:
             ends = [stdin or nothing, stdout or nothing, stderr or nothing, theirs]
-            server.send(dict(arguments=list(map(str, arguments)), cwd=str(cwd), env={**os.environ, **(env or {})}),
+            told = {name: value for name, value in {**os.environ, **(env or {})}.items() if value is not None}
+            server.send(dict(arguments=list(map(str, arguments)), cwd=str(cwd), env=told),
                         [end.fileno() for end in ends])
         self.args = arguments
         self.returncode = None

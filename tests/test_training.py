@@ -15,7 +15,7 @@ import weakref
 import prepared
 import pytest
 import torch
-from conftest import ROOT, TINY_FLAGS, tiny_training, tiny_unet
+from conftest import ROOT, TINY_FLAGS, some_digits, tiny_training, tiny_unet
 from PIL import Image
 
 import diffuser
@@ -40,12 +40,6 @@ def same(a, b, exact=True):
 def rows(folder="."):
     path = next(p for p in sorted(diffuser.Path(folder).rglob("metrics.csv")) if "_old" not in str(p))
     return list(csv.DictReader(open(path)))
-
-
-def some_digits(n):
-    """The first n digits as images of one's own, for epochs of few steps and small batches."""
-    data = diffuser.load_data(diffuser.configure(dataset="digits"))
-    return diffuser.ImageData(data.images[:n], data.labels[:n], data.class_names)
 
 
 def test_the_loss_falls(folder):
