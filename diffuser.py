@@ -2449,9 +2449,15 @@ class NetworkSize:
     operations: int
 
 
-@lru_cache
 def network_size(cfg: Config, shape: tuple[int, int, int], num_classes: int) -> NetworkSize:
     """The size of the configured network. Nothing is computed, and no memory taken."""
+    options = network_options(cfg) | {"gradient_checkpointing": False}
+    return count_layers(tuple(sorted(options.items())), shape, num_classes)
+
+
+@lru_cache
+def count_layers(options: tuple[tuple[str, object], ...], shape: tuple[int, int, int], num_classes: int) -> NetworkSize:
+    """The size of a UNet with these options, each (name, value)."""
     # Importing it takes a third of a second, which --help need not wait.
     from torch.utils.flop_counter import FlopCounterMode
 
@@ -2465,7 +2471,7 @@ def network_size(cfg: Config, shape: tuple[int, int, int], num_classes: int) -> 
             outputs.append(output[0].numel())
 
     with torch.device("meta"):
-        network = build_unet(dataclasses.replace(cfg, gradient_checkpointing=False), shape[0], num_classes)
+        network = UNet(shape[0], num_classes, **dict(options))
         for module in network.modules():
             if not list(module.children()):
                 module.register_forward_hook(count)
@@ -2583,8 +2589,13 @@ def build_diffusion(cfg: Config, device) -> Diffusion:
 
 def build_unet(cfg: Config, image_channels: int, num_classes: int) -> UNet:
     """The configured network."""
-    options = inspect.signature(UNet).parameters.keys() & FIELDS.keys()
-    return UNet(image_channels, num_classes, **{name: getattr(cfg, name) for name in options})
+    return UNet(image_channels, num_classes, **network_options(cfg))
+
+
+def network_options(cfg: Config) -> dict:
+    """The settings that UNet takes, by name."""
+    names = inspect.signature(UNet).parameters.keys() & FIELDS.keys()
+    return {name: getattr(cfg, name) for name in names}
 
 
 def sampling_steps(cfg: Config) -> int:

@@ -2,18 +2,20 @@
 
 import os
 import shutil
-import signal
 import subprocess
-import sys
 from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
+import prepared
 import pytest
 import torch
+from filelock import FileLock
 from PIL import Image
+from prepared import heed_interrupts  # noqa: F401 (the tests take it from here)
 
 import diffuser
+import evaluate
 
 ROOT = Path(diffuser.__file__).resolve().parent
 REAL_DATA = Path(os.environ.get("DIFFUSER_TEST_DATA", ROOT / "data"))
@@ -69,6 +71,26 @@ def browser():
         browser.close()
 
 
+@pytest.fixture(scope="session")
+def digits_judge(tmp_path_factory):
+    """The file in which evaluate.py keeps its judge of the digits, trained once for all tests and all their processes."""
+    place = tmp_path_factory.getbasetemp()
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        place = place.parent
+    place = place / "digits_judge"
+    with FileLock(f"{place}.lock"), torch.random.fork_rng():
+        place.mkdir(exist_ok=True)
+        evaluate.judge_of(evaluate.load_reference("digits", "data", (1, 8, 8)), str(place))
+    [file] = place.glob("judge_digits_*.pt")
+    return file
+
+
+def some_digits(n):
+    """The first n digits as images of one's own, for epochs of few steps and small batches."""
+    data = diffuser.load_data(diffuser.configure(dataset="digits"))
+    return diffuser.ImageData(data.images[:n], data.labels[:n], data.class_names)
+
+
 @contextmanager
 def small_file_system(place, size):
     """A file system of that size, such as 64k, mounted at a new folder for a while; or a skip."""
@@ -84,20 +106,12 @@ def small_file_system(place, size):
 
 def cli(*arguments, cwd, stdin="", script="diffuser.py", env=None, timeout=300):
     """The real command line in a process of its own."""
-    return subprocess.run([sys.executable, str(ROOT / script), *map(str, arguments)], cwd=cwd, input=stdin, text=True,
-                          capture_output=True, timeout=timeout, env={**os.environ, **(env or {})})
+    return prepared.run(ROOT / script, *arguments, cwd=cwd, stdin=stdin, env=env, timeout=timeout)
 
 
 # For a child process: status("VmHWM") is the most memory it has taken, in KiB; see proc(5).
 STATUS = ("import re\n"
           "def status(name): return int(re.search(name + r':\\s+(\\d+)', open('/proc/self/status').read())[1])\n")
-
-
-def heed_interrupts():
-    """For a child process: a Ctrl-C counts, and a terminal that closes, also where the tests themselves run in the
-    background, under nohup, and ignore them."""
-    signal.signal(signal.SIGINT, signal.default_int_handler)
-    signal.signal(signal.SIGHUP, signal.SIG_DFL)
 
 
 # For a child process: run a script whose reading of a checkpoint is where Ctrl-C comes.
@@ -113,9 +127,7 @@ runpy.run_path(sys.argv[0], run_name="__main__")
 
 def interrupted(script, *arguments, cwd):
     """A script in a process of its own that gets a real Ctrl-C while it reads its checkpoint."""
-    return subprocess.run([sys.executable, "-c", INTERRUPTED, str(ROOT / script), *map(str, arguments)], cwd=cwd, text=True,
-                          capture_output=True, timeout=300, preexec_fn=heed_interrupts,
-                          env={**os.environ, "PYTHONPATH": str(ROOT)})
+    return prepared.run("-c", INTERRUPTED, ROOT / script, *arguments, cwd=cwd)
 
 
 def tiny_training(**more):

@@ -4,6 +4,7 @@ import argparse
 import importlib
 import importlib.util
 import json
+import shutil
 import subprocess
 
 import pytest
@@ -21,8 +22,10 @@ def datasets_of_its_own(monkeypatch):
 
 
 @pytest.fixture(scope="module")
-def raced(tmp_path_factory):
+def raced(tmp_path_factory, digits_judge):
     folder = tmp_path_factory.mktemp("race")
+    (folder / "data").mkdir()
+    shutil.copy(digits_judge, folder / "data")
     done = cli("--dataset", "digits", "--minutes", "0.05", "--images", "140", "--json", "race.json", "--keep", "kept",
                "--pictures", "pictures", "--contestants", "preset,diffusers,lucidrains", script="benchmarks/quality.py", cwd=folder)
     return folder, done
@@ -40,8 +43,10 @@ def test_the_race_trains_and_scores_all_who_are_there(raced):
     assert (folder / "pictures/digits_preset.png").exists() and (folder / "kept/digits_preset.pt").exists()
 
 
-def test_curves_over_minutes_of_training(folder):
+def test_curves_over_minutes_of_training(folder, digits_judge):
     """--race: a row for each contestant and number of minutes, network calls as they were made, and a picture of it."""
+    (folder / "data").mkdir()
+    shutil.copy(digits_judge, "data")
     done = cli("--dataset", "digits", "--race", "race.png", "--minutes", "0.03,0.05", "--images", "140", "--json", "race.json",
                "--contestants", "best", script="benchmarks/quality.py", cwd=folder)
     assert done.returncode == 0, done.stderr

@@ -3,6 +3,7 @@
 import argparse
 import contextlib
 import dataclasses
+import fcntl
 import hashlib
 import io
 import json
@@ -14,14 +15,17 @@ import select
 import shlex
 import shutil
 import signal
+import struct
 import subprocess
 import sys
+import termios
 import time
 
 import numpy as np
+import prepared
 import pytest
 import torch
-from conftest import ROOT, TINY, TINY_FLAGS, cli, heed_interrupts, small_file_system, tiny_training
+from conftest import ROOT, TINY, TINY_FLAGS, cli, small_file_system, tiny_training
 from PIL import Image
 
 import convert
@@ -33,6 +37,7 @@ import report
 from diffuser import main
 from diffuser_lib.files import known_spellings
 
+NETWORK = TINY_FLAGS[: TINY_FLAGS.index("--preview_steps")]
 TRAIN = ["--mode", "train", "--dataset", "digits", "--iterations", "2", "--batch_size", "8", "--timesteps", "20", *TINY_FLAGS]
 
 
@@ -78,8 +83,9 @@ def others_folder(folder, image_folder):
 
 
 @pytest.mark.parametrize("line", OTHERS)
-def test_command_lines_of_other_systems_start(others_folder, line, capsys):
-    """Each of them resolves with --dry_run, which reads no image and needs no download."""
+def test_command_lines_of_other_systems_start(others_folder, line, monkeypatch, capsys):
+    """Each of them resolves with --dry_run, which reads no image and needs no download. No step is timed."""
+    monkeypatch.setattr(diffuser, "TRIAL_WORK", 0.0)
     assert main([*shlex.split(line), "--dry_run"]) == 0
     out = capsys.readouterr().out
     assert "parameters" in out and "signal is left at T" in out and "GiB" in out
@@ -700,12 +706,11 @@ def test_yes_asks_nothing(trained, folder):
 
 
 def terminal(command, cwd, steps, timeout=60):
-    """Drive a program through a pseudo-terminal: wait for each text, then send the answer. (output, status)"""
-    pid, master = pty.fork()
-    if pid == 0:
-        heed_interrupts()
-        os.chdir(cwd)
-        os.execvpe(command[0], command, {**os.environ, "TERM": "dumb"})
+    """Drive a script through a pseudo-terminal: wait for each text, then send the answer. (output, status)"""
+    master, slave = pty.openpty()
+    fcntl.ioctl(slave, termios.TIOCSWINSZ, struct.pack("4H", 24, 80, 0, 0))
+    with open(slave, "r+b", buffering=0) as screen:
+        process = prepared.background(command, cwd, {"TERM": "dumb"}, screen, screen, screen)
     output, deadline = "", time.time() + timeout
 
     def read_until(wanted, until):
@@ -719,24 +724,23 @@ def terminal(command, cwd, steps, timeout=60):
     for wanted, answer in steps:
         read_until(wanted, deadline)
         assert wanted in output, output
-        time.sleep(0.3)                                                      # a key typed before input() reads is lost
+        time.sleep(0.1)                                                      # a key typed before input() reads is lost
         output = ""
         os.write(master, answer)
-    while not (ended := os.waitpid(pid, os.WNOHANG))[0] and time.time() < deadline:
+    while process.poll() is None and time.time() < deadline:
         read_until("\0", time.time() + 2)
-        if len(steps[-1][1]) == 1 and not ended[0]:                          # a control key: press it again
+        if len(steps[-1][1]) == 1 and process.poll() is None:                # a control key: press it again
             with contextlib.suppress(OSError):
                 os.write(master, steps[-1][1])
-    if not ended[0]:
-        os.kill(pid, signal.SIGKILL)
-        ended = os.waitpid(pid, 0)
+    process.kill()
+    process.wait()
     os.close(master)
-    return output, os.waitstatus_to_exitcode(ended[1])
+    return output, process.returncode
 
 
 def test_conversation_in_a_terminal(trained, folder):
     """The same questions with a person at a terminal: an answer, a wrong one, quit."""
-    command = [sys.executable, str(ROOT / "diffuser.py"), "--mode", "inference", "--steps", "2"]
+    command = [ROOT / "diffuser.py", "--mode", "inference", "--steps", "2"]
     output, status = terminal(command, folder, [("classes (names or", b"elephant\n"), ("unknown class", b"5\n"),
                                                 ("how many", b"2\n"), ("classes (names or", b"q\n")])
     assert status == 0 and len(os.listdir(folder / "samples/inference_digits_1/images")) == 2
@@ -744,10 +748,9 @@ def test_conversation_in_a_terminal(trained, folder):
 
 def test_no_bar_is_left_behind(folder, image_folder):
     """In a terminal of 80 columns the first run over a folder, which fills the cache, leaves no dead bar above the live one."""
-    command = [sys.executable, ROOT / "diffuser.py", "--mode", "train", "--path_to_data", image_folder, "--img_size", "16", "--iterations",
-               "3", "--batch_size", "4", "--timesteps", "20", *TINY_FLAGS]
-    sized = ["sh", "-c", f"stty cols 80 rows 24; exec {shlex.join(map(str, command))}"]
-    output, status = terminal(sized, folder, [("caching images", b"")])
+    command = [ROOT / "diffuser.py", "--mode", "train", "--path_to_data", image_folder, "--img_size", "16", "--iterations", "3",
+               "--batch_size", "4", "--timesteps", "20", *TINY_FLAGS]
+    output, status = terminal(command, folder, [("caching images", b"")])
     *lines, _ = output.split("\n")
     seen = [line.rstrip("\r").rpartition("\r")[2] for line in lines]            # what stays of each line
     assert status == 0 and any("trained in" in line for line in seen)
@@ -821,21 +824,21 @@ def test_the_choice_of_a_checkpoint(trained, monkeypatch, capsys):
 @pytest.mark.parametrize("key, code", [(b"\x03", 130), (b"\x04", 2)])
 def test_ctrl_c_and_ctrl_d_at_a_question(trained, folder, arguments, question, key, code):
     """Ctrl-C leaves with 130 and Ctrl-D with 2, without a traceback."""
-    output, status = terminal([sys.executable, str(ROOT / "diffuser.py"), *arguments], folder, [(question, key)])
+    output, status = terminal([ROOT / "diffuser.py", *arguments], folder, [(question, key)])
     assert status == code and "Traceback" not in output
 
 
 def test_interrupted_sampling_keeps_what_is_drawn(trained, folder):
     """Ctrl-C while drawing: exit 130, no traceback, and every picture that is there is whole."""
-    command = [sys.executable, str(ROOT / "diffuser.py"), "--mode", "inference", "--model_path", str(trained), "--num_images", "5000",
+    command = [ROOT / "diffuser.py", "--mode", "inference", "--model_path", trained, "--num_images", "5000", "--steps", "2",
                "--sample_batch_size", "5", "--save_dir", "out"]
-    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, preexec_fn=heed_interrupts)
+    with open("errors", "w") as errors:
+        process = prepared.background(command, folder, stderr=errors)
     deadline = time.time() + 60
     while time.time() < deadline and not (os.path.isdir("out/images") and len(os.listdir("out/images")) > 10):
         time.sleep(0.02)
     process.send_signal(signal.SIGINT)
-    _, errors = process.communicate(timeout=30)
-    assert process.returncode == 130 and "Traceback" not in errors
+    assert process.wait(timeout=30) == 130 and "Traceback" not in (folder / "errors").read_text()
     for file in os.listdir("out/images"):
         Image.open(f"out/images/{file}").load()
 
@@ -996,7 +999,7 @@ def sensible(name, chance):
 
 def odd_command(chance, checkpoint):
     """A random command line that draws or trains nothing."""
-    flags = list(chance.choice([["--mode", "train", "--dataset", "digits"], ["--mode", "train", "--path_to_data", "pictures"],
+    flags = list(chance.choice([["--mode", "train", "--dataset", "digits", *NETWORK], ["--mode", "train", "--path_to_data", "pictures", *NETWORK],
                                 ["--mode", "inference", "--model_path", checkpoint], ["--mode", "inference"], []]))
     for name in chance.sample([n for n in diffuser.FIELDS if n not in ("mode", "data_dir", "debug", "dry_run", "check")], chance.randrange(1, 4)):
         flags.append(chance.choice([f"--{name}"] * 20 + [f"--no-{name}", f"--{name[:-1]}", f"--{name}=", f"--{name.upper()}"]))
@@ -1042,14 +1045,26 @@ def test_answers_of_any_bytes(trained, folder, flags):
     """What is no text, or no input at all, ends with a question answered, asked again or named; never with a traceback."""
     chance = random.Random(0)
     rubbish = b"\n".join(chance.choice([b"", chance.randbytes(5).replace(b"\n", b""), b"\0", b"\xff\xfe", b"-1"]) for _ in range(60))
-    stdin = dict(input=rubbish + b"\n") if "train" in flags else dict(preexec_fn=lambda: os.close(0))
-    done = subprocess.run([sys.executable, str(ROOT / "diffuser.py"), *flags, "--dry_run", str("train" in flags)],
-                          capture_output=True, timeout=60, **stdin)
-    assert done.returncode in (0, 2) and b"Traceback" not in done.stderr, done.stderr
+    (folder / "rubbish").write_bytes(rubbish + b"\n")
+    command = [ROOT / "diffuser.py", *flags, *NETWORK]
+    with open("rubbish", "rb") as stdin, open("errors", "w+b") as errors:
+        if "train" in flags:
+            status = prepared.background([*command, "--dry_run"], folder, None, stdin, stderr=errors).wait(timeout=60)
+        else:
+            status = subprocess.run([sys.executable, *command], stderr=errors, timeout=60, preexec_fn=lambda: os.close(0)).returncode
+    assert status in (0, 2) and "Traceback" not in (folder / "errors").read_text(errors="replace")
 
 
 def test_a_reader_that_goes_away(folder):
     """Output into a closed pipe, or nowhere at all, is no error and leaves nothing on stderr."""
-    for redirection in ("| head -1", "| true", ">&-"):
-        done = subprocess.run(f"{sys.executable} {ROOT / 'diffuser.py'} --help {redirection}", shell=True, capture_output=True, timeout=60)
-        assert done.stderr == b"", redirection
+    for lines in (0, 1):
+        ours, theirs = os.pipe()
+        with open(ours, "rb", buffering=0) as reader, open("errors", "wb") as errors, open(theirs, "wb") as stdout:
+            if not lines:
+                reader.close()
+            process = prepared.background([ROOT / "diffuser.py", "--help", "all"], folder, None, None, stdout, errors)
+            if lines:
+                reader.read(1)
+        assert process.wait(timeout=60) == 0 and (folder / "errors").read_text() == ""
+    done = subprocess.run(f"{sys.executable} {ROOT / 'diffuser.py'} --help >&-", shell=True, capture_output=True, timeout=60)
+    assert done.stderr == b""

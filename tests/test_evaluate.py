@@ -3,6 +3,7 @@
 import importlib.util
 import json
 import math
+import shutil
 
 import numpy as np
 import pytest
@@ -56,12 +57,12 @@ def random_inception(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def two_folders(tmp_path_factory):
-    """Two folders of 110 images each, of different brightness, in the layout that --save_dir leaves."""
+    """Two folders of 70 images each, of different brightness, in the layout that --save_dir leaves."""
     random, folders = np.random.default_rng(0), []
     for name, top in (("ours", 256), ("real", 200)):
         folder = tmp_path_factory.mktemp(name)
         (folder / "images").mkdir()
-        for i in range(110):
+        for i in range(70):
             blocks = random.integers(0, top, (4, 4, 3), dtype=np.uint8).repeat(8, 0).repeat(8, 1)
             Image.fromarray(blocks).save(folder / "images" / f"{i:06}_thing.png")
         folders.append(folder)
@@ -94,13 +95,13 @@ def test_metrics_agree_with_torch_fidelity_and_pytorch_fid(random_inception, two
         images = evaluate.read_images(str(folder)).images.float()
         images = (interpolate_bilinear_2d_like_tensorflow1x(images, size=(299, 299), align_corners=False) - 128) / 128
         with torch.no_grad():
-            features.append(torch.cat([network(part)[0].mean((2, 3)) for part in images.split(55)]).double())
+            features.append(torch.cat([network(part)[0].mean((2, 3)) for part in images.split(35)]).double())
     theirs = fid_score.calculate_frechet_distance(*(np.asarray(v) for f in features for v in judge.moments(f)))
     assert float(printed["frechet_inception_distance"]) == pytest.approx(theirs, rel=1e-3)
 
 
 @pytest.mark.parametrize("flags, words", [
-    (["--metrics", "fid"], "110 images are too few for fid: it needs 2049"),
+    (["--metrics", "fid"], "70 images are too few for fid: it needs 2049"),
     (["--metrics", "kid"], "too few for kid: it needs 1000"),
     (["--metrics", "beauty"], "choose from judge, fid, kid, is, pr"),
     (["--metrics", "fid", "--features", "64", "--weights", "other.pth"], "the Inception network could not be loaded")])
@@ -119,8 +120,9 @@ def test_a_folder_that_is_not_there(folder):
 
 def test_inception_score_precision_and_recall(random_inception, two_folders, folder):
     """is and pr come from torch-fidelity: of a folder against itself, precision and recall are 1."""
-    for file in sorted((two_folders[0] / "images").iterdir())[:100]:
-        (folder / file.name).write_bytes(file.read_bytes())
+    for name, there in zip(("a", "b"), two_folders):
+        for file in sorted((there / "images").iterdir())[:50]:
+            (folder / f"{name}{file.name}").write_bytes(file.read_bytes())
     done = cli(folder, "--against", folder, "--metrics", "pr", "--features", "64", "--weights", random_inception,
                script="evaluate.py", cwd=folder)
     figures = dict(line.rsplit(None, 1) for line in done.stdout.splitlines())
@@ -147,9 +149,11 @@ def save_images(folder, data, names):
         to_pil(image).save(folder / "images" / f"{i:06}_{names[label]}.png")
 
 
-def test_the_judge_knows_digits_from_noise(folder):
+def test_the_judge_knows_digits_from_noise(folder, digits_judge):
     """Real held-out digits score near the floor and are recognised; with wrong names they are not; noise is far off.
-    The judge is trained once and kept."""
+    The judge that was kept is taken."""
+    (folder / "data").mkdir()
+    shutil.copy(digits_judge, "data")
     reference = evaluate.load_reference("digits", "data", (1, 8, 8))
     save_images(folder / "real", reference.test, diffuser.DIGITS)
     wrong = ImageData(reference.test.images, (reference.test.labels + 1) % 10, reference.test.class_names)
@@ -160,13 +164,13 @@ def test_the_judge_knows_digits_from_noise(folder):
     scores = {}
     for name in ("real", "wrong", "noise"):
         done = cli(name, "--against", "digits", "--json", f"{name}.json", script="evaluate.py", cwd=folder)
-        assert done.returncode == 0, done.stderr
+        assert done.returncode == 0 and "training the judge" not in done.stderr, done.stderr
         scores[name] = json.loads((folder / f"{name}.json").read_text())
     assert scores["real"]["judge's own accuracy"] > 0.97
     assert scores["real"]["accuracy"] > 0.97 and scores["wrong"]["accuracy"] < 0.05 and scores["noise"]["accuracy"] < 0.4
     assert scores["real"]["distance"] == pytest.approx(scores["real"]["floor"], rel=0.02)
     assert scores["noise"]["distance"] > 20 * scores["real"]["floor"]
-    assert len(list((folder / "data").glob("judge_digits_*.pt"))) == 1
+    assert [path.name for path in (folder / "data").iterdir()] == [digits_judge.name]
     too_few = folder / "real" / "images"
     for picture in sorted(too_few.iterdir())[100:]:
         picture.unlink()

@@ -42,12 +42,12 @@ def test_a_judge_for_every_size(shape):
     assert found.shape == (4, 128) and found.dtype == torch.float64 and choice.shape == (4,) and found.min() >= 0
 
 
-def coloured(n, seed):
-    """Pictures of three classes, which are the direction of a stripe: uint8 [n, 3, 8, 8]."""
+def coloured(n, seed, side=8):
+    """Pictures of three classes, which are the direction of a stripe: uint8 [n, 3, side, side]."""
     random = torch.Generator().manual_seed(seed)
     labels = torch.randint(3, (n,), generator=random)
-    images = torch.rand(n, 3, 8, 8, generator=random) * 60
-    place = torch.randint(1, 7, (n,), generator=random)
+    images = torch.rand(n, 3, side, side, generator=random) * 60
+    place = torch.randint(1, side - 1, (n,), generator=random)
     for i in range(n):
         if labels[i] == 0:
             images[i, :, place[i]] += 150
@@ -58,15 +58,15 @@ def coloured(n, seed):
 
 def test_the_colour_judge_learns_and_scores(folder):
     """It knows held-out pictures; real ones are near the floor, precise and recalled, noise is not; it is kept."""
-    reference = judge.Reference("stripes", coloured(1500, 0), coloured(300, 1), own_test=True)
+    reference = judge.Reference("stripes", coloured(1500, 0, 4), coloured(300, 1, 4), own_test=True)
     stats = judge.ReferenceStats(reference, str(folder), torch.device("cpu"))
     assert stats.accuracy > 0.95
     real = stats.scores(reference.test.images, reference.test.labels)
-    noise = stats.scores(torch.randint(0, 256, (300, 3, 8, 8), dtype=torch.uint8), reference.test.labels)
+    noise = stats.scores(torch.randint(0, 256, (300, 3, 4, 4), dtype=torch.uint8), reference.test.labels)
     assert real["accuracy"] == stats.accuracy and real["distance"] == pytest.approx(stats.floor)
     assert real["precision"] > 0.7 and real["recall"] > 0.7
     assert noise["distance"] > 10 * stats.floor and noise["precision"] < 0.2
-    [kept] = folder.glob("judge_stripes_*_3x8x8_residual.pt")
+    [kept] = folder.glob("judge_stripes_*_3x4x4_residual.pt")
     again = judge.ReferenceStats(reference, str(folder), torch.device("cpu"))
     assert again.scores(reference.test.images)["distance"] == pytest.approx(real["distance"], rel=1e-3)
     assert kept.stat().st_mtime_ns == next(folder.glob("judge_*")).stat().st_mtime_ns

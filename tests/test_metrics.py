@@ -7,11 +7,11 @@ import errno
 import json
 import os
 import struct
-import subprocess
 import sys
 import threading
 from pathlib import Path
 
+import prepared
 import pytest
 import torch
 from conftest import TINY_FLAGS, cli, small_file_system, tiny_training
@@ -807,11 +807,8 @@ def test_what_the_machine_does_not_tell_does_not_stop_training(folder, monkeypat
 
 def test_only_the_first_process_reports(folder):
     """Two processes, one event file and one set of rows."""
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--rdzv_backend", "c10d",
-               "--rdzv_endpoint", "localhost:0", diffuser.__file__, *RUN, "--iterations", "4", "--use_tensorboard"]
-    done = subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=300,
-                          env={**os.environ, "OMP_NUM_THREADS": "1"})
-    assert done.returncode == 0, done.stderr
+    status, _, errors = prepared.run_two(diffuser.__file__, *RUN, "--iterations", "4", "--use_tensorboard", cwd=folder)
+    assert status == 0, errors
     assert len(list(folder.rglob("events.out.tfevents*"))) == 2  # the second one is of the hyperparameters
     assert [step for step, _ in scalars(events(the_run(folder)), "loss")] == [2, 4]
     assert steps(the_run(folder) / "metrics.csv") == [2, 4]

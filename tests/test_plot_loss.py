@@ -10,6 +10,7 @@ import sys
 import time
 from pathlib import Path
 
+import prepared
 import pytest
 from conftest import heed_interrupts
 
@@ -30,17 +31,21 @@ def make_run(folder, *names, age=0):
     return folder
 
 
+HIDDEN = ("DISPLAY", "WAYLAND_DISPLAY", "MPLBACKEND")
+
+
 def environment(**changes):
     """Return this environment without a display, and with `changes`."""
-    hidden = ("DISPLAY", "WAYLAND_DISPLAY", "MPLBACKEND")
-    kept = {name: value for name, value in os.environ.items() if name not in hidden}
+    kept = {name: value for name, value in os.environ.items() if name not in HIDDEN}
     return {**kept, **changes}
 
 
 def command(cwd, *args, answers="", **changes):
     """Run plot_loss.py as a user would, without a display, with `answers` piped to its questions."""
-    return subprocess.run([sys.executable, str(SCRIPT), *args], cwd=cwd, input=answers, text=True,
-                          capture_output=True, timeout=120, env=environment(**changes))
+    if changes:                                                              # matplotlib reads them while it is imported
+        return subprocess.run([sys.executable, str(SCRIPT), *args], cwd=cwd, input=answers, text=True,
+                              capture_output=True, timeout=120, env=environment(**changes))
+    return prepared.run(SCRIPT, *args, cwd=cwd, stdin=answers, env=dict.fromkeys(HIDDEN), timeout=120)
 
 
 def is_png(path):

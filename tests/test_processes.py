@@ -1,4 +1,4 @@
-"""diffuser_lib/processes.py: a process alone, two real ones under torchrun, real signals."""
+"""diffuser_lib/processes.py: a process alone, two real ones, also under torchrun, real signals."""
 
 import json
 import os
@@ -7,6 +7,7 @@ import subprocess
 import sys
 import threading
 
+import prepared
 import pytest
 import torch
 import torch.distributed as dist
@@ -165,10 +166,16 @@ with signals.catch(*stop_signals(), *save_signals()):
 """
 
 
-def long_step(prepare=heed_interrupts):
-    """The step in a process of its own, and the signals that would stop it."""
-    process = subprocess.Popen([sys.executable, "-c", LONG_STEP], env=ENVIRONMENT, stdout=subprocess.PIPE, text=True,
-                               preexec_fn=prepare)
+def long_step(prepare=None):
+    """The step in a process of its own, started as `prepare` does, and the signals that would stop it."""
+    if prepare:
+        process = subprocess.Popen([sys.executable, "-c", LONG_STEP], env=ENVIRONMENT, stdout=subprocess.PIPE, text=True,
+                                   preexec_fn=prepare)
+    else:
+        ours, theirs = os.pipe()
+        with open(theirs, "w") as stdout:
+            process = prepared.background(["-c", LONG_STEP], ROOT, stdout=stdout)
+        process.stdout = open(ours)
     return process, json.loads(process.stdout.readline())
 
 
@@ -214,16 +221,28 @@ def test_under_nohup_a_closed_terminal_changes_nothing():
 # ---- Two processes -----------------------------------------------------------------------------
 
 
+def notes_of_both(folder):
+    """What rank 0 noted, and what rank 1 noted."""
+    return [json.loads((folder / f"notes{rank}.json").read_text()) for rank in range(2)]
+
+
+def two(program, folder):
+    """Run a program in two processes as torchrun starts them: (stdout, what rank 0 noted, what rank 1 noted)."""
+    (folder / "program.py").write_text(START + program)
+    status, out, errors = prepared.run_two(folder / "program.py", cwd=folder)
+    assert status == 0, errors[-3000:]
+    return out, *notes_of_both(folder)
+
+
 def torchrun(program, folder, *options):
-    """Run a program in two processes under torchrun: (stdout, stderr, what rank 0 noted, what rank 1 noted)."""
+    """The same under torchrun itself."""
     (folder / "program.py").write_text(START + program)
     command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--rdzv_backend", "c10d",
                "--rdzv_endpoint", "localhost:0", *options, "program.py"]
     done = subprocess.run(command, cwd=folder, env=ENVIRONMENT, capture_output=True, text=True, timeout=300,
                           preexec_fn=heed_interrupts)
     assert done.returncode == 0, done.stderr[-3000:]
-    notes = [json.loads((folder / f"notes{rank}.json").read_text()) for rank in range(2)]
-    return done.stdout, done.stderr, *notes
+    return done.stdout, *notes_of_both(folder)
 
 
 # What every program below begins with.
@@ -284,7 +303,7 @@ assert not dist.is_initialized()
 def test_two_processes_work_as_one(tmp_path):
     """Rank 0 first where files are made, and the others after it even if it fails; numbers agreed on; a line printed once;
     one of the two says why both fail."""
-    out, _, zero, one = torchrun(NUMBERS, tmp_path)
+    out, zero, one = two(NUMBERS, tmp_path)
     assert [(each["rank"], each["world"], each["is_main"]) for each in (zero, one)] == [(0, 2, True), (1, 2, False)]
     assert [zero["made_before"], one["made_before"]] == [False, True]
     assert [zero["failed"], one["failed"]] == [True, False]
@@ -342,7 +361,7 @@ leave()
 def test_two_processes_stop_and_save_at_the_same_step(tmp_path):
     """A signal to one counts for both, at most ten steps or about two seconds later; a repeated one does not end the
     process that is about to save."""
-    _, _, zero, one = torchrun(SIGNALS, tmp_path)
+    _, zero, one = two(SIGNALS, tmp_path)
     assert zero == one
     (saved_at, *saved), (stopped_at, *stopped) = zero["heard"]
     assert 3 <= saved_at <= 13
@@ -369,7 +388,7 @@ except Exception as error:
 
 def test_a_process_that_has_gone_is_noticed(tmp_path):
     """The other one's next exchange fails at once, with an error that is known for what it is."""
-    _, _, zero, _ = torchrun(LOST, tmp_path)
+    _, zero, _ = two(LOST, tmp_path)
     assert zero == {"lost": True, "speaks": True}
 
 
@@ -386,7 +405,7 @@ leave()
 
 def test_restarted_processes_meet_anew(tmp_path):
     """After a failure torchrun starts them again: they meet, and what the dead ones had noted does not count."""
-    _, _, zero, one = torchrun(RESTART, tmp_path, "--max-restarts", "1")
+    _, zero, one = torchrun(RESTART, tmp_path, "--max-restarts", "1")
     assert sorted((tmp_path / f"first{rank}").read_text() for rank in range(2)) == ["False", "True"]
     assert sorted([zero["speaks"], one["speaks"]]) == [False, True]
     assert [zero["number"], one["number"]] == [5, 5]

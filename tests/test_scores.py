@@ -2,13 +2,14 @@
 
 import csv
 import math
+import shutil
 
 import pytest
 import torch
-from conftest import TINY_FLAGS, cli, same, tiny_training
+from conftest import TINY_FLAGS, cli, same, some_digits, tiny_training
 
 import diffuser
-from diffuser import UserError, load_checkpoint, train
+from diffuser import UserError, load_checkpoint
 from diffuser_lib.images import ImageData, to_pil
 
 FLAGS = ("--mode", "train", "--dataset", "digits", "--timesteps", "20", "--batch_size", "256", "--log_every", "3", *TINY_FLAGS)
@@ -41,9 +42,14 @@ def fake_judge(monkeypatch):
     return install
 
 
+def train(cfg):
+    """Train on few digits, so that a small batch makes epochs of eight steps."""
+    return diffuser.train(cfg, data=some_digits(235))
+
+
 def settings(**more):
-    """Epochs of eight steps."""
-    return tiny_training(**{**dict(batch_size=224, epochs=3, iterations=0, score_every=1, log_every=2, steps=2), **more})
+    """Epochs of eight steps, see train()."""
+    return tiny_training(**{**dict(batch_size=28, epochs=3, iterations=0, score_every=1, log_every=2, steps=2), **more})
 
 
 def test_scores_stand_in_metrics_csv_and_report_and_evaluate_has_the_same_judge(folder):
@@ -130,10 +136,13 @@ def test_a_score_that_is_no_number_is_not_the_best(folder, fake_judge):
     assert load_checkpoint(last)["best_distance"] == 3
 
 
-def test_scores_leave_the_run_as_it_is(folder):
+def test_scores_leave_the_run_as_it_is(folder, digits_judge):
     """With a real judge: the same weights, to the bit, as without any."""
-    scored = load_checkpoint(train(settings(score_every=1, experiment_name="a", dropout=0.1)))
-    plain = load_checkpoint(train(settings(score_every=0, experiment_name="b", dropout=0.1)))
+    (folder / "data").mkdir()
+    shutil.copy(digits_judge, "data")
+    scored, plain = (load_checkpoint(diffuser.train(settings(score_every=score_every, experiment_name=name, batch_size=224, dropout=0.1)))
+                     for score_every, name in ((1, "a"), (0, "b")))
+    assert [path.name for path in (folder / "data").iterdir()] == [digits_judge.name]      # evaluate.py's was taken
     assert plain["step"] == scored["step"] and same(plain["model"], scored["model"]) and same(plain["ema"], scored["ema"])
     assert plain["best_distance"] == math.inf > scored["best_distance"] > 0
 
@@ -143,7 +152,7 @@ def test_without_classes_there_is_a_distance(folder):
     (folder / "pictures").mkdir()
     for i, image in enumerate(torch.randint(0, 256, (170, 3, 8, 8), dtype=torch.uint8)):
         to_pil(image).save(folder / "pictures" / f"{i}.png")
-    train(settings(dataset="folder", path_to_data="pictures", img_size=(8, 8), patch_size=1, batch_size=85, epochs=2))
+    diffuser.train(settings(dataset="folder", path_to_data="pictures", img_size=(8, 8), patch_size=1, batch_size=85, epochs=2))
     rows = table(folder)
     assert float(rows[-1]["distance"]) > 0 and "accuracy" not in rows[-1] and not list(folder.rglob("judge_*"))
 
@@ -152,7 +161,7 @@ def test_too_few_images_are_one_line_before_the_first_step(folder):
     """A Frechet distance over 128 features needs more of them."""
     data = ImageData(torch.zeros(153, 3, 8, 8, dtype=torch.uint8))
     with pytest.raises(UserError, match="153 images are too few to judge others by: it takes 154"):
-        train(settings(dataset="folder", img_size=(8, 8), channels=3, patch_size=1), data=data)
+        diffuser.train(settings(dataset="folder", img_size=(8, 8), channels=3, patch_size=1), data=data)
     assert not list(folder.rglob("*.pt"))
 
 
@@ -163,7 +172,7 @@ def test_a_run_of_minutes_counts_its_scores(folder, fake_judge, monkeypatch):
         return {"distance": 1.0}
 
     monkeypatch.setattr(FakeJudge, "scores", slow_scores)
-    cfg = diffuser.dataclasses.replace(settings(), epochs=0, train_minutes=0.2)
+    cfg = diffuser.dataclasses.replace(settings(batch_size=224), epochs=0, train_minutes=0.2)
     devices = diffuser.Devices(cfg)
     plenty = diffuser.steps_for_minutes(cfg, devices, None, diffuser.time.perf_counter() + 12)[0].iterations
     few = diffuser.steps_for_minutes(cfg, devices, None, diffuser.time.perf_counter() + 12, None, FakeJudge([]))[0].iterations
