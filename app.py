@@ -697,7 +697,7 @@ class Output:
 
 def output_area(label: str) -> Output:
     """A place for pictures, of which one can be chosen."""
-    pictures = gr.HTML(js_on_load=CHOOSE_PICTURE, label=label)
+    pictures = gr.HTML(js_on_load=CHOOSE_PICTURE, label=label, apply_default_css=False)
     drawing = gr.State(None)
     chosen = gr.State(-1)
     download = gr.DownloadButton("download as ZIP", visible=False, size="sm")
@@ -754,7 +754,7 @@ def draw_tab(home: Home, tabs: gr.Tabs) -> list[Filler]:
             seed = gr.Number(0, label="seed", precision=0, minimum=0, info="the same seed, the same images")
             with gr.Row():
                 start = gr.Button("draw", variant="primary", min_width=90)
-                again = gr.Button("another seed", min_width=90)
+                again = gr.Button("new seed", min_width=90)
                 stop = gr.Button("stop", min_width=90)
             with gr.Accordion("Side by side", open=False):
                 gr.Markdown("The same seeds and classes, drawn in a second way.")
@@ -965,7 +965,7 @@ def train_tab(home: Home, pages: Pages) -> list[Filler]:
                                      info="as on the command line; python diffuser.py --help all lists them")
                 tied = gr.Radio([GO_ON, STOP], value=GO_ON, label="when the last page is closed")
             with gr.Row():
-                plan = gr.Button("what will it take?", min_width=120)
+                plan = gr.Button("estimate", min_width=120)
                 start = gr.Button("train", variant="primary", min_width=120)
             planned = gr.Code(label="before it starts", language=None, interactive=False, visible=False,
                               show_line_numbers=False, wrap_lines=True, buttons=["copy"])
@@ -1018,7 +1018,7 @@ def train_tab(home: Home, pages: Pages) -> list[Filler]:
         key = runs.start_run(to_words(dataset, recipe, length, unit, name, further, data))
         if tied == STOP:
             pages.tied.add(key)
-        return gr.update(choices=list(runs.run_folders(places)), value=key), {}, free_name(places, dataset)
+        return gr.update(choices=run_choices(places), value=key), {}, free_name(places, dataset)
 
     form = [dataset, files, recipe, length, unit, name, further]
     on(plan.click, make_plan, form, [planned])
@@ -1067,11 +1067,17 @@ def train_tab(home: Home, pages: Pages) -> list[Filler]:
     on(resume.click, resume_watched, [watched], [seen])
 
     def fill(key, name):
-        keys = list(runs.run_folders(places))
+        choices = run_choices(places)
+        keys = [key for _, key in choices]
         chosen = key if key in keys else (keys[0] if keys else None)
-        return gr.update(choices=keys, value=chosen), free_name(places, "digits") if name == "digits1" else gr.skip()
+        return gr.update(choices=choices, value=chosen), free_name(places, "digits") if name == "digits1" else gr.skip()
 
     return [Filler(fill, [watched, name], [watched, name])]
+
+
+def run_choices(places: Places) -> list[tuple[str, str]]:
+    """(name, key) of all runs, those that train first."""
+    return [(runs.read_run(places, folder).name, key) for key, folder in runs.run_folders(places).items()]
 
 
 def free_name(places: Places, dataset: str) -> str:

@@ -197,7 +197,7 @@ def test_other_seeds_and_more_of_a_kind(window):
     window.click("draw")
     window.drawn(16)
     first = window.pixels()
-    window.click("another seed")
+    window.click("new seed")
     window.page.wait_for_function("old => document.querySelector('.pictures img')?.src != old", arg=window.pictures()[0])
     window.page.wait_for_timeout(1500)
     assert not np.array_equal(first[0], window.pixels()[0])
@@ -361,7 +361,7 @@ def progress(window, words):
 def test_train_stop_resume_and_delete(window, server):
     """A run is planned, started, watched, stopped, found again by a page that is loaded anew, resumed and deleted."""
     train_tiny(window, "mine", 100000, "--log_every 20 --sample_every 1")
-    window.click("what will it take?")
+    window.click("estimate")
     window.page.get_by_text("parameters").first.wait_for()
     window.click("train")
     assert "of 100,000" in progress(window, "training, step")
