@@ -22,6 +22,7 @@ if __name__ == "__main__" and _signal.getsignal(_signal.SIGINT) is _signal.defau
     _signal.signal(_signal.SIGINT, _signal.SIG_DFL)              # Ctrl-C while torch is imported: no traceback
 
 import argparse
+import atexit
 import base64
 import dataclasses
 import functools
@@ -32,24 +33,22 @@ import json
 import os
 import random
 import shlex
+import shutil
+import signal
 import sys
 import tempfile
 import threading
 import time
+import urllib.parse
 import zipfile
 from collections import OrderedDict
 from collections.abc import Callable, Iterator
-from contextlib import suppress
-from dataclasses import dataclass
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, field
 from html import escape
 from pathlib import Path
 
-os.environ.setdefault("GRADIO_ANALYTICS_ENABLED", "False")       # before gradio is imported
-
-try:
-    import gradio as gr
-except ModuleNotFoundError as error:
-    sys.exit(f"app: {error.name} is not installed: pip install gradio")
+import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
@@ -70,18 +69,33 @@ from diffuser_lib.files import (
     run_script,
     warn,
 )
-from diffuser_lib.images import FORMATS, file_name, open_image, save_grid, to_pil, to_uint8
+from diffuser_lib.images import FORMATS, file_name, save_grid, to_pil, to_uint8
 from diffuser_lib.machine import duration
 from runs import Places, Run
+
+# What the page makes and what is uploaded to it: for this user alone, and gone with the page.
+SCRATCH = Path(tempfile.mkdtemp(prefix="diffuser_app_"))
+atexit.register(shutil.rmtree, SCRATCH, ignore_errors=True)
+os.environ["GRADIO_TEMP_DIR"] = str(SCRATCH / "gradio")          # before gradio is imported
+os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"
+
+try:
+    import gradio as gr
+    from starlette.middleware import Middleware
+    from starlette.responses import PlainTextResponse
+except ModuleNotFoundError as error:
+    sys.exit(f"app: {error.name} is not installed: pip install gradio")
 
 ROOT = Path(__file__).resolve().parent
 SPACE_MODEL = ROOT / SPACE_WEIGHTS                               # there in a Space alone
 
 MOST_IMAGES = 64                                                 # drawn at a time: they are one batch
 MOST_BUTTONS = 100                                               # classes that are shown as buttons
-UPLOAD_SIZE = "2gb"                                              # of all files of one upload
+MOST_PAINTED = 2**22                                             # pixels of a layer that is painted on
+UPLOAD_SIZE = 2**31                                              # bytes of one upload
 FRAME_SECONDS = 0.1                                              # between two views of a drawing that is under way
-GRACE = 10.0                                                     # seconds that a page may take to come back
+SIGN_SECONDS = 20.0                                              # between two signs of life of an open page
+GRACE = 45.0                                                     # seconds that a page may take to come back
 
 
 # ---- What is here ------------------------------------------------------------------------------
@@ -111,9 +125,8 @@ class Home:
     def __init__(self, places: Places, space: bool = False):
         self.places = places
         self.space = space
-        self.scratch = tempfile.TemporaryDirectory(prefix="diffuser_app_")       # downloads; gone with the page
         self.lock = threading.Lock()
-        self.known: dict[tuple, Found | str] = {}                # by path, time and size of the file
+        self.known: dict[Path, tuple] = {}                       # (what the file was when it was read, what is in it)
         self.loaded: OrderedDict[tuple, Loaded] = OrderedDict()
 
     def checkpoints(self) -> tuple[dict[str, Found], list[str]]:
@@ -135,14 +148,15 @@ class Home:
         """What a checkpoint is, or the reason why it is none; a file that has not changed is not read again."""
         try:
             stamp = file_stamp(path)
-            if stamp not in self.known:
-                self.known[stamp] = self.describe(path)
-            return self.known[stamp]
-        except (UserError, OSError) as error:
-            reason = first_line(error)
-            with suppress(OSError):
-                self.known[file_stamp(path)] = reason
-            return reason
+            if self.known.get(path, (None,))[0] == stamp:
+                return self.known[path][1]
+            about = self.describe(path)
+        except OSError as error:                                 # gone by now, or not for us to read
+            return f"{path}: {error.strerror}"
+        except UserError as error:
+            about = printable(first_line(error))
+        self.known[path] = stamp, about
+        return about
 
     def describe(self, path: Path) -> Found:
         """Read what a checkpoint says of itself. Raises UserError."""
@@ -184,14 +198,16 @@ class Home:
         state, source = diffuser.load_with_digest(path)
         return Loaded(diffuser.build_model(state, diffuser.configure(state["config"], device="auto")), source)
 
-    def scratch_file(self, ending: str) -> Path:
-        """A new name for a file that lives as long as the page, or an hour."""
-        folder = Path(self.scratch.name)
-        for old in folder.iterdir():
-            with suppress(OSError):
-                if time.time() - old.stat().st_mtime > 3600:
-                    old.unlink()
-        return folder / f"{random.getrandbits(64):016x}{ending}"
+
+def scratch_file(ending: str) -> Path:
+    """A new name for a file that lives as long as the page, or an hour."""
+    folder = SCRATCH / "made"
+    folder.mkdir(exist_ok=True)
+    for old in folder.iterdir():
+        with suppress(OSError):
+            if time.time() - old.stat().st_mtime > 3600:
+                old.unlink()
+    return folder / f"{random.getrandbits(64):016x}{ending}"
 
 
 def file_stamp(path: Path) -> tuple:
@@ -256,8 +272,9 @@ def note(text: str) -> str:
 class Drawing:
     """Images, and what they were drawn with.
 
-    images: uint8 [N, C, H, W]; labels: their class numbers; names: those of their files; record: of samples.json;
-    command: the command line that draws the same.
+    key: of the checkpoint; images: uint8 [N, C, H, W]; labels: their class numbers; titles: what they are called on the
+    page; names: those of their files; record: of samples.json; command: the command line that draws the same; sources:
+    the files that stand in it, by name.
     """
 
     key: str
@@ -267,6 +284,7 @@ class Drawing:
     names: list[str]
     record: dict
     command: list[str]
+    sources: dict[str, Path] = field(default_factory=dict)
 
 
 def own_settings(model: diffuser.Model) -> dict:
@@ -320,9 +338,9 @@ def draw(home: Home, classes: list[str] | str, count: int, seed: int, key: str, 
     labels = model.labels(numbers, count)
     record = diffuser.drawing_record(model, cfg, numbers, count, loaded.source)
     command = ["python", "diffuser.py", "--mode", "inference", "--model_path", loaded.source["checkpoint"]]
-    if len(numbers) < len(model.class_names):
+    if numbers != list(range(len(model.class_names))):
         command += ["--classes", ",".join(map(str, numbers))]
-    command += runs.to_words(dict(num_images=count, seed=seed, **settings, save_dir="drawn"))
+    command += runs.to_words(dict(num_images=count, seed=seed, **settings))
     drawing = Drawing(key, torch.empty(0), labels, class_titles(model, labels), diffuser.picture_names(model, labels),
                       record, command)
 
@@ -331,19 +349,22 @@ def draw(home: Home, classes: list[str] | str, count: int, seed: int, key: str, 
         yield drawing
 
 
-def pack(home: Home, drawing: Drawing) -> str:
-    """The path of a ZIP file as --save_dir fills a folder: images/, grid.png, samples.json."""
-    path = home.scratch_file(".zip")
+def pack(drawing: Drawing) -> str:
+    """The path of a ZIP file as the command fills a folder, images/, grid.png and settings, with what it names."""
+    path = scratch_file(".zip")
     with zipfile.ZipFile(path, "w") as archive:
         for image, name in zip(drawing.images, drawing.names):
             file = io.BytesIO()
             to_pil(image).save(file, "PNG")
             archive.writestr(f"images/{name}", file.getvalue())
-        grid = home.scratch_file(".png")
+        grid = scratch_file(".png")
         save_grid(drawing.images, grid, drawing.record.get("classes") or [])
         archive.write(grid, "grid.png")
         grid.unlink()
-        archive.writestr("samples.json", json.dumps(drawing.record, indent=1))
+        for name, source in drawing.sources.items():
+            archive.write(source, name)
+        settings = "edit.json" if "edit.py" in drawing.command else "samples.json"
+        archive.writestr(settings, json.dumps(drawing.record, indent=1))
     return str(path)
 
 
@@ -351,15 +372,12 @@ def pack(home: Home, drawing: Drawing) -> str:
 # The commands of edit.py, with files made of what the page holds.
 
 
-def edit_model(home: Home, key: str, command: str, seed: int = 0, **settings) -> diffuser.Model:
-    """The model with the settings of an edit. Raises UserError."""
-    model = home.load(key).model
-    own = edit.usual_settings(command, model.diffusion.T)
-    if command == "interpolate":
-        sampler = diffuser.SAMPLERS[model.config.sampler]
-        if sampler.adds_noise(diffuser.sampler_options(model.config)):
-            own = dict(sampler="dpmpp")
-    return dataclasses.replace(model, config=model.sampling_config({**own, **settings, "seed": seed}))
+def edit_settings(model: diffuser.Model, command: str) -> dict:
+    """The settings in which an edit differs from the checkpoint's own drawing, on the command line as well."""
+    sampler = diffuser.SAMPLERS[model.config.sampler]
+    if command == "interpolate" and sampler.adds_noise(diffuser.sampler_options(model.config)):
+        return dict(sampler="dpmpp")                             # two seeds then name two images
+    return {}
 
 
 def class_of(model: diffuser.Model, name: str | None) -> list[int]:
@@ -375,10 +393,16 @@ def run_edit(home: Home, key: str, command: str, classes: list[str | None], coun
     if not 1 <= count <= MOST_IMAGES:
         raise UserError(f"between 1 and {MOST_IMAGES} images can be drawn at a time")
     diffuser.check_value("seed", seed)
-    model = edit_model(home, key, command, seed)
+    loaded = home.load(key)
+    model = loaded.model
+    changed = edit_settings(model, command)
+    settings = {**edit.usual_settings(command, model.diffusion.T), **changed, "seed": seed}
+    model = dataclasses.replace(model, config=model.sampling_config(settings))
     numbers = []
     for name in classes:
         numbers += class_of(model, name)
+    if 0 < len(numbers) < len(classes):
+        raise UserError("from one class to another: choose both, or none")
     if len(set(numbers)) < 2:
         numbers = numbers[:1]
 
@@ -386,41 +410,46 @@ def run_edit(home: Home, key: str, command: str, classes: list[str | None], coun
     with torch.no_grad():
         edited = edit.COMMANDS[command].run(context, argparse.Namespace(**arguments))
 
-    # How the same is done on the command line.
-    words = ["python", "edit.py", home.load(key).source["checkpoint"], command]
-    if "picture" in arguments:
-        words.append("PICTURE")
-    if "mask" in arguments:
-        words.append("MASK")
-    for name in ("seeds", "strength"):
-        if name in arguments:
-            words += [f"--{name}", f"{arguments[name]}"]
-    if numbers:
-        words += ["--classes", ",".join(map(str, numbers))]
-    words += ["--num_images", str(count)]
+    # How the same is done on the command line, with files of one's own.
+    words = ["python", "edit.py", loaded.source["checkpoint"], command]
+    sources = {f"{name}.png": Path(arguments[name]) for name in ("picture", "mask") if name in arguments}
+    words += list(sources)
+    words += [f"--{name}={arguments[name]}" for name in ("seeds", "strength") if name in arguments]
+    options = dict(classes=",".join(map(str, numbers)), num_images=count, **changed)
     if command != "interpolate":
-        words += ["--seed", str(seed)]
+        options["seed"] = seed
+    words += runs.to_words(options)
 
     labels = [numbers[0] if numbers else model.null_class] * count
     titles = [f"{i}: {heading}" for i, heading in enumerate(edited.headings)]
-    record = dict(home.load(key).source, command=shlex.join(words), config=dataclasses.asdict(model.config))
-    return Drawing(key, to_uint8(edited.x), labels, titles, [f"{i:06}.png" for i in range(count)], record, words)
+    record = dict(loaded.source, command=shlex.join(words), config=dataclasses.asdict(model.config))
+    names = [f"{i:06}.png" for i in range(count)]
+    return Drawing(key, to_uint8(edited.x), labels, titles, names, record, words, sources)
 
 
-def uploaded_picture(home: Home, file: str | None, model: diffuser.Model) -> Path:
+def uploaded_picture(file: str | None, model: diffuser.Model) -> Path:
     """An uploaded picture as the model sees it, in a file. Raises UserError."""
     if not file:
         raise UserError("choose a picture first")
+    with own_name(file):
+        return save_picture(edit.read_picture(file, model.shape)[0])
+
+
+@contextmanager
+def own_name(*files: str) -> Iterator[None]:
+    """Errors name uploaded files as their owner does, without the folder that they are kept in."""
     try:
-        picture = edit.read_picture(file, model.shape)
-    except UserError as error:                                   # it names a path that nobody knows
-        raise UserError(str(error).replace(file, Path(file).name)) from None
-    return save_picture(home, picture[0])
+        yield
+    except UserError as error:
+        text = str(error)
+        for file in files:
+            text = text.replace(file, Path(file).name)
+        raise UserError(text) from None
 
 
-def save_picture(home: Home, image: Tensor) -> Path:
+def save_picture(image: Tensor) -> Path:
     """uint8 [C, H, W] in a file for edit.py."""
-    path = home.scratch_file(".png")
+    path = scratch_file(".png")
     to_pil(image).save(path)
     return path
 
@@ -431,10 +460,11 @@ def painted_mask(editor: dict | None, shape: tuple[int, int, int]) -> Tensor:
     if not layers:
         raise UserError("paint over the part that is to be drawn anew")
     painted = torch.zeros(shape[1:])
-    for layer in layers:
-        alpha = torch.tensor(list(layer.convert("RGBA").getchannel("A").tobytes()), dtype=torch.float32)
-        alpha = alpha.view(1, layer.height, layer.width)
-        painted = torch.maximum(painted, torch.nn.functional.adaptive_max_pool2d(alpha, shape[1:])[0])
+    for layer in layers[:1]:                                     # the page has one
+        if layer.width * layer.height > MOST_PAINTED:
+            raise UserError("this is too large to paint on")
+        alpha = torch.from_numpy(np.array(layer.convert("RGBA").getchannel("A"), dtype=np.float32))[None]
+        painted = torch.nn.functional.adaptive_max_pool2d(alpha, shape[1:])[0]
     return (painted > 127)[None].to(torch.uint8) * 255
 
 
@@ -599,6 +629,12 @@ def choose_again(home: Home, key: str | None):
     return gr.update(choices=choices, value=value)
 
 
+def passed_over(home: Home) -> str:
+    """A line for each file that is no checkpoint."""
+    _, unusable = home.checkpoints()
+    return "".join(note(f"passed over: {reason}") for reason in unusable[:5])
+
+
 @dataclass(frozen=True)
 class Filler:
     """What brings a tab up to date with what there is, when the page is loaded: a callback, its inputs and outputs.
@@ -663,7 +699,7 @@ def take_own_values(home: Home, key: str | None):
     grids = runs.read_run(home.places, samples).grids if samples else []
     thumbnail = show_file(grids[-1] if grids else None, "the run's last grid of samples")
     return (gr.update(value=thumbnail, visible=bool(thumbnail)), key, own["sampler"],
-            gr.update(maximum=min(1000, model.diffusion.T), value=own["steps"]),
+            gr.update(maximum=model.diffusion.T, value=own["steps"]),
             gr.update(maximum=max(5, own["guidance_scale"]), value=own["guidance_scale"]))
 
 
@@ -717,7 +753,7 @@ def show_drawing(home: Home, drawing: Drawing) -> tuple:
     """Values for all of an Output, once everything is drawn."""
     return (show_pictures(drawing.images, drawing.titles), drawing, -1,
             gr.update(value=shlex.join(drawing.command), visible=not home.space),
-            gr.update(value=pack(home, drawing), visible=True))
+            gr.update(value=pack(drawing), visible=True))
 
 
 def watch_drawing(home: Home, steps: Iterator[Drawing]) -> Iterator[tuple]:
@@ -726,7 +762,8 @@ def watch_drawing(home: Home, steps: Iterator[Drawing]) -> Iterator[tuple]:
     drawing = None
     for drawing in steps:
         if time.monotonic() - shown > FRAME_SECONDS:
-            yield show_pictures(drawing.images, drawing.titles), gr.skip(), -1, gr.skip(), gr.skip()
+            hidden = gr.update(visible=False)                    # until there is something whole to take away
+            yield show_pictures(drawing.images, drawing.titles), None, -1, hidden, hidden
             shown = time.monotonic()
     yield show_drawing(home, drawing)
 
@@ -734,7 +771,7 @@ def watch_drawing(home: Home, steps: Iterator[Drawing]) -> Iterator[tuple]:
 def chosen_picture(drawing: Drawing | None, chosen: int) -> tuple[Tensor, int]:
     """The picture that is chosen, and its class number. Raises UserError."""
     if drawing is None or not 0 <= chosen < len(drawing.images):
-        raise UserError("choose a picture first: click on it")
+        raise UserError("choose a picture first: click on one that is finished")
     return drawing.images[chosen], drawing.labels[chosen]
 
 
@@ -748,6 +785,7 @@ def draw_tab(home: Home, tabs: gr.Tabs) -> list[Filler]:
     with gr.Row(visible=there) as everything:
         with gr.Column(scale=1, min_width=300):
             first = drawing_controls(home, "checkpoint")
+            unusable = gr.HTML(passed_over(home))
             buttons = gr.CheckboxGroup(choices=[], label="classes", info="none: all of them in turn", visible=False)
             text = gr.Textbox(label="classes", info="names or numbers, such as 3, 5 or 3-5", visible=False)
             count = gr.Slider(1, MOST_IMAGES, 16, step=1, label="images")
@@ -804,20 +842,20 @@ def draw_tab(home: Home, tabs: gr.Tabs) -> list[Filler]:
         picture, label = chosen_picture(drawing, chosen)
         names = home.load(drawing.key).model.class_names
         made = run_edit(home, drawing.key, "vary", [names[label] if label < len(names) else None], int(count),
-                        int(seed or 0), picture=str(save_picture(home, picture)), strength=float(strength))
+                        int(seed or 0), picture=str(save_picture(picture)), strength=float(strength))
         return show_drawing(home, made)
 
-    varying = on(like.click, vary, [left.drawing, left.chosen, strength, count, seed], left.all())
-    stop.click(None, cancels=[drawing, drawing_again, varying], api_visibility="private")
+    on(like.click, vary, [left.drawing, left.chosen, strength, count, seed], left.all())
+    stop.click(None, cancels=[drawing, drawing_again], api_visibility="private")
     go_train.click(lambda: gr.Tabs(selected="train"), None, [tabs], api_visibility="private")
 
     def fill(key, other):
         there = bool(checkpoint_choices(home))
-        return choose_again(home, key), choose_again(home, other), gr.update(visible=not there), gr.update(
-            visible=there)
+        return (choose_again(home, key), choose_again(home, other), gr.update(visible=not there),
+                gr.update(visible=there), passed_over(home))
 
     both = [first.checkpoint, second.checkpoint]
-    return [Filler(fill, both, [*both, nothing, everything]), *fillers]
+    return [Filler(fill, both, [*both, nothing, everything, unusable]), *fillers]
 
 
 def edit_tab(home: Home) -> list[Filler]:
@@ -889,10 +927,10 @@ def edit_tab(home: Home) -> list[Filler]:
     def view(key, file):
         if not key or not file:
             return ""
-        return show_file(uploaded_picture(home, file, home.load(key).model), "the picture as the model sees it")
+        return show_file(uploaded_picture(file, home.load(key).model), "the picture as the model sees it")
 
     def draw_variations(key, file, name, strength, count, seed):
-        path = uploaded_picture(home, file, home.load(key).model)
+        path = uploaded_picture(file, home.load(key).model)
         drawing = run_edit(home, key, "vary", [name], int(count), int(seed or 0), picture=str(path),
                            strength=float(strength))
         return show_drawing(home, drawing)
@@ -906,21 +944,19 @@ def edit_tab(home: Home) -> list[Filler]:
     def put_on_canvas(key, file):
         if not key or not file:
             return gr.update(value=None, visible=False)
-        picture = canvas(uploaded_picture(home, file, home.load(key).model))
+        picture = canvas(uploaded_picture(file, home.load(key).model))
         return gr.update(value=dict(background=picture, layers=[], composite=None), visible=True)
 
     def draw_part(key, file, editor, mask_file, name, count, seed):
         model = home.load(key).model
-        path = uploaded_picture(home, file, model)
+        path = uploaded_picture(file, model)
         if mask_file:
-            _, height, width = model.shape
-            with open_upload(mask_file) as mask:
-                mask = mask.convert("L").resize((width, height))
-            painted = torch.tensor(list(mask.tobytes()), dtype=torch.uint8).view(1, height, width)
+            with own_name(mask_file, file):
+                painted = edit.read_mask(mask_file, file, model.shape)[0].to(torch.uint8) * 255
         else:
             painted = painted_mask(editor, model.shape)
         drawing = run_edit(home, key, "inpaint", [name], int(count), int(seed or 0), picture=str(path),
-                           mask=str(save_picture(home, painted)), jump_length=5, resamples=5)
+                           mask=str(save_picture(painted)), jump_length=5, resamples=5)
         return show_drawing(home, drawing)
 
     for trigger in (fill_file.change, checkpoint.change):
@@ -933,16 +969,6 @@ def edit_tab(home: Home) -> list[Filler]:
         fillers.append(Filler(functools.partial(class_menu, home), [checkpoint], [menu], on_select=False))
         on(checkpoint.change, fillers[-1].work, [checkpoint], [menu])
     return fillers
-
-
-def open_upload(file: str) -> Image.Image:
-    """An uploaded picture as it is. Raises UserError."""
-    try:
-        picture = open_image(file)
-        picture.load()
-        return picture
-    except Exception as error:                                   # Pillow raises many kinds
-        raise UserError(f"{Path(file).name} cannot be read as a picture ({first_line(error)})") from None
 
 
 def train_tab(home: Home, pages: Pages) -> list[Filler]:
@@ -1017,7 +1043,7 @@ def train_tab(home: Home, pages: Pages) -> list[Filler]:
             data = runs.keep_uploads(places.data / "uploads", files or [], file_name(name.strip()))
         key = runs.start_run(to_words(dataset, recipe, length, unit, name, further, data))
         if tied == STOP:
-            pages.tied.add(key)
+            pages.tie(key)
         return gr.update(choices=run_choices(places), value=key), {}, free_name(places, dataset)
 
     form = [dataset, files, recipe, length, unit, name, further]
@@ -1029,7 +1055,11 @@ def train_tab(home: Home, pages: Pages) -> list[Filler]:
         nothing = (gr.skip(),) * 6
         if not key:
             return note("There is no run yet."), *nothing, {}
-        run = runs.find_run(places, key)
+        try:
+            run = runs.find_run(places, key)
+        except UserError as error:                               # it may have been deleted
+            off = gr.update(interactive=False)
+            return note(str(error)), off, off, *(gr.skip(),) * 4, {}
         now = dict(key=key, rows=len(run.rows), grids=len(run.grids), status=run.status, words=runs.last_words(run))
 
         def changed(name: str) -> bool:
@@ -1058,12 +1088,16 @@ def train_tab(home: Home, pages: Pages) -> list[Filler]:
 
     def stop_watched(key):
         gr.Info(escape(runs.stop_run(runs.find_run(places, key))))
+        return gr.update(interactive=False)
 
     def resume_watched(key):
-        runs.resume_run(places, runs.find_run(places, key))
+        run = runs.find_run(places, key)
+        runs.resume_run(places, run)
+        if key in pages.once_tied:
+            pages.tie(key)
         return {}
 
-    on(stop.click, stop_watched, [watched])
+    on(stop.click, stop_watched, [watched], [stop])
     on(resume.click, resume_watched, [watched], [seen])
 
     def fill(key, name):
@@ -1076,8 +1110,9 @@ def train_tab(home: Home, pages: Pages) -> list[Filler]:
 
 
 def run_choices(places: Places) -> list[tuple[str, str]]:
-    """(name, key) of all runs, those that train first."""
-    return [(runs.read_run(places, folder).name, key) for key, folder in runs.run_folders(places).items()]
+    """(title, key) of all runs, those that train first."""
+    there = runs.read_runs(places)
+    return list(zip(runs.titles(there), [run.key for run in there]))
 
 
 def free_name(places: Places, dataset: str) -> str:
@@ -1113,20 +1148,23 @@ def runs_tab(home: Home) -> list[Filler]:
         return [runs.find_run(places, key) for key in keys]
 
     def fill(keys):
-        there = [runs.read_run(places, folder) for folder in runs.run_folders(places).values()]
+        there = runs.read_runs(places)
         headings, rows = runs.table_of_runs(there)
         left = [run.key for run in there if run.key in keys]
         return (gr.update(value=dict(headers=headings, data=rows)),
-                gr.update(choices=[(run.name, run.key) for run in there], value=left))
+                gr.update(choices=list(zip(runs.titles(there), [run.key for run in there])), value=left))
 
     def ask(keys):
-        lines = [f"{run.name}: {', '.join(map(str, runs.parts_of(run)))}" for run in runs_of(keys)]
+        lines = [f"{run.name}: {', '.join(map(str, runs.parts_of(places, run)))}" for run in runs_of(keys)]
         text = "<p>This cannot be undone. It deletes:</p>" + "".join(note(line) for line in lines)
         return gr.update(visible=True), text, keys
 
     def do_delete(keys):
         for run in runs_of(keys):
-            runs.delete_run(run)
+            try:
+                runs.delete_run(places, run)
+            except UserError as error:
+                gr.Warning(escape(str(error)))
         return gr.update(visible=False), [], "", *fill([])
 
     on(compare.click, lambda keys: show_overlay(runs_of(keys)), [chosen], [figure])
@@ -1138,30 +1176,42 @@ def runs_tab(home: Home) -> list[Filler]:
 
 
 class Pages:
-    """The pages that are open, and the runs that are to stop when the last one is closed."""
+    """The pages that are open, and the runs that are to stop when the last one is closed, or when the program ends.
+
+    A page gives a sign of life every SIGN_SECONDS. tied: keys of runs; once_tied: also of those that were stopped.
+    """
 
     def __init__(self, places: Places):
         self.places = places
-        self.open: set[str] = set()
-        self.tied: set[str] = set()                              # keys of runs
         self.lock = threading.Lock()
+        self.seen: dict[str, float] = {}                         # when each page has last given a sign of life
+        self.tied: set[str] = set()
+        self.once_tied: set[str] = set()
 
-    def opened(self, request: gr.Request) -> None:
+    def sign(self, request: gr.Request) -> None:
+        """A page is open."""
         with self.lock:
-            self.open.add(request.session_hash)
+            self.seen[request.session_hash] = time.monotonic()
 
     def closed(self, request: gr.Request) -> None:
-        """A page is gone; it may come back at once, as where it is loaded anew."""
+        """A page is gone, as far as the connection tells; it may come back at once, or give its sign."""
         with self.lock:
-            self.open.discard(request.session_hash)
+            self.seen.pop(request.session_hash, None)
         timer = threading.Timer(GRACE, self.stop_tied)
         timer.daemon = True
         timer.start()
 
+    def tie(self, key: str) -> None:
+        """Let a run stop with the pages."""
+        with self.lock:
+            self.tied.add(key)
+            self.once_tied.add(key)
+
     def stop_tied(self, always: bool = False) -> list[Run]:
         """Stop the runs that are tied to the pages, unless one is open; returns those that save now."""
         with self.lock:
-            if self.open and not always:
+            recent = time.monotonic() - 4 * SIGN_SECONDS         # browsers slow the clocks of hidden pages down
+            if not always and any(seen > recent for seen in self.seen.values()):
                 return []
             keys = self.tied.copy()
             self.tied.clear()
@@ -1172,6 +1222,44 @@ class Pages:
                 runs.stop_run(run)
                 stopped.append(run)
         return stopped
+
+
+class OwnPagesOnly:
+    """Middleware: lets other sites' pages, which a visitor may have open beside this one, do nothing here.
+
+    hosts: names by which the page may be called, none for any, as behind a password. What gradio would fetch from the
+    internet for whoever asks is refused, too, and uploads that are too large.
+    """
+
+    def __init__(self, app: Callable, hosts: tuple[str, ...] = (), behind_proxy: bool = False):
+        self.app = app
+        self.hosts = hosts
+        self.behind_proxy = behind_proxy
+
+    async def __call__(self, scope: dict, receive: Callable, send: Callable) -> None:
+        reason = self.refusal(scope) if scope["type"] in ("http", "websocket") else ""
+        if reason:
+            await PlainTextResponse(reason, 403)(scope, receive, send)
+        else:
+            await self.app(scope, receive, send)
+
+    def refusal(self, scope: dict) -> str:
+        """Why a request is refused; empty where it is not."""
+        headers = {name.decode("latin-1").lower(): value.decode("latin-1") for name, value in scope["headers"]}
+        host = headers.get("host", "")
+        if self.hosts and urllib.parse.urlsplit(f"//{host}").hostname not in self.hosts:
+            return "this page is for its own machine"
+        origin = headers.get("origin")
+        if origin and not self.behind_proxy and urllib.parse.urlsplit(origin).netloc != host:
+            return "this page is not for other sites"
+
+        path = urllib.parse.unquote(scope["path"]).lower()
+        if "/proxy=" in path or ("file=" in path and "//" in path.partition("file=")[2][:10]):
+            return "nothing is fetched from elsewhere"
+        length = headers.get("content-length", "0")
+        if not length.isdecimal() or int(length) > UPLOAD_SIZE:
+            return "this is too large"
+        return ""
 
 
 def build_page(home: Home, pages: Pages) -> gr.Blocks:
@@ -1195,7 +1283,9 @@ def build_page(home: Home, pages: Pages) -> gr.Blocks:
                 on(page.load, filler.work, filler.inputs, filler.outputs)
                 if filler.on_select:
                     on(tab.select, filler.work, filler.inputs, filler.outputs)
-        page.load(pages.opened, None, None, api_visibility="private")
+        # Signs of life.
+        page.load(pages.sign, None, None, api_visibility="private")
+        gr.Timer(SIGN_SECONDS).tick(pages.sign, None, None, api_visibility="private", show_progress="hidden")
         page.unload(pages.closed)
     return page
 
@@ -1209,7 +1299,8 @@ def build_parser() -> Parser:
     add = parser.add_argument
     add("--host", default="", metavar="ADDRESS", help="where to listen [127.0.0.1: for this machine alone]")
     add("--port", type=int, default=0, metavar="N", help="[the first free one from 7860 on]")
-    add("--password", default="", help="what a visitor has to know")
+    add("--password", default=os.environ.get("DIFFUSER_PASSWORD", ""),
+        help="what a visitor has to know [that in the variable DIFFUSER_PASSWORD]")
     add("--share", action="store_true", help="a public address by way of gradio's servers, with --password")
     add("--open", action="store_true", help="open the page in a browser")
     add("--working_directory", default="checkpoints", metavar="PATH", help="where checkpoints are [checkpoints]")
@@ -1240,34 +1331,45 @@ def serve(args: argparse.Namespace) -> None:
     """Show the page until Ctrl-C."""
     check(args)
     refuse_other_formats()
-    space = SPACE_MODEL.is_file()
-    places = Places(Path(args.working_directory), Path(args.generated_directory), Path(args.data_dir))
-    home = Home(places, space)
-    pages = Pages(places)
-    page = build_page(home, pages)
+    for number in (signal.SIGINT, signal.SIGTERM):               # also where they were ignored, as behind a &
+        signal.signal(number, signal.default_int_handler)
 
-    host = args.host or ("0.0.0.0" if os.environ.get("SPACE_ID") else "127.0.0.1")
+    space = SPACE_MODEL.is_file()
+    if space:
+        print(f"{SPACE_MODEL} is here: the page draws and edits with it alone", flush=True)
+    places = Places(Path(args.working_directory), Path(args.generated_directory), Path(args.data_dir))
+    pages = Pages(places)
+    page = build_page(Home(places, space), pages)
+
+    # Who may come.
+    in_the_cloud = space and bool(os.environ.get("SPACE_ID"))
+    host = args.host or ("0.0.0.0" if in_the_cloud else "127.0.0.1")
+    local = () if args.host or args.share or in_the_cloud else ("127.0.0.1", "localhost", "::1")
+    guard = Middleware(OwnPagesOnly, hosts=local, behind_proxy=in_the_cloud or args.share)
     auth = None
     if args.password:
         def auth(_, password: str) -> bool:
-            return hmac.compare_digest(password.encode(), args.password.encode())
+            known = hmac.compare_digest(password.encode(), args.password.encode())
+            if not known:
+                time.sleep(0.5)                                  # slows guessing down
+            return known
 
     theme = gr.themes.Default(font=["system-ui", "sans-serif"], font_mono=["ui-monospace", "monospace"])
     try:
         page.launch(server_name=host, server_port=args.port or None, auth=auth, share=args.share, inbrowser=args.open,
                     auth_message="any name, and the password" if auth else None, quiet=True, prevent_thread_lock=True,
-                    max_file_size=UPLOAD_SIZE, ssr_mode=False, theme=theme, css=CSS, show_error=True,
-                    footer_links=[])
+                    max_file_size=UPLOAD_SIZE, ssr_mode=False, theme=theme, css=CSS, show_error=True, footer_links=[],
+                    app_kwargs=dict(middleware=[guard]))
     except OSError as error:
         raise UserError(f"the page cannot be served: {first_line(error)}; try another --port", code=1) from error
     print(f"{page.local_url}    Ctrl-C ends it", flush=True)
 
     with suppress(KeyboardInterrupt):
         threading.Event().wait()
-    end(home, page, pages)
+    end(page, pages)
 
 
-def end(home: Home, page: gr.Blocks, pages: Pages) -> None:
+def end(page: gr.Blocks, pages: Pages) -> None:
     """Stop the runs that are tied to the page, wait until they have saved, and end the process."""
     stopped = pages.stop_tied(always=True)
     if stopped:
@@ -1275,7 +1377,7 @@ def end(home: Home, page: gr.Blocks, pages: Pages) -> None:
     while any(runs.process_of(run.folder) is not None for run in stopped):
         time.sleep(0.2)
     page.close(verbose=False)
-    home.scratch.cleanup()
+    shutil.rmtree(SCRATCH, ignore_errors=True)
     sys.stdout.flush()
     os._exit(0)                                                  # a drawing under way would hold up the usual end
 

@@ -991,7 +991,7 @@ SPACE_WEIGHTS = "model.safetensors"                              # beside it app
 SPACE_GRADIO = "6.31.0"                                          # where none is installed here
 
 SPACE_CARD = """---
-title: {title}
+title: {quoted}
 sdk: gradio
 sdk_version: {gradio}
 app_file: app.py
@@ -1018,7 +1018,7 @@ def to_space(checkpoint: str, folder: str, raw: bool = False) -> str:
     here = Path(__file__).resolve().parent
     height, width = model.shape[1:]
     card = SPACE_CARD.format(
-        title=json.dumps(target.name)[1:-1], gradio=package_version("gradio") or SPACE_GRADIO,
+        title=target.name, quoted=json.dumps(target.name), gradio=package_version("gradio") or SPACE_GRADIO,
         shape=f"{height}x{width}x{model.shape[0]}", dataset=model.config.dataset or "images", steps=state["step"])
     requirements = (here / "requirements.txt").read_text(encoding="utf-8")
 
@@ -1051,20 +1051,25 @@ def to_hub(folder: str, repository: str, private: bool = False) -> str:
 
     # What it is.
     path = Path(folder)
-    if not path.is_dir() or not (path / "README.md").is_file():
+    is_space = (path / SPACE_WEIGHTS).is_file() and (path / "app.py").is_file()
+    if not is_space and not (path / "model_index.json").is_file():
         raise UserError(f"{folder} is no folder as to-space or to-diffusers write it")
-    is_space = (path / "app.py").is_file()
     kind = "space" if is_space else "model"
     if repository.count("/") != 1:
         raise UserError(f"{repository} is no name of a repository: write OWNER/NAME")
 
     if not hub.get_token():
+        words = ["hf", "upload", repository, folder, "--repo-type", kind, *["--private"] * private]
         raise UserError("no token of Hugging Face is known here: log in by `hf auth login`, then give this command "
-                        f"again, or\nhf upload {repository} {shlex.quote(folder)} --repo-type {kind}")
+                        f"again, or\n{shlex.join(words)}")
     try:
+        if private and hub.repo_exists(repository, repo_type=kind) and not hub.repo_info(
+                repository, repo_type=kind).private:
+            raise UserError(f"{repository} is there already, and public: choose another name, or leave --private out")
         address = hub.create_repo(repository, repo_type=kind, private=private, exist_ok=True,
                                   space_sdk="gradio" if is_space else None)
-        hub.upload_folder(repo_id=repository, repo_type=kind, folder_path=path)
+        hub.upload_folder(repo_id=repository, repo_type=kind, folder_path=path,
+                          ignore_patterns=["__pycache__/**", "**/__pycache__/**"])
     except HFValidationError as error:
         raise UserError(f"{repository} is no name of a repository: {first_line(error)}") from error
     except (HfHubHTTPError, OSError) as error:

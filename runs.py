@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import dataclasses
 import os
+import re
 import shlex
 import shutil
 import signal
@@ -50,8 +51,11 @@ class Places:
 
 # ---- Runs --------------------------------------------------------------------------------------
 
-# Processes that were started here, by the names of their runs: until a run has its lock, only they know of it.
+# Processes that were started here, by the keys of their runs: until a run has its lock, only they know of it.
 CHILDREN: dict[str, subprocess.Popen] = {}
+ASKED: dict[str, int] = {}                                       # to stop: a second signal would end it without saving
+STARTING = threading.Lock()
+NAME_ENDING = re.compile(rf"_({'|'.join(diffuser.SCHEDULES)})_\d+_\d+_(no)?attention$")
 
 
 @dataclass(frozen=True)
@@ -75,10 +79,8 @@ class Run:
 
     @property
     def name(self) -> str:
-        """What it is called: its experiment, or what its folder is named after."""
-        if self.cfg and self.cfg.experiment_name:
-            return self.cfg.experiment_name
-        return self.folder.name.removeprefix("samples_")
+        """What it is called: its experiment or its dataset, as its folder's name begins."""
+        return NAME_ENDING.sub("", self.folder.name.removeprefix("samples_"))
 
     @property
     def step(self) -> int:
@@ -97,9 +99,8 @@ class Run:
     def status(self) -> str:
         if self.process is not None:
             return "training" if self.rows else "starting"
-        if (self.folder / "report.html").exists() or 0 < self.total <= self.step:
-            return "finished"
-        return "stopped"
+        done = self.step >= self.total if self.total else (self.folder / "report.html").exists()
+        return "finished" if done else "stopped"
 
     @property
     def seconds_left(self) -> float:
@@ -144,14 +145,26 @@ def read_run(places: Places, folder: Path) -> Run:
     return Run(folder, cfg, images, read_metrics(folder), grids, process_of(folder))
 
 
-def run_folders(places: Places) -> dict[str, Path]:
-    """The folders of all runs by their names: those that train first, then those that wrote last."""
+def list_folders(places: Places) -> set[Path]:
+    """The folders of all runs."""
     folders = {path for path in places.samples.glob("samples_*") if (path / "config.json").is_file()}
     for log in places.samples.glob(".samples_*.log"):            # it may have just begun
         folders.add(log.with_name(log.name[1:].removesuffix(".log")))
-    ordered = sorted(folders, key=last_change, reverse=True)
-    ordered.sort(key=lambda folder: process_of(folder) is None)
-    return {folder.name: folder for folder in ordered}
+    return folders
+
+
+def read_runs(places: Places) -> list[Run]:
+    """All runs: those that train first, then those that wrote last. Of names that are alike, the rest tells which."""
+    folders = sorted(list_folders(places), key=last_change, reverse=True)
+    found = [read_run(places, folder) for folder in folders]
+    found.sort(key=lambda run: run.process is None)
+    return found
+
+
+def titles(runs: list[Run]) -> list[str]:
+    """What runs are called: by their names, those that are alike by their folders'."""
+    names = [run.name for run in runs]
+    return [run.key.removeprefix("samples_") if names.count(run.name) > 1 else run.name for run in runs]
 
 
 def last_change(folder: Path) -> float:
@@ -165,10 +178,10 @@ def last_change(folder: Path) -> float:
 
 def find_run(places: Places, key: str | None) -> Run:
     """The run of that key. Raises UserError."""
-    folders = run_folders(places)
-    if key not in folders:
-        raise UserError("this run is gone: choose another one")
-    return read_run(places, folders[key])
+    for folder in list_folders(places):
+        if folder.name == key:
+            return read_run(places, folder)
+    raise UserError("this run is gone: choose another one")
 
 
 def last_words(run: Run, lines: int = 12) -> str:
@@ -195,14 +208,23 @@ def to_words(options: dict) -> list[str]:
     return words
 
 
+def parse_words(words: list[str]) -> dict:
+    """The options on a command line, whatever their spelling. Raises UserError."""
+    try:
+        options = diffuser.build_parser().parse_args(words)
+    except SystemExit:
+        raise UserError("--help is for the command line: python diffuser.py --help all") from None
+    return diffuser.translate_flags(vars(options), diffuser.parse_value)
+
+
 def check_words(words: list[str]) -> diffuser.Config:
     """The settings that a command line stands for. Raises UserError."""
-    options = diffuser.build_parser().parse_args(words)
-    return diffuser.complete(diffuser.requested(diffuser.translate_flags(vars(options), diffuser.parse_value)))
+    return diffuser.complete(diffuser.requested(parse_words(words)))
 
 
-# Options that are settled elsewhere, beside all that name files.
-SETTLED = {"mode", "experiment_name", "dataset", "yes", "check", "dry_run", "debug"}
+# Options that are settled elsewhere or reach beyond this machine, beside all that name files.
+SETTLED = {"mode", "experiment_name", "dataset", "yes", "check", "dry_run", "debug", "use_wandb", "wandb_mode",
+           "project_name"}
 
 
 def parse_further(text: str) -> list[str]:
@@ -211,8 +233,7 @@ def parse_further(text: str) -> list[str]:
         words = shlex.split(text)
     except ValueError as error:
         raise UserError(f"other options: {first_line(error)}") from error
-    options = diffuser.build_parser().parse_args(words)
-    for name in diffuser.translate_flags(vars(options), diffuser.parse_value):           # whatever its spelling
+    for name in parse_words(words):
         if name in diffuser.PATHS | SETTLED:
             raise UserError(f"--{name} is not taken here: use the other fields, or the command line")
     return words
@@ -225,21 +246,22 @@ def start_run(words: list[str]) -> str:
 
 def launch(words: list[str], folder: Path) -> str:
     """Start the command, whose run has that folder; returns the run's key. Raises UserError."""
-    if process_of(folder) is not None:
-        raise UserError(f"{folder.name} is training already: give this run another name")
-
     log = log_path(folder)
-    try:
-        log.parent.mkdir(parents=True, exist_ok=True)
-        with open(log, "wb") as file:
-            file.write(f"{shlex.join(['python', 'diffuser.py', *words])}\n".encode())
-            file.flush()
-            child = subprocess.Popen([sys.executable, str(ROOT / "diffuser.py"), *words], stdin=subprocess.DEVNULL,
-                                     stdout=file, stderr=subprocess.STDOUT, start_new_session=True)
-    except OSError as error:
-        raise UserError(f"training could not be started: {error.strerror}") from error
+    with STARTING:
+        if process_of(folder) is not None:
+            raise UserError(f"{folder.name} is training already: give this run another name")
+        try:
+            log.parent.mkdir(parents=True, exist_ok=True)
+            with open(log, "wb") as file:
+                file.write(f"{shlex.join(['python', 'diffuser.py', *words])}\n".encode())
+                file.flush()
+                child = subprocess.Popen([sys.executable, str(ROOT / "diffuser.py"), *words], stdin=subprocess.DEVNULL,
+                                         stdout=file, stderr=subprocess.STDOUT, start_new_session=True)
+        except OSError as error:
+            raise UserError(f"training could not be started: {error.strerror}") from error
+        CHILDREN[folder.name] = child
+        ASKED.pop(folder.name, None)
 
-    CHILDREN[folder.name] = child
     with suppress(OSError, AttributeError):                      # what shows the run goes before
         os.setpriority(os.PRIO_PROCESS, child.pid, 5)
     threading.Thread(target=child.wait, daemon=True).start()     # or it would stay as a zombie
@@ -251,8 +273,13 @@ def resume_run(places: Places, run: Run) -> str:
     kept = diffuser.kept_checkpoints(run.cfg) if run.cfg else []
     if not kept:
         raise UserError(f"{run.name} has no checkpoint to go on from: start it again")
-    options = dict(mode="train", resume_from_checkpoint=str(kept[0]), experiment_name=run.cfg.experiment_name,
-                   path_to_data=run.cfg.path_to_data, **places.options())
+    # What no checkpoint keeps: the options about a single invocation that differ from their defaults.
+    options = dict(mode="train", resume_from_checkpoint=str(kept[0]), path_to_data=run.cfg.path_to_data,
+                   experiment_name=run.cfg.experiment_name, **places.options())
+    for name in diffuser.REPEATED | {"num_workers", "report", "use_tensorboard", "use_wandb", "wandb_mode"}:
+        value = getattr(run.cfg, name)
+        if name not in options and name != "init_from" and value != diffuser.FIELDS[name].default:
+            options[name] = value
     return launch(to_words(options), run.folder)
 
 
@@ -262,6 +289,11 @@ def stop_run(run: Run) -> str:
         return f"{run.name} is not training"
     if run.process == 0:
         raise UserError(f"{run.name} trains on another machine: stop it there")
+    if ASKED.get(run.key) == run.process:
+        return f"{run.name} is saving already"
+    if not is_training(run.process):
+        raise UserError(f"{run.name}: it is not known which process trains it; stop it where it was started")
+    ASKED[run.key] = run.process
     try:
         os.kill(run.process, signal.SIGINT)
     except ProcessLookupError:                                   # it has just ended
@@ -269,6 +301,16 @@ def stop_run(run: Run) -> str:
     except OSError as error:
         raise UserError(f"{run.name} cannot be stopped: {error.strerror}") from error
     return f"{run.name} saves and stops"
+
+
+def is_training(process: int) -> bool:
+    """Whether that is a process of this program, as far as the system tells: numbers are used again."""
+    try:
+        return b"diffuser" in Path(f"/proc/{process}/cmdline").read_bytes() or process == os.getpid()
+    except FileNotFoundError:                                    # it has ended, or there is no such folder
+        return True
+    except OSError:
+        return False
 
 
 def dry_run(words: list[str]) -> str:
@@ -315,18 +357,18 @@ def keep_uploads(folder: Path, files: list[str], name: str) -> Path:
         except Exception as error:                               # Pillow raises many kinds
             raise UserError(f"{Path(path).name} cannot be read as a picture ({first_line(error)})") from None
 
+    target = unused_path(folder / (f"{name}_.zip" if zips else f"{name}_"))
     try:
         folder.mkdir(parents=True, exist_ok=True)
         if zips:
-            target = unused_path(folder / f"{name}_.zip")
             shutil.copyfile(zips[0], target)
             return target
-        target = unused_path(folder / f"{name}_")
         target.mkdir()
         for i, (path, ending) in enumerate(zip(files, endings)):
             shutil.copyfile(path, target / f"{i:06}.{ending}")
         return target
     except OSError as error:
+        remove(target)
         raise UserError(f"the upload cannot be kept: {error.strerror}", code=1) from error
 
 
@@ -349,10 +391,10 @@ def table_of_runs(runs: list[Run]) -> tuple[list[str], list[list[str]]]:
     """Headings and rows: what became of each run, and in what its settings differ from the others'."""
     settings = differing_settings(runs)
     rows = []
-    for run in runs:
+    for run, title in zip(runs, titles(runs)):
         last = run.rows[-1] if run.rows else {}
         validation = [row["val_loss"] for row in run.rows if row.get("val_loss")]
-        row = [run.name, run.status, f"{run.step:,}", last.get("loss", ""), validation[-1] if validation else ""]
+        row = [title, run.status, f"{run.step:,}", last.get("loss", ""), validation[-1] if validation else ""]
         for name in settings:
             row.append(diffuser.format_value(name, getattr(run.cfg, name)) if run.cfg else "")
         rows.append(row)
@@ -365,10 +407,10 @@ PLOTTING = threading.Lock()                                      # matplotlib's 
 def overlaid_curves(runs: list[Run]) -> bytes:
     """The losses of runs over each other, as plot_loss.py draws them: a PNG file. Raises UserError."""
     columns = {"loss": [], "val_loss": [], "lr": []}
-    for run in runs:
+    for run, title in zip(runs, titles(runs)):
         for column, points in load_run(run.folder).items():
             if points:
-                columns[column].append((run.name, points))
+                columns[column].append((title, points))
     with tempfile.TemporaryDirectory() as folder, PLOTTING:
         path = Path(folder, "loss.png")
         try:
@@ -381,26 +423,50 @@ def overlaid_curves(runs: list[Run]) -> bytes:
 # ---- Deleting ----------------------------------------------------------------------------------
 
 
-def parts_of(run: Run) -> list[Path]:
+def parts_of(places: Places, run: Run) -> list[Path]:
     """The files and folders that are this run's alone. Raises UserError while it trains."""
     if run.process is not None:
         raise UserError(f"{run.name} is training: stop it first")
     parts = [run.folder, log_path(run.folder)]
     if run.cfg and diffuser.samples_path(run.cfg) == run.folder:         # else a folder that was renamed
+        checkpoint = diffuser.checkpoint_path(run.cfg, 0)
         if run.cfg.experiment_name:
-            parts.append(diffuser.checkpoint_path(run.cfg, 0).parents[1])
+            place = checkpoint.parents[1]
+            found = [place]
+            owned = all(is_of(places, run, path) for path in place.glob("*/model.pt"))
         else:
-            parts += [*diffuser.kept_checkpoints(run.cfg), diffuser.best_path(run.cfg)]
+            place = checkpoint
+            found = [*diffuser.kept_checkpoints(run.cfg), diffuser.best_path(run.cfg)]
+            owned = all(is_of(places, run, path) for path in found if path.exists())
+        # Runs that differ in little can share the names of their checkpoints.
+        if owned and process_of(place) is None:
+            parts += found
     return [path for path in parts if path.exists()]
 
 
-def delete_run(run: Run) -> None:
-    """Delete all that is a run's. Raises UserError."""
-    for path in parts_of(run):
+def is_of(places: Places, run: Run, path: Path) -> bool:
+    """Whether a checkpoint is that run's, by what is in it."""
+    try:
+        config = diffuser.load_checkpoint(path, peek=True)["config"]
+        name = config.get("experiment_name") or run.cfg.experiment_name
+        cfg = diffuser.configure(config, experiment_name=name, **places.options())
+    except UserError:
+        return False
+    return diffuser.samples_path(cfg) == run.folder
+
+
+def remove(path: Path) -> None:
+    """Delete a file, or a folder with all that is in it; what is not there is let pass. Raises OSError."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
+
+
+def delete_run(places: Places, run: Run) -> None:
+    """Delete all that is this run's alone. Raises UserError."""
+    for path in parts_of(places, run):
         try:
-            if path.is_dir() and not path.is_symlink():
-                shutil.rmtree(path)
-            else:
-                path.unlink()
+            remove(path)
         except OSError as error:
             raise UserError(f"{path} cannot be deleted: {error.strerror}") from error

@@ -7,7 +7,7 @@ Writing     write_atomically, write_json: a file is whole and on the disk, or th
             require_writable: whether it could be, before there is work to lose
 Checking    zip_is_sound: every part of a ZIP file against its checksum
 Names       newest_first, unused_path
-Locks       hold_lock: one process at a time
+Locks       hold_lock: one process at a time; lock_holder: which
 
 Needs the standard library, and filelock for locks.
 """
@@ -26,6 +26,7 @@ import signal
 import sys
 import tempfile
 import textwrap
+import threading
 import time
 import traceback
 import zipfile
@@ -555,23 +556,29 @@ def hold_lock(place: Path, flag: str, advice: str, patience: float = 6.0) -> Ite
 
     try:
         with suppress(OSError):                                  # a full disk is no reason not to start
+            owner.unlink(missing_ok=True)                        # that of one that was killed
             command = shlex.join(sys.argv)
             owner.write_text(f"process {os.getpid()} on {platform.node()} since {time.ctime()}: {command}",
                              errors="replace")
         yield
     finally:
+        with suppress(OSError):
+            owner.unlink(missing_ok=True)
         lock.release()
 
 
+LOOKING = threading.Lock()                                       # who looks takes the lock for a moment
+
+
 def lock_holder(place: Path) -> int | None:
-    """The process that holds a place by hold_lock: None if nobody does, 0 for one of another machine."""
+    """The process that holds a place by hold_lock: None if nobody does, 0 for one that is not known here."""
     from filelock import FileLock, Timeout
 
     file = place.with_name(f".{place.name}.lock")
     if not file.exists():
         return None
     try:
-        with FileLock(file, timeout=0):
+        with LOOKING, FileLock(file, timeout=0):
             return None
     except Timeout:
         pass
@@ -580,7 +587,7 @@ def lock_holder(place: Path) -> int | None:
 
     with suppress(OSError):
         owner = place.with_name(f".{place.name}.owner").read_text(errors="replace")
-        match = re.match(r"process (\d+) on (.*?) since ", owner)
+        match = re.match(r"process (\d{1,9}) on (.*?) since ", owner)
         if match and match[2] == platform.node():
             return int(match[1])
     return 0

@@ -169,7 +169,7 @@ def test_drawing_is_watched_and_repeated_on_the_command_line(window, server):
         window.page.get_by_role("button", name="download as ZIP").locator("visible=true").click()
     command = window.command()
     assert command.startswith("python diffuser.py --mode inference") and "--steps 20" in command
-    done = cli(*command.split()[2:], cwd=server.folder)
+    done = cli(*command.split()[2:], "--save_dir", "drawn", cwd=server.folder)
     assert done.returncode == 0, done.stderr
     with zipfile.ZipFile(download.value.path()) as archive:
         files = [name for name in archive.namelist() if name.startswith("images/")]
@@ -443,8 +443,7 @@ def test_a_run_tied_to_the_page_stops_with_it(browser, place, tmp_path):
         window.close()
         server.stop()
         places = runs.Places(tmp_path / "checkpoints", tmp_path / "samples")
-        run = next(run for run in (runs.read_run(places, folder) for folder in runs.run_folders(places).values())
-                   if run.name == name)
+        run = next(run for run in runs.read_runs(places) if run.name == name)
         try:
             assert (run.process is None) == tied
             assert bool(list((tmp_path / "checkpoints" / name).glob("*/model.pt"))) == tied
@@ -531,13 +530,31 @@ def test_values_that_no_control_can_have_are_a_line(server):
 
 
 def test_other_sites_cannot_use_the_page(server):
-    """A page of another site that the visitor has open may not read answers of this one."""
-    request = urllib.request.Request(server.address + "/config", headers={"Origin": "https://elsewhere.example"})
-    try:
-        with urllib.request.urlopen(request, timeout=30) as answer:
-            assert answer.headers.get("Access-Control-Allow-Origin") in (None, "null")
-    except urllib.error.HTTPError as error:
-        assert error.code in (400, 403)
+    """A page of another site that is open beside this one can neither read nor write here, by whatever name it calls."""
+    port = server.address.rpartition(":")[2]
+    elsewhere = {"Origin": "https://elsewhere.example"}
+    form = {"Content-Type": "multipart/form-data; boundary=x"}
+    upload = b'--x\r\nContent-Disposition: form-data; name="files"; filename="a.txt"\r\n\r\nabc\r\n--x--\r\n'
+    assert call(server.address, "/config", headers=elsewhere)[0] == 403
+    assert call(server.address, "/gradio_api/upload", upload, {**form, **elsewhere})[0] == 403
+    assert call(server.address, "/gradio_api/upload", upload, form)[0] == 200
+    assert call(server.address, "/config", headers={"Host": f"rebound.example:{port}"})[0] == 403
+    assert call(server.address, "/config", headers={"Host": f"localhost:{port}"})[0] == 200
+
+
+def test_nothing_is_fetched_for_whoever_asks(server):
+    """The page is no way to the internet: addresses in place of files are refused, however they are written."""
+    for path in ("file=https://example.com/", "file=http://127.0.0.1:9/", "file%3Dhttps%3A%2F%2Fexample.com",
+                 "proxy=https://example.com/"):
+        status, _ = call(server.address, f"/gradio_api/{path}")
+        assert status in (403, 404), path
+
+
+def test_help_among_the_options_ends_nothing(server):
+    """--help, which ends a command line, is a line here."""
+    for text in ("--help", "-h all"):
+        with pytest.raises(UserError, match="help is for the command line"):
+            runs.parse_further(text)
 
 
 @pytest.mark.parametrize("flags, message", [

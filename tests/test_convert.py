@@ -720,7 +720,7 @@ def test_without_a_token_the_command_is_told(space, tmp_path):
     env = dict(HF_TOKEN="", HF_HOME=str(tmp_path / "hub"), HF_ENDPOINT="http://127.0.0.1:9")
     done = cli("to-hub", space, "me/digits", script="convert.py", cwd=tmp_path, env=env)
     assert done.returncode == 2 and f"hf upload me/digits {space} --repo-type space" in done.stderr
-    for source, target in ((tmp_path, "me/digits"), (space, "digits"), (tmp_path / "nothing", "me/digits")):
+    for source, target in ((tmp_path, "me/digits"), (convert.__file__.rpartition("/")[0], "me/digits"), (space, "digits"), (tmp_path / "nothing", "me/digits")):
         with pytest.raises(UserError):
             convert.to_hub(str(source), target)
 

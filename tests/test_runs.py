@@ -134,9 +134,11 @@ def test_a_run_is_started_stopped_and_resumed(folder, children):
     with pytest.raises(UserError, match="training already"):
         runs.start_run(words("first", "--iterations", "100000"))
     with pytest.raises(UserError, match="stop it first"):
-        runs.parts_of(run)
+        runs.parts_of(PLACES, run)
 
+    # Asked twice it saves all the same: a second signal would end it at once.
     assert "saves and stops" in runs.stop_run(run)
+    assert "saving already" in runs.stop_run(run)
     wait_for(lambda: runs.find_run(PLACES, key).process is None)
     run = runs.find_run(PLACES, key)
     assert run.status == "stopped" and "interrupted: saved" in runs.last_words(run)
@@ -267,16 +269,25 @@ def test_deleting_takes_one_run_alone(folder):
     first = trained("first")
     second = trained("second")
     unnamed = trained("")
-    runs.delete_run(first)
+    runs.delete_run(PLACES, first)
     assert not first.folder.exists() and not (folder / "checkpoints" / "first").exists()
     assert second.folder.exists() and (folder / "checkpoints" / "second").exists()
-    runs.delete_run(unnamed)
+    runs.delete_run(PLACES, unnamed)
     assert not unnamed.folder.exists() and not list((folder / "checkpoints").glob("*.pt"))
 
     # A folder that says it is another run's.
     moved = second.folder.rename(second.folder.with_name("samples_copy"))
-    runs.delete_run(runs.find_run(PLACES, moved.name))
+    runs.delete_run(PLACES, runs.find_run(PLACES, moved.name))
     assert not moved.exists() and (folder / "checkpoints" / "second").exists()
+
+
+def test_a_checkpoint_of_two_runs_is_not_deleted_with_one(folder):
+    """Runs without names that differ in their schedule share the name of a checkpoint: it stays with the one it is of."""
+    first = trained("", schedule_type="cosine")
+    trained("", schedule_type="linear", resume="never")
+    runs.delete_run(PLACES, first)
+    [kept] = (folder / "checkpoints").glob("diffusion_checkpoint_digits_20_8_attention.pt")
+    assert not first.folder.exists() and diffuser.load_checkpoint(kept)["config"]["schedule_type"] == "linear"
 
 
 @pytest.mark.parametrize("name", ["../..", "/etc", ".", "..", "a/../../b"])
@@ -288,7 +299,7 @@ def test_deleting_stays_below_its_folders(folder, name):
     about["config"]["working_directory"] = "/"
     (run.folder / "config.json").write_text(json.dumps(about))
     hostile = runs.find_run(PLACES, run.key)
-    assert runs.parts_of(hostile) == [run.folder]
+    assert runs.parts_of(PLACES, hostile) == [run.folder]
 
 
 def test_the_picture_of_a_run_is_found(folder):
