@@ -3,7 +3,7 @@
 Numbers     ImageData, to_uint8, from_uint8: uint8 [N, C, H, W] outside, float in [-1, 1] inside a network
 In          open_image; ImageFiles: the images of a folder or ZIP file; DecodedImages: as arrays of one shape
 Cache       cached_images: decoded once, then memory-mapped
-Out         to_pil, save_png, PictureFolder, save_grid, file_names
+Out         to_pil, save_png, PictureWriter, PictureFolder, save_grid, file_names
 
 Needs torch, numpy, Pillow and tqdm, and filelock for locks.
 """
@@ -21,8 +21,9 @@ import shutil
 import unicodedata
 import warnings
 import zipfile
-from collections import Counter
+from collections import Counter, deque
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, replace
 from functools import lru_cache
@@ -398,6 +399,35 @@ def save_png(image: Tensor, path: Path) -> None:
     write_atomically(path, lambda file: picture.save(file, "PNG"), through_power_cuts=False)
 
 
+class PictureWriter:
+    """Writes pictures in threads of its own, so that drawing waits neither for their compression nor for the disk.
+
+    A context manager: at its end all pictures are written, after Ctrl-C and other errors, too.
+    """
+
+    THREADS = 4
+    WAITING = 256                                                # pictures that memory is taken for
+
+    def __init__(self):
+        self.pool = ThreadPoolExecutor(min(self.THREADS, os.cpu_count() or 1))
+        self.pending = deque()
+
+    def save(self, image: Tensor, path: Path) -> None:
+        """uint8 [C, H, W] as a PNG file, soon. Raises OSError where an earlier one could not be written."""
+        self.pending.append(self.pool.submit(save_png, image, path))
+        while self.pending and (self.pending[0].done() or len(self.pending) > self.WAITING):
+            self.pending.popleft().result()
+
+    def __enter__(self) -> PictureWriter:
+        return self
+
+    def __exit__(self, kind: type | None, *error) -> None:
+        self.pool.shutdown()
+        if kind is None:
+            for written in self.pending:
+                written.result()
+
+
 @dataclass(frozen=True)
 class PictureFolder:
     """Where the pictures of one request go: folder/images/, with a record of the request beside it.
@@ -432,25 +462,18 @@ class PictureFolder:
             return None
         return torch.from_numpy(pixels.reshape(height, width, channels)).permute(2, 0, 1)
 
-    def missing(self) -> list[range]:
-        """The numbers of the pictures that are not there, neighbours together."""
-        runs = []
-        for i in range(self.count):
-            if self.read(i) is not None:
-                continue
-            if runs and runs[-1].stop == i:
-                runs[-1] = range(runs[-1].start, i + 1)
-            else:
-                runs.append(range(i, i + 1))
-        return runs
+    def missing(self) -> list[int]:
+        """The numbers of the pictures that are not there."""
+        return [i for i in range(self.count) if self.read(i) is None]
 
-    def is_same_request(self) -> bool:
-        """Whether the record in the folder asks for the same pictures."""
+    def earlier_record(self) -> dict:
+        """The record in the folder where it asks for the same pictures; else an empty one."""
         try:
             there = json.loads((self.folder / self.record_name).read_text())
-            return self.identity(there) == self.identity(json.loads(json.dumps(self.record)))
+            same = self.identity(there) == self.identity(json.loads(json.dumps(self.record)))
         except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):       # JSON of any kind
-            return False
+            return {}
+        return there if same else {}
 
     def require_open(self) -> None:
         """Raise UserError unless the folder is empty, or pictures of this very request are missing in it."""
@@ -458,7 +481,7 @@ class PictureFolder:
         advice = "give another --save_dir or remove it"
         if not images.is_dir() or not any(images.iterdir()):
             return
-        if not self.is_same_request():
+        if not self.earlier_record():
             raise UserError(f"{images} already holds images of another request: {advice}")
         if (self.folder / self.last).exists() and not self.missing():
             raise UserError(f"{images} already holds images, all that are asked for: {advice}")
@@ -467,19 +490,29 @@ class PictureFolder:
     def hold(self, go_on: str) -> Iterator[None]:
         """Hold the folder while pictures are written into it; another process is refused.
 
-        go_on: what to say of going on, where the disk is full. Raises UserError.
+        go_on: see explain_failures. Raises UserError.
         """
         images = self.folder / "images"
         with hold_lock(images, "--save_dir", "wait until it has ended, or give another --save_dir", patience=0):
             self.require_open()
-            try:
+            with self.explain_failures(go_on):
                 images.mkdir(exist_ok=True)
                 write_json(self.folder / self.record_name, self.record)
                 yield
-            except OSError as error:
-                kept = len(list(images.glob("[!.]*.png")))
-                raise UserError(f"{images}: {error.strerror or first_line(error)}; {kept} of {self.count} images are "
-                                f"there, whole{go_on}", code=1) from error
+
+    @contextmanager
+    def explain_failures(self, go_on: str) -> Iterator[None]:
+        """Where writing fails, raise UserError with what is kept; go_on: its end, about going on."""
+        try:
+            yield
+        except OSError as error:
+            reason = error.strerror or first_line(error)
+            raise UserError(f"{self.folder / 'images'}: {reason}; {self.what_is_kept()}{go_on}", code=1) from error
+
+    def what_is_kept(self) -> str:
+        """How many pictures are there, for people."""
+        kept = len(list((self.folder / "images").glob("[!.]*.png")))
+        return f"{kept} of {self.count} images are there, whole"
 
 
 TILE = 64                                                        # about as many pixels across as a small image gets
