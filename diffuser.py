@@ -120,6 +120,7 @@ from diffuser_lib.files import (
     zip_is_sound,
 )
 from diffuser_lib.images import (
+    ARCHIVES,
     ImageData,
     ImageFiles,
     PictureFolder,
@@ -405,6 +406,9 @@ class Config:
     seeds: str = opt(
         "", "an image for each of these seeds, such as 1,2,5-10: as --seed S --num_images 1 draws it", per_run=True)
     save_dir: str = opt("", "folder for images/, grid.png and samples.json", per_run=True, common=True)
+    save_format: str = opt(
+        "png", "as pictures, one ZIP file or one array", choices=("png", *ARCHIVES), per_run=True,
+        common=True)
     sampler: str = opt(
         "dpmpp", "sampler", "--solver", choices="SAMPLERS", synonyms={"dpm++": "dpmpp", "euler": "ddim"}, common=True)
     steps: int | None = opt(
@@ -5437,7 +5441,7 @@ def save_images(model: Model, cfg: Config, numbers: list[int], count: int, sourc
     share, and the files are those of one process; seeds: one for each image, which is then named after it. Returns the
     folder with images/, grid.png and samples.json: --save_dir, or a new one. Where images of the same request are
     there, the others are drawn. Raises UserError where there are other images, all of them, or another command that
-    draws into the folder.
+    draws into the folder. As --save_format asks for, images/ becomes one file in the end.
     """
     folder = Path(cfg.save_dir)
     if not cfg.save_dir:
@@ -5445,8 +5449,11 @@ def save_images(model: Model, cfg: Config, numbers: list[int], count: int, sourc
     labels = model.labels(numbers, count, first)
     names = picture_names(model, labels, first, seeds)
     record = drawing_record(model, cfg, numbers, count, source, first)
+    last = "trajectory.png" if cfg.trajectory else "grid.png"
+    if cfg.save_format in ARCHIVES:
+        last = f"images.{cfg.save_format}"
     pictures = PictureFolder(folder, "samples.json", record, drawing_request, name=names.__getitem__, count=count,
-                             shape=model.shape, last="trajectory.png" if cfg.trajectory else "grid.png")
+                             shape=model.shape, last=last)
 
     # The same batches in all processes, and whenever drawing goes on: rounding depends on them.
     size = processes.broadcast(drawing_batch_size(model, cfg, pictures.earlier_record()))
@@ -5473,8 +5480,15 @@ def save_images(model: Model, cfg: Config, numbers: list[int], count: int, sourc
             save_grid(shown, folder / "grid.png", columns)
             if cfg.trajectory:
                 save_strip(model, labels[:10], cfg, folder / "trajectory.png", first, seeds)
+
+        # All of them as one file.
+        place = folder / "images"
+        if cfg.save_format in ARCHIVES:
+            place = pictures.archive(cfg.save_format)
+            if processes.is_main:
+                pictures.pack(cfg.save_format, labels, model.class_names if numbers else [])
     written = ["grid.png", *["trajectory.png"] * cfg.trajectory, "samples.json"]
-    processes.print0(f"{count} images in {folder / 'images'}, beside them in {folder}: {', '.join(written)}")
+    processes.print0(f"{count} images in {place}, beside them in {folder}: {', '.join(written)}")
     return folder
 
 

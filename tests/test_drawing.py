@@ -1,4 +1,4 @@
-"""--mode inference with several processes, and what is left of it: the files are those of one process."""
+"""--mode inference with several processes, whose files are those of one; and all pictures as one file."""
 
 import contextlib
 import json
@@ -8,13 +8,19 @@ import signal
 import subprocess
 import sys
 import time
+import zipfile
 from pathlib import Path
 
+import numpy as np
 import pytest
+import torch
 from conftest import ROOT, cli, heed_interrupts, small_file_system, tiny_training
+from PIL import Image
 
 import diffuser
+import evaluate
 from diffuser import main
+from diffuser_lib import images
 
 COUNT = 1000
 needs_proc = pytest.mark.skipif(not Path("/proc/self/environ").exists(), reason="finds processes in /proc")
@@ -152,3 +158,165 @@ def test_a_disk_that_is_full_while_several_draw(home, tmp_path):
         subprocess.run(["mount", "-o", "remount,size=64m", str(place)], check=True)
         assert cli(*flags, cwd=home).returncode == 0
         assert content(place, "grid.png") == content(home / "one", "grid.png")
+
+
+# ---- One file ----------------------------------------------------------------------------------
+
+
+def small(place, *flags):
+    """A command line that draws twenty digits of two classes, seven at a time."""
+    return ["--mode", "inference", "--model_path", "model.pt", "--num_images", "20", "--classes", "3,7", "--steps", "2",
+            "--sample_batch_size", "7", "--device", "cpu", "--save_dir", str(place), *flags]
+
+
+@pytest.fixture
+def plain(home, tmp_path, monkeypatch):
+    """Twenty digits in a folder, and the flags that draw them elsewhere."""
+    monkeypatch.chdir(home)
+    assert main(small(tmp_path / "png")) == 0
+    return tmp_path
+
+
+def without_images(folder):
+    """What stands in a drawing's folder, but for locks."""
+    return sorted(name for name in os.listdir(folder) if not name.startswith("."))
+
+
+def test_a_zip_file_of_pictures(plain):
+    """The same files, and dataset.json as EDM's dataset_tool.py reads it; grid and record as always, images/ is gone; the
+    same bytes whenever it is made."""
+    assert main(small(plain / "zip", "--save_format", "zip")) == 0
+    assert without_images(plain / "zip") == ["grid.png", "images.zip", "samples.json"]
+    assert (plain / "zip/grid.png").read_bytes() == (plain / "png/grid.png").read_bytes()
+    pictures = content(plain / "png")
+    with zipfile.ZipFile(plain / "zip/images.zip") as archive:
+        assert archive.testzip() is None
+        assert {name: archive.read(name) for name in archive.namelist() if name != "dataset.json"} == pictures
+        labels = dict(json.loads(archive.read("dataset.json"))["labels"])
+    assert labels == {name: 3 if "_3" in name else 7 for name in pictures}
+
+    assert main(small(plain / "again", "--save_format", "zip")) == 0
+    assert (plain / "again/images.zip").read_bytes() == (plain / "zip/images.zip").read_bytes()
+    flags = [flag for flag in small(plain / "none", "--save_format", "zip") if flag not in ("--classes", "3,7")]
+    assert main([*flags, "--use_labels", "False"]) == 0
+    with zipfile.ZipFile(plain / "none/images.zip") as archive:
+        assert json.loads(archive.read("dataset.json")) == {"labels": None}
+
+
+def test_an_array_of_pictures(plain):
+    """arr_0 and arr_1 as ADM's evaluation takes them, in order; without classes arr_0 alone."""
+    assert main(small(plain / "npz", "--save_format", "npz", "--trajectory")) == 0
+    assert without_images(plain / "npz") == ["grid.png", "images.npz", "samples.json", "trajectory.png"]
+    with np.load(plain / "npz/images.npz") as found:
+        assert sorted(found) == ["arr_0", "arr_1", "class_names"]
+        pixels = found["arr_0"]
+        assert (pixels.dtype, pixels.shape) == (np.uint8, (20, 8, 8, 1))
+        assert found["arr_1"].dtype == np.int64
+        assert found["arr_1"].tolist() == [3, 7] * 10
+        assert found["class_names"].tolist() == list("0123456789")
+    for image, path in zip(pixels, sorted((plain / "png/images").iterdir()), strict=True):
+        assert np.array_equal(image[:, :, 0], np.asarray(Image.open(path)))
+
+    flags = [flag for flag in small(plain / "none", "--save_format", "npz") if flag not in ("--classes", "3,7")]
+    assert main([*flags, "--use_labels", "False"]) == 0
+    with np.load(plain / "none/images.npz") as found:
+        assert list(found) == ["arr_0"]
+
+
+def test_evaluate_reads_all_of_them(plain):
+    """A folder, its ZIP and its array, by the path of the drawing or of the file: the same pictures, labels and names."""
+    for kind in ("zip", "npz"):
+        assert main(small(plain / kind, "--save_format", kind)) == 0
+    first = evaluate.read_images(str(plain / "png"))
+    assert first.images.shape == (20, 1, 8, 8)
+    assert (first.class_names, first.labels.tolist()) == (["3", "7"], [0, 1] * 10)
+    for place in ("png/images", "zip", "zip/images.zip", "npz", "npz/images.npz"):
+        data = evaluate.read_images(str(plain / place))
+        assert torch.equal(data.images, first.images), place
+        assert torch.equal(data.labels, first.labels)
+        assert data.class_names == first.class_names
+        assert len(evaluate.find_images(str(plain / place))) == 20
+    colour = evaluate.read_images(str(plain / "npz"), (3, 16, 16))
+    assert torch.equal(colour.images, evaluate.read_images(str(plain / "png"), (3, 16, 16)).images)
+
+
+@pytest.mark.parametrize("kind", ["zip", "npz"])
+def test_a_drawing_that_broke_off_still_becomes_one_file(plain, monkeypatch, capsys, kind):
+    """While drawing there are pictures, with which the same command goes on; a full disk at the end loses none, nor does
+    it leave half a file. What is there already is refused, and so are other images."""
+    flags = small(plain / kind, "--save_format", kind)
+    assert main(flags) == 0
+    whole = (plain / kind / f"images.{kind}").read_bytes()
+
+    # Begun as pictures, and some are missing: one file all the same.
+    flags = small(plain / "png", "--save_format", kind)
+    for name in ("000004_3.png", "000013_7.png"):
+        (plain / "png/images" / name).unlink()
+    with monkeypatch.context() as patched:
+        patched.setitem(images.ARCHIVES, kind, full_disk)
+        capsys.readouterr()
+        assert main(flags) == 1
+        assert "png/images: No space left on device; 20 of 20 images are there, whole" in capsys.readouterr().err
+    assert without_images(plain / "png") == ["grid.png", "images", "samples.json"]
+    assert main(flags) == 0
+    assert (plain / "png" / f"images.{kind}").read_bytes() == whole
+    assert without_images(plain / "png") == ["grid.png", f"images.{kind}", "samples.json"]
+
+    # Nothing is drawn over it.
+    for more, words in (([], "all that are asked for"), (["--save_format", "png"], "all that are asked for"),
+                        (["--seed", "5"], "images of another request")):
+        capsys.readouterr()
+        assert main([*flags, *more]) == 2
+        errors = capsys.readouterr().err
+        assert f"images.{kind} already holds images" in errors
+        assert words in errors
+    assert (plain / "png" / f"images.{kind}").read_bytes() == whole
+
+
+def full_disk(file, *arguments):
+    """An archive that does not fit."""
+    file.write(b"half")
+    raise OSError(28, "No space left on device")
+
+
+def arrays(**content):
+    """The content of an .npz file, of two grey images where nothing else is said."""
+    return {"arr_0": np.zeros((2, 4, 4, 1), np.uint8), **content}
+
+
+@pytest.mark.parametrize("content, words", [
+    (arrays(arr_0=np.zeros((2, 4, 4), np.uint8)), "uint8 [2, 4, 4]"),
+    (arrays(arr_0=np.zeros((2, 1, 4, 4), np.uint8)), "of 1 or 3 channels"),
+    (arrays(arr_0=np.zeros((2, 4, 4, 3))), "float64 [2, 4, 4, 3]"),
+    (arrays(arr_0=np.zeros((0, 4, 4, 3), np.uint8)), "[0, 4, 4, 3]"),
+    (arrays(arr_1=np.zeros(3, np.int64)), "no label for each image"),
+    (arrays(arr_1=np.zeros(2)), "no label for each image"),
+    (arrays(arr_1=np.array([{}, {}])), "allow_pickle"),
+    ({"x": np.zeros(3)}, "arr_0"),
+    (b"", "no .npz file"), (b"PK\3\4 damaged", "no .npz file")])
+def test_arrays_that_are_no_images(tmp_path, capsys, content, words):
+    """Another type or shape, labels of others, objects that would run code, no array at all: one line."""
+    path = tmp_path / "other.npz"
+    if isinstance(content, bytes):
+        path.write_bytes(content)
+    else:
+        np.savez(path, **content)
+    assert evaluate.main([str(path), "--against", "digits"]) == 2
+    errors = capsys.readouterr().err
+    assert words in errors
+    assert len(errors.splitlines()) == 1
+
+
+@pytest.mark.parametrize("more, labels, names", [
+    ({}, [0, 0], []), ({"arr_1": np.array([7, 3], np.int32)}, [1, 0], ["3", "7"]),
+    ({"arr_1": np.array([1, 1]), "class_names": np.array(["cat", "dog"])}, [0, 0], ["dog"]),
+    ({"arr_1": np.array([1, 2]), "class_names": np.array(["cat", "dog"])}, [0, 1], ["1", "2"]),
+    ({"arr_1": np.array([-1, 2]), "class_names": np.array(["a", "b", "c"])}, [0, 1], ["-1", "2"])])
+@pytest.mark.parametrize("save", [np.savez, np.savez_compressed])
+def test_arrays_of_other_programs(tmp_path, more, labels, names, save):
+    """Without labels, with numbers for classes, with names that do or do not go with them; compressed, too."""
+    pixels = np.random.default_rng(0).integers(0, 256, (2, 5, 4, 3), dtype=np.uint8)
+    save(tmp_path / "a.npz", arr_0=pixels, **more)
+    data = evaluate.read_images(str(tmp_path / "a.npz"))
+    assert np.array_equal(data.images.permute(0, 2, 3, 1).numpy(), pixels)
+    assert (data.labels.tolist(), data.class_names) == (labels, names)
