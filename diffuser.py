@@ -340,7 +340,7 @@ class Config:
         0.0, "stop when the mean absolute change of the last ten logged losses is below this; 0: never", lo=0,
         hi=1e9)
     scale_lr: bool = opt(False, "multiply the learning rate by the number of devices")
-    num_gpus: int = opt(0, "GPUs for DataParallel; 0: all there are", lo=0, hi=64, per_run=True, common=True)
+    num_gpus: int = opt(0, "GPUs to train and draw on; 0: all there are", lo=0, hi=64, per_run=True, common=True)
     precision: str = opt(
         "auto", "auto: bf16 where the hardware multiplies it (on CPUs from 32 base channels on), else fp32",
         "--mixed_precision", choices=("auto", "fp32", "bf16", "fp16"), synonyms={"no": "fp32"}, per_run=True,
@@ -2249,9 +2249,13 @@ class Devices:
         if self.processes.world > 1:
             device_ids = [self.device.index] if self.device.type == "cuda" else None
             return nn.parallel.DistributedDataParallel(forward, device_ids=device_ids)
-        if self.replicas > 1:
-            return nn.DataParallel(InContext(forward, compute.autocast), list(range(self.replicas)))
-        return forward
+        return self.replicate(forward, compute)
+
+    def replicate(self, network: nn.Module, compute: ComputeConfig) -> nn.Module:
+        """The network as one call of it runs on all GPUs of this process, a part of the batch on each."""
+        if self.replicas == 1:
+            return network
+        return nn.DataParallel(InContext(network, compute.autocast), list(range(self.replicas)))
 
     def __str__(self) -> str:
         """For people."""
@@ -2626,7 +2630,8 @@ def check_sampler_options(overrides: dict, cfg: Config) -> None:
 class Model:
     """A network with all that drawing images needs, as `load` makes it from a checkpoint.
 
-    shape: (C, H, W); class_names: may be empty; compute: how the networks are run; guide: a weaker network, to guide.
+    shape: (C, H, W); class_names: may be empty; compute: how the networks are run; guide: a weaker network, to guide;
+    replicas: GPUs that share a batch, see `spread`.
     """
 
     network: nn.Module
@@ -2637,6 +2642,7 @@ class Model:
     class_names: list[str]
     compute: ComputeConfig = field(default_factory=ComputeConfig)
     guide: nn.Module | None = None
+    replicas: int = 1
 
     @classmethod
     def from_network(cls, network: nn.Module, config: Config, shape: tuple[int, int, int],
@@ -2684,6 +2690,14 @@ class Model:
     def null_class(self) -> int:
         """The label of no label."""
         return len(self.class_names)
+
+    def spread(self, devices: Devices) -> Model:
+        """The same model, which draws each batch on all GPUs of this process, as training does."""
+        network = devices.replicate(self.network, self.compute)
+        guide = None
+        if self.guide is not None:
+            guide = devices.replicate(self.guide, self.compute)
+        return dataclasses.replace(self, network=network, guide=guide, replicas=devices.replicas)
 
     def generate(self, classes: int | str | list[str | int] | None = None, num_images: int | None = None, *,
                  first: int = 0, seeds: str | Sequence[int] = (), pil: bool = False, each_step: bool = False,
@@ -2781,7 +2795,7 @@ class Model:
         values = network_size(self.config, self.shape, len(self.class_names)).values
         if cfg.guidance_scale:
             values *= 2
-        return max(1, min(1024, free_memory(self.device) // (4 * values)))
+        return self.replicas * max(1, min(1024, free_memory(self.device) // (4 * values)))
 
     @torch.no_grad()
     def sample(self, labels: list[int], cfg: Config, first: int = 0, seeds: Sequence[int] = ()) -> Steps:
@@ -5298,10 +5312,12 @@ def run_inference(asked: dict) -> None:
     devices = Devices(cfg)
     processes = devices.processes
     require_same_checkpoint(source, processes)
-    model = build_model(state, cfg, devices)
+    model = build_model(state, cfg, devices).spread(devices)
     if wants_labels and not model.class_names:
         raise UserError(f"--use_labels: {path} was trained without classes")
     several = f", {processes.world} processes" if processes.world > 1 else ""
+    if model.replicas > 1:
+        several = f", {model.replicas} GPUs"
     processes.print0(f"{path}: {run_title(state['config'])}, epoch {state['epoch']:.4g}")
     processes.print0(f"{cfg.sampler}, {sampling_steps(cfg)} steps, {model.device}{several}")
 

@@ -1,6 +1,7 @@
-"""--mode inference with several processes, whose files are those of one; and all pictures as one file."""
+"""--mode inference with several processes or GPUs, whose files are those of one; and all pictures as one file."""
 
 import contextlib
+import dataclasses
 import json
 import os
 import shutil
@@ -10,6 +11,7 @@ import sys
 import time
 import zipfile
 from pathlib import Path
+from typing import ClassVar
 
 import numpy as np
 import pytest
@@ -158,6 +160,78 @@ def test_a_disk_that_is_full_while_several_draw(home, tmp_path):
         subprocess.run(["mount", "-o", "remount,size=64m", str(place)], check=True)
         assert cli(*flags, cwd=home).returncode == 0
         assert content(place, "grid.png") == content(home / "one", "grid.png")
+
+
+# ---- Several GPUs of one process ---------------------------------------------------------------
+
+
+class Halves(torch.nn.Module):
+    """nn.DataParallel as if there were two GPUs: each call runs a half of the batch after the other."""
+
+    seen: ClassVar[list] = []
+
+    def __init__(self, module, device_ids):
+        super().__init__()
+        assert device_ids == [0, 1]
+        self.module = module
+
+    def forward(self, *inputs):
+        parts = [v if v is None else v.chunk(2) for v in inputs]
+        out = []
+        for i in range(len(parts[0])):
+            out.append(self.module(*(v if v is None else v[i] for v in parts)))
+        self.seen.append([len(v) for v in out])
+        return torch.cat(out)
+
+
+@pytest.fixture
+def two_gpus(monkeypatch):
+    """This process pretends to have two GPUs, both of which are its CPU; gives the parts that batches run in."""
+    real_start = diffuser.Devices.__init__
+
+    def start(devices, cfg):
+        real_start(devices, cfg)
+        devices.replicas = cfg.num_gpus or 2
+
+    monkeypatch.setattr(diffuser.Devices, "__init__", start)
+    monkeypatch.setattr(torch.nn, "DataParallel", Halves)
+    monkeypatch.setattr(Halves, "seen", [])
+    return Halves.seen
+
+
+@pytest.mark.parametrize("flags, parts", [
+    (["--guidance_scale", "0"], [2, 2]), (["--guidance_scale", "1"], [4, 4]),
+    (["--guidance_scale", "1", "--guide_path", "model.pt"], [2, 2])], ids=str)
+def test_all_gpus_draw(home, tmp_path, monkeypatch, two_gpus, capsys, flags, parts):
+    """Without torchrun each batch is shared by the GPUs, the guide's, too; the pictures are the same to a grey level."""
+    monkeypatch.chdir(home)
+    command = ["--mode", "inference", "--model_path", "model.pt", "--num_images", "9", "--steps", "2", "--device", "cpu",
+               "--sample_batch_size", "4", *flags, "--save_dir"]
+    assert main([*command, str(tmp_path / "one"), "--num_gpus", "1"]) == 0
+    assert two_gpus == []
+    assert "2 GPUs" not in capsys.readouterr().out
+    assert main([*command, str(tmp_path / "two"), "--num_gpus", "0"]) == 0
+    assert "steps, cpu, 2 GPUs" in capsys.readouterr().out
+    assert two_gpus[0] == parts
+    assert len(two_gpus) == 3 * 2 * (2 if "--guide_path" in flags else 1)
+    for path in (tmp_path / "one/images").iterdir():
+        one, two = (np.asarray(Image.open(file), dtype=int) for file in (path, tmp_path / "two/images" / path.name))
+        assert abs(one - two).max() <= 1
+
+
+def test_a_batch_is_larger_on_several_gpus(home, monkeypatch):
+    """What fits into the memory of one, times their number, where no size is asked for."""
+    model = diffuser.load(home / "model.pt", device="cpu")
+    monkeypatch.setattr(diffuser.Model, "device", torch.device("cuda"))
+    monkeypatch.setattr(diffuser, "free_memory", lambda device: 2**23)
+    alone = model.batch_size(model.config)
+    devices = diffuser.Devices(tiny_training())
+    devices.replicas = 3
+    spread = model.spread(devices)
+    assert 1 < alone < 1024
+    assert spread.batch_size(model.config) == 3 * alone
+    assert spread.batch_size(dataclasses.replace(model.config, sample_batch_size=5)) == 5
+    assert (model.replicas, spread.replicas) == (1, 3)
 
 
 # ---- One file ----------------------------------------------------------------------------------
