@@ -69,6 +69,7 @@ import copy
 import dataclasses
 import hashlib
 import inspect
+import itertools
 import math
 import os
 import pickle
@@ -119,16 +120,17 @@ from diffuser_lib.files import (
     zip_is_sound,
 )
 from diffuser_lib.images import (
+    ARCHIVES,
     ImageData,
     ImageFiles,
     PictureFolder,
+    PictureWriter,
     cached_images,
     file_names,
     from_uint8,
     open_image,
     require_images,
     save_grid,
-    save_png,
     to_pil,
     to_uint8,
 )
@@ -143,7 +145,9 @@ from diffuser_lib.machine import (
 from diffuser_lib.metrics import MetricsLogger, TensorBoard, WeightsAndBiases
 from diffuser_lib.processes import (
     Processes,
+    SharedBar,
     Signals,
+    Stopped,
     is_lost,
     leave,
     save_signals,
@@ -336,7 +340,7 @@ class Config:
         0.0, "stop when the mean absolute change of the last ten logged losses is below this; 0: never", lo=0,
         hi=1e9)
     scale_lr: bool = opt(False, "multiply the learning rate by the number of devices")
-    num_gpus: int = opt(0, "GPUs for DataParallel; 0: all there are", lo=0, hi=64, per_run=True, common=True)
+    num_gpus: int = opt(0, "GPUs to train and draw on; 0: all there are", lo=0, hi=64, per_run=True, common=True)
     precision: str = opt(
         "auto", "auto: bf16 where the hardware multiplies it (on CPUs from 32 base channels on), else fp32",
         "--mixed_precision", choices=("auto", "fp32", "bf16", "fp16"), synonyms={"no": "fp32"}, per_run=True,
@@ -402,6 +406,9 @@ class Config:
     seeds: str = opt(
         "", "an image for each of these seeds, such as 1,2,5-10: as --seed S --num_images 1 draws it", per_run=True)
     save_dir: str = opt("", "folder for images/, grid.png and samples.json", per_run=True, common=True)
+    save_format: str = opt(
+        "png", "as pictures, one ZIP file or one array", choices=("png", *ARCHIVES), per_run=True,
+        common=True)
     sampler: str = opt(
         "dpmpp", "sampler", "--solver", choices="SAMPLERS", synonyms={"dpm++": "dpmpp", "euler": "ddim"}, common=True)
     steps: int | None = opt(
@@ -2242,9 +2249,13 @@ class Devices:
         if self.processes.world > 1:
             device_ids = [self.device.index] if self.device.type == "cuda" else None
             return nn.parallel.DistributedDataParallel(forward, device_ids=device_ids)
-        if self.replicas > 1:
-            return nn.DataParallel(InContext(forward, compute.autocast), list(range(self.replicas)))
-        return forward
+        return self.replicate(forward, compute)
+
+    def replicate(self, network: nn.Module, compute: ComputeConfig) -> nn.Module:
+        """The network as one call of it runs on all GPUs of this process, a part of the batch on each."""
+        if self.replicas == 1:
+            return network
+        return nn.DataParallel(InContext(network, compute.autocast), list(range(self.replicas)))
 
     def __str__(self) -> str:
         """For people."""
@@ -2630,7 +2641,8 @@ def check_sampler_options(overrides: dict, cfg: Config) -> None:
 class Model:
     """A network with all that drawing images needs, as `load` makes it from a checkpoint.
 
-    shape: (C, H, W); class_names: may be empty; compute: how the networks are run; guide: a weaker network, to guide.
+    shape: (C, H, W); class_names: may be empty; compute: how the networks are run; guide: a weaker network, to guide;
+    replicas: GPUs that share a batch, see `spread`.
     """
 
     network: nn.Module
@@ -2641,6 +2653,7 @@ class Model:
     class_names: list[str]
     compute: ComputeConfig = field(default_factory=ComputeConfig)
     guide: nn.Module | None = None
+    replicas: int = 1
 
     @classmethod
     def from_network(cls, network: nn.Module, config: Config, shape: tuple[int, int, int],
@@ -2688,6 +2701,14 @@ class Model:
     def null_class(self) -> int:
         """The label of no label."""
         return len(self.class_names)
+
+    def spread(self, devices: Devices) -> Model:
+        """The same model, which draws each batch on all GPUs of this process, as training does."""
+        network = devices.replicate(self.network, self.compute)
+        guide = None
+        if self.guide is not None:
+            guide = devices.replicate(self.guide, self.compute)
+        return dataclasses.replace(self, network=network, guide=guide, replicas=devices.replicas)
 
     def generate(self, classes: int | str | list[str | int] | None = None, num_images: int | None = None, *,
                  first: int = 0, seeds: str | Sequence[int] = (), pil: bool = False, each_step: bool = False,
@@ -2744,27 +2765,35 @@ class Model:
         return [classes[i % len(classes)] for i in range(first, first + num_images)]
 
     def draw(self, labels: list[int], cfg: Config, progress: Callable = lambda: None, first: int = 0,
-             seeds: Sequence[int] = ()) -> Iterator[Tensor]:
+             seeds: Sequence[int] = (), batches: Sequence[range] | None = None) -> Iterator[Tensor]:
         """Images number first, first + 1, ... in batches, uint8 [n, C, H, W]; progress() after every step.
 
-        A batch that does not fit into memory is halved. seeds: see `sample`.
+        batches: those of `batches` to draw, by default all. A batch that does not fit into memory is halved, and so
+        are those behind it. seeds: see `sample`.
         """
         size = min(self.batch_size(cfg), max(1, len(labels)))
-        i = 0
-        while i < len(labels):
-            chosen = labels[i : i + size]
-            missing = size - len(chosen) if self.compute.compiled else 0     # filling up beats compiling again
-            filled = chosen + chosen[-1:] * missing
-            try:
-                for _, x, _ in self.sample(filled, cfg, first + i, [*seeds, *seeds[-1:] * missing]):      # noqa: B007
-                    progress()
-            except torch.OutOfMemoryError:
-                if size == 1:
-                    raise
-                size = math.ceil(size / 2)
-                continue
-            yield to_uint8(x[: len(chosen)])
-            i += len(chosen)
+        for batch in self.batches(len(labels), cfg) if batches is None else batches:
+            i = batch.start
+            while i < batch.stop:
+                chosen = labels[i : min(i + size, batch.stop)]
+                missing = size - len(chosen) if self.compute.compiled else 0     # filling up beats compiling again
+                filled = chosen + chosen[-1:] * missing
+                all_seeds = [*seeds, *seeds[-1:] * missing]
+                try:
+                    for _, x, _ in self.sample(filled, cfg, first + i, all_seeds):       # noqa: B007
+                        progress()
+                except torch.OutOfMemoryError:
+                    if size == 1:
+                        raise
+                    size = math.ceil(size / 2)
+                    continue
+                yield to_uint8(x[: len(chosen)])
+                i += len(chosen)
+
+    def batches(self, count: int, cfg: Config) -> list[range]:
+        """The batches that so many images are drawn in, as places in 0..count-1; the last one may be smaller."""
+        size = self.batch_size(cfg)
+        return [range(i, min(i + size, count)) for i in range(0, count, size)]
 
     def batch_size(self, cfg: Config) -> int:
         """Images drawn at a time: as asked for, else as many as keep the device busy and fit into its memory."""
@@ -2777,7 +2806,7 @@ class Model:
         values = network_size(self.config, self.shape, len(self.class_names)).values
         if cfg.guidance_scale:
             values *= 2
-        return max(1, min(1024, free_memory(self.device) // (4 * values)))
+        return self.replicas * max(1, min(1024, free_memory(self.device) // (4 * values)))
 
     @torch.no_grad()
     def sample(self, labels: list[int], cfg: Config, first: int = 0, seeds: Sequence[int] = ()) -> Steps:
@@ -2945,9 +2974,10 @@ def parse_seeds(seeds: str | Sequence[int]) -> list[int]:
 def draw_with_bar(model: Model, labels: list[int], cfg: Config, first: int = 0,
                   seeds: Sequence[int] = ()) -> Iterator[Tensor]:
     """Model.draw with a progress bar over the network's steps."""
-    total = math.ceil(len(labels) / model.batch_size(cfg)) * sampling_steps(cfg)
+    batches = model.batches(len(labels), cfg)
+    total = len(batches) * sampling_steps(cfg)
     with tqdm(total=total, desc="sampling", unit="step", leave=False, disable=None) as bar:
-        yield from model.draw(labels, cfg, bar.update, first, seeds)
+        yield from model.draw(labels, cfg, bar.update, first, seeds, batches)
 
 
 def save_strip(model: Model, labels: list[int], cfg: Config, path: Path, first: int = 0,
@@ -3573,9 +3603,9 @@ def load(path: str | Path, device: str = "auto", **settings) -> Model:
     return build_model(state, configure(state["config"], device=device, **settings))
 
 
-def build_model(state: dict, cfg: Config) -> Model:
+def build_model(state: dict, cfg: Config, devices: Devices | None = None) -> Model:
     """The model in the content of a checkpoint, with its guide. Raises UserError for a guide that does not fit it."""
-    device = Devices(cfg).device
+    device = (devices or Devices(cfg)).device
     shape = tuple(state["shape"])
     names = state["class_names"]
     parameters = network_size(cfg, shape, len(names)).parameters
@@ -5267,8 +5297,8 @@ def check_device(cfg: Config, problems: list[str]) -> None:
 
 def run_inference(asked: dict) -> None:
     """--mode inference. asked: what the command line asks for, as from `requested`."""
-    if world_size() > 1:
-        raise UserError("--mode inference runs in one process: start it without torchrun")
+    if world_size() > 1 and not asked.get("save_dir"):
+        raise UserError("name the folder for images with --save_dir: under torchrun nobody can be asked")
     for name in ("config", "init_from"):
         if asked.get(name):
             raise UserError(f"--{name} is for --mode train; what to draw with is named by --model_path")
@@ -5290,14 +5320,20 @@ def run_inference(asked: dict) -> None:
     cfg = complete(asked, state["config"])
     check_sampler_options(asked, cfg)
 
-    model = build_model(state, cfg)
+    devices = Devices(cfg)
+    processes = devices.processes
+    require_same_checkpoint(source, processes)
+    model = build_model(state, cfg, devices).spread(devices)
     if wants_labels and not model.class_names:
         raise UserError(f"--use_labels: {path} was trained without classes")
-    print(f"{path}: {run_title(state['config'])}, epoch {state['epoch']:.4g}")
-    print(f"{cfg.sampler}, {sampling_steps(cfg)} steps, {model.device}")
+    several = f", {processes.world} processes" if processes.world > 1 else ""
+    if model.replicas > 1:
+        several = f", {model.replicas} GPUs"
+    processes.print0(f"{path}: {run_title(state['config'])}, epoch {state['epoch']:.4g}")
+    processes.print0(f"{cfg.sampler}, {sampling_steps(cfg)} steps, {model.device}{several}")
 
     if cfg.dry_run:
-        print(describe_settings(cfg))
+        processes.print0(describe_settings(cfg))
     elif cfg.yes or cfg.classes or cfg.num_images or cfg.save_dir or cfg.first or seeds:
         numbers = []                                             # of the classes; none for no label
         if cfg.classes:
@@ -5305,9 +5341,9 @@ def run_inference(asked: dict) -> None:
         elif wants_labels is not False:
             numbers = list(range(len(model.class_names)))
         count = len(seeds) or cfg.num_images or 10 * max(1, len(numbers))
-        save_images(model, cfg, numbers, count, source, cfg.first, seeds)
+        save_images(model, cfg, numbers, count, source, processes, cfg.first, seeds)
     else:
-        interactive_sampling(model, cfg, source)
+        interactive_sampling(model, cfg, source, processes)
 
 
 def load_with_digest(path: Path) -> tuple[dict, dict]:
@@ -5331,11 +5367,20 @@ def load_with_digest(path: Path) -> tuple[dict, dict]:
             return state, dict(checkpoint=str(path), sha256=digest)
 
 
+def require_same_checkpoint(source: dict, processes: Processes) -> None:
+    """Raise UserError where a run has replaced the checkpoint while several processes were reading it."""
+    number = int(source["sha256"][:15], 16)
+    differs = number != processes.broadcast(number)
+    if processes.largest(differs):
+        raise UserError(f"{source['checkpoint']} was replaced while it was read: start again, or name with "
+                        "--model_path one that stays as it is", code=1)
+
+
 def choose_checkpoint(asked: dict) -> Path | None:
     """The checkpoint that the user picks from those below the working directory, None to quit.
 
     --experiment_name and --dataset leave those of their runs; --yes takes the newest. Raises UserError where there is
-    none.
+    none, and under torchrun where there are several.
     """
     home = Path(asked.get("working_directory") or "checkpoints")
     found = []
@@ -5356,6 +5401,9 @@ def choose_checkpoint(asked: dict) -> Path | None:
     if len(found) == 1 or asked.get("yes"):
         path, _ = found[0]
         return path
+    if world_size() > 1:
+        raise UserError(f"{home} has {len(found)} checkpoints: name one with --model_path, or take the newest with "
+                        "--yes; under torchrun nobody can be asked")
 
     for i, (path, state) in enumerate(found, 1):
         loss = f"loss {state['loss_history'][-1][1]:.4f}" if state["loss_history"] else "no loss yet"
@@ -5381,7 +5429,7 @@ def of_that_run(found: list[tuple[Path, dict]], option: str, wanted: str, home: 
     raise UserError(f"--{option} {wanted}: {home} has no checkpoint of it{did_you_mean(wanted, there)}; {others}")
 
 
-def interactive_sampling(model: Model, cfg: Config, source: dict) -> None:
+def interactive_sampling(model: Model, cfg: Config, source: dict, processes: Processes) -> None:
     """Ask for classes and numbers of images, draw, save and show, until the user quits."""
     if model.class_names:
         print(f"classes: {list_classes(model.class_names)}")
@@ -5399,7 +5447,7 @@ def interactive_sampling(model: Model, cfg: Config, source: dict) -> None:
             return
 
         count *= max(1, len(numbers))
-        folder = save_images(model, cfg, numbers, count, source, drawn)
+        folder = save_images(model, cfg, numbers, count, source, processes, drawn)
         drawn += count
         if sys.stdout.isatty() and has_display():
             open_image(folder / "grid.png").show()
@@ -5412,47 +5460,114 @@ def has_display() -> bool:
     return bool(os.environ.get("DISPLAY") or os.environ.get("WAYLAND_DISPLAY"))
 
 
-def save_images(model: Model, cfg: Config, numbers: list[int], count: int, source: dict, first: int = 0,
-                seeds: Sequence[int] = ()) -> Path:
+def save_images(model: Model, cfg: Config, numbers: list[int], count: int, source: dict, processes: Processes,
+                first: int = 0, seeds: Sequence[int] = ()) -> Path:
     """Draw `count` images from number first on, of the classes `numbers` in turn.
 
-    source: path and hash of the checkpoint, as from load_with_digest; seeds: one for each image, which is then named
-    after it. Returns the folder with images/, grid.png and samples.json: --save_dir, or a new one. Where images of the
-    same request are there, the others are drawn. Raises UserError where there are other images, all of them, or another
-    process that draws into the folder.
+    source: path and hash of the checkpoint, as from load_with_digest; processes: all of them call this, each draws its
+    share, and the files are those of one process; seeds: one for each image, which is then named after it. Returns the
+    folder with images/, grid.png and samples.json: --save_dir, or a new one. Where images of the same request are
+    there, the others are drawn. Raises UserError where there are other images, all of them, or another command that
+    draws into the folder. As --save_format asks for, images/ becomes one file in the end.
     """
     folder = Path(cfg.save_dir)
     if not cfg.save_dir:
         folder = unused_path(Path(cfg.generated_directory, f"inference_{cfg.dataset}_"))
     labels = model.labels(numbers, count, first)
     names = picture_names(model, labels, first, seeds)
-    pictures = PictureFolder(
-        folder, "samples.json", drawing_record(model, cfg, numbers, count, source, first), drawing_request,
-        name=names.__getitem__, count=count, shape=model.shape,
-        last="trajectory.png" if cfg.trajectory else "grid.png")
+    record = drawing_record(model, cfg, numbers, count, source, first)
+    last = "trajectory.png" if cfg.trajectory else "grid.png"
+    if cfg.save_format in ARCHIVES:
+        last = f"images.{cfg.save_format}"
+    pictures = PictureFolder(folder, "samples.json", record, drawing_request, name=names.__getitem__, count=count,
+                             shape=model.shape, last=last)
 
-    with pictures.hold(how_to_go_on(cfg, folder, numbers, count, first)):
+    # The same batches in all processes, and whenever drawing goes on: rounding depends on them.
+    size = processes.broadcast(drawing_batch_size(model, cfg, pictures.earlier_record()))
+    in_batches = dataclasses.replace(cfg, sample_batch_size=size, sequential=False)
+    record.update(batch_size=size, device=model.device.type)
+
+    # Rank 0 holds the folder for all.
+    signals = Signals(processes)
+    go_on = how_to_go_on(cfg, folder, numbers, count, first)
+    hold = pictures.hold if processes.is_main else pictures.explain_failures
+    with signals.catch(*stop_signals()) if processes.world > 1 else nullcontext(), hold(go_on):
+        processes.barrier()
+
         # The images, each by its number and class.
-        missing = pictures.missing()
-        there = count - sum(map(len, missing))
-        if there:
-            print(f"going on: {there} of {count} images are in {folder / 'images'}")
-        for run in missing:
-            i = run.start
-            for batch in draw_with_bar(model, labels[run.start : run.stop], cfg, first + run.start, seeds):
-                for image in batch:
-                    save_png(image, pictures.path(i))
-                    i += 1
+        missing = processes.broadcast_list(pictures.missing() if processes.is_main else [])
+        if len(missing) < count:
+            processes.print0(f"going on: {count - len(missing)} of {count} images are in {folder / 'images'}")
+        draw_missing(model, labels, in_batches, pictures, missing, processes, signals, first, seeds)
 
         # What shows them side by side: the first hundred.
-        shown = torch.stack([pictures.read(i) for i in range(min(count, 100))])
-        columns = [model.class_names[n] for n in labels[: len(numbers)]]
-        save_grid(shown, folder / "grid.png", columns)
-        if cfg.trajectory:
-            save_strip(model, labels[:10], cfg, folder / "trajectory.png", first, seeds)
+        if processes.is_main:
+            shown = torch.stack([pictures.read(i) for i in range(min(count, 100))])
+            columns = [model.class_names[n] for n in labels[: len(numbers)]]
+            save_grid(shown, folder / "grid.png", columns)
+            if cfg.trajectory:
+                save_strip(model, labels[:10], cfg, folder / "trajectory.png", first, seeds)
+
+        # All of them as one file.
+        place = folder / "images"
+        if cfg.save_format in ARCHIVES:
+            place = pictures.archive(cfg.save_format)
+            if processes.is_main:
+                pictures.pack(cfg.save_format, labels, model.class_names if numbers else [])
     written = ["grid.png", *["trajectory.png"] * cfg.trajectory, "samples.json"]
-    print(f"{count} images in {folder / 'images'}, beside them in {folder}: {', '.join(written)}")
+    processes.print0(f"{count} images in {place}, beside them in {folder}: {', '.join(written)}")
     return folder
+
+
+def drawing_batch_size(model: Model, cfg: Config, earlier: dict) -> int:
+    """Images drawn at a time: as asked for, else as those that are there already were drawn, else as the model chooses.
+
+    earlier: what samples.json says of those, empty where there are none.
+    """
+    size = earlier.get("batch_size")
+    asked = cfg.sequential or cfg.sample_batch_size
+    if not asked and earlier.get("device") == model.device.type and is_count(size, least=1, most=10**6):
+        return size
+    return model.batch_size(cfg)
+
+
+def draw_missing(model: Model, labels: list[int], cfg: Config, pictures: PictureFolder, missing: list[int],
+                 processes: Processes, signals: Signals, first: int, seeds: Sequence[int]) -> None:
+    """Draw the pictures that are missing, each process its share, and wait until all are there.
+
+    They are drawn in whole batches, with those that are there already, since rounding depends on the others in a batch.
+    Raises OSError where one cannot be written, UserError where a signal asks to stop.
+    """
+    wanted = set(missing)
+    batches = [batch for batch in model.batches(len(labels), cfg) if not wanted.isdisjoint(batch)]
+    share = batches[processes.rank :: processes.world]
+    total = len(batches) * sampling_steps(cfg)
+    try:
+        with SharedBar(processes, total, desc="sampling", unit="step", leave=False) as bar:
+
+            def after_step() -> None:
+                signals.require_none()
+                bar.update()
+
+            with PictureWriter() as writer:
+                drawn = itertools.chain.from_iterable(model.draw(labels, cfg, after_step, first, seeds, share))
+                for i, image in zip(itertools.chain.from_iterable(share), drawn):
+                    if i in wanted:
+                        writer.save(image, pictures.path(i))
+
+            def look() -> None:
+                signals.require_none()
+                bar.look()
+
+            processes.wait_for_all(look)
+    except Stopped as error:
+        raise UserError(f"{error}: {pictures.what_is_kept()}; the same command goes on with the rest",
+                        code=128 + error.number) from None
+
+    lost = [i for i in missing if processes.is_main and not pictures.path(i).exists()]
+    if lost:
+        raise UserError(f"{len(lost)} images are not in {pictures.folder}: processes on several machines need one "
+                        "folder that all of them see", code=1)
 
 
 def picture_names(model: Model, labels: list[int], first: int = 0, seeds: Sequence[int] = ()) -> list[str]:

@@ -422,9 +422,8 @@ def edit(args: argparse.Namespace) -> str:
     images = to_uint8(edited.x)
     again = "the same command" if args.save_dir else f"the same command with --save_dir {folder}"
     with pictures.hold(f".\nWhen that is mended, {again} goes on with the rest"):
-        for run in pictures.missing():
-            for i in run:
-                save_png(images[i], pictures.path(i))
+        for i in pictures.missing():
+            save_png(images[i], pictures.path(i))
         shown = torch.cat([*edited.sources.values(), images])
         headings = [*edited.sources, *edited.headings]
         save_grid(shown, folder / "grid.png", headings, columns=min(10, len(shown)))

@@ -7,8 +7,8 @@
     python evaluate.py out --against photos.zip --copies            is anything a copy of a training image?
     python evaluate.py --bpd checkpoint.pt                          bits per dimension of a model's held-out images
 
-DIR is a folder as `diffuser.py --mode inference --save_dir DIR` leaves it, or any folder or ZIP of images. The judge
-is a small classifier, trained once on the reference and kept in --data_dir: class accuracy is the share of images
+DIR is a folder as `diffuser.py --mode inference --save_dir DIR` leaves it, or any folder, ZIP or .npz of images. The
+judge is a small classifier, trained once on the reference and kept in --data_dir: class accuracy is the share of images
 that it takes for the class in their file name, the distance is that of Heusel et al. 2017 between its features. Its
 floor is the distance that real images outside the training set have. Without classes a network of fixed random
 weights takes its place. A metric that the images are too few for is left out, with the number that it needs.
@@ -47,7 +47,16 @@ from diffuser_lib.files import (
     warn_on_oserror,
     write_json,
 )
-from diffuser_lib.images import DecodedImages, ImageData, ImageFiles, Shape, file_names, from_uint8
+from diffuser_lib.images import (
+    ARCHIVES,
+    DecodedImages,
+    ImageData,
+    ImageFiles,
+    NpzImages,
+    Shape,
+    file_names,
+    from_uint8,
+)
 from diffuser_lib.judge import FEATURES, Reference, ReferenceStats, divide, extract_features
 from diffuser_lib.machine import is_installed
 from diffuser_lib.tensors import read_tensors
@@ -55,16 +64,21 @@ from diffuser_lib.tensors import read_tensors
 # ---- Images ------------------------------------------------------------------------------------
 
 
-def find_images(path: str) -> ImageFiles:
-    """The image files of a folder or ZIP; of DIR/images, where there is one. Raises UserError."""
-    inner = Path(path, "images")
+def find_images(path: str) -> ImageFiles | NpzImages:
+    """The images of a folder, ZIP or .npz file; of what --mode inference has left in a folder. Raises UserError."""
+    for name in (*(f"images.{kind}" for kind in ARCHIVES), "images"):
+        if Path(path, name).exists():
+            path = str(Path(path, name))
+            break
+    if path.lower().endswith(".npz"):
+        return NpzImages(path, "DIR")
     try:
-        return ImageFiles(str(inner) if inner.is_dir() else path, "DIR")
+        return ImageFiles(path, "DIR")
     except UserError:
-        raise UserError(f"{path} is no folder or ZIP file with images in it") from None
+        raise UserError(f"{path} is no folder, ZIP or .npz file with images in it") from None
 
 
-def shape_of_first(files: ImageFiles) -> Shape:
+def shape_of_first(files: ImageFiles | NpzImages) -> Shape:
     """(C, H, W): the size of the first image, in colour if any of a few is. Raises whatever a broken file leads to."""
     image, _ = files[0]
     with image:
@@ -78,10 +92,11 @@ def class_in_name(name: str) -> str:
 
 
 def read_images(path: str, shape: Shape | None = None) -> ImageData:
-    """All images of a folder or ZIP (of DIR/images, where there is one), uint8 [N, C, H, W].
+    """All images of a folder, ZIP or .npz file, as from find_images: uint8 [N, C, H, W].
 
-    The label is the class in a name such as 000012_cat.png, else the folder's. shape: (C, H, W), by default the first
-    image's own. Raises UserError, also for a single image that cannot be read: figures without it would be wrong.
+    The label is the class in a name such as 000012_cat.png, else the folder's or the array's. shape: (C, H, W), by
+    default the first image's own. Raises UserError, also for a single image that cannot be read: figures without it
+    would be wrong.
     """
     files = find_images(path)
     if shape is None:
@@ -112,10 +127,10 @@ def read_images(path: str, shape: Shape | None = None) -> ImageData:
 
 
 def load_reference(against: str, data_dir: str, shape: Shape, test: str = "") -> Reference:
-    """The dataset of that name, or the folder or ZIP there, its images in the given shape (C, H, W).
+    """The dataset of that name, or the folder, ZIP or .npz file there, its images in the given shape (C, H, W).
 
-    test: a folder or ZIP of other images to test with. One image in six is for testing where neither that nor the
-    dataset has a test part. Raises UserError.
+    test: other images to test with, likewise. One image in six is for testing where neither that nor the dataset has
+    a test part. Raises UserError.
     """
     if test:
         return load_both(against, data_dir, shape, test)
@@ -133,7 +148,7 @@ def load_reference(against: str, data_dir: str, shape: Shape, test: str = "") ->
 
 
 def load_both(against: str, data_dir: str, shape: Shape, test: str) -> Reference:
-    """All images of `against` to train with, those of the folder or ZIP `test` to test with. Raises UserError."""
+    """All images of `against` to train with, those of `test` to test with. Raises UserError."""
     reference = load_reference(against, data_dir, shape)
     data = reference.everything()
     held_out = read_images(test, shape)
@@ -399,10 +414,11 @@ def checkpoint_bpd(path: str, data_dir: str, count: int, batch: int = 250) -> di
 
 def build_parser() -> Parser:
     parser = Parser("evaluate.py", usage="python evaluate.py [FOLDER] [options]", doc=__doc__)
-    parser.add_argument("folder", nargs="?", help="folder or ZIP of images to score")
-    parser.add_argument("--against", default="", metavar="NAME|PATH", help="dataset, folder or ZIP of real images")
+    parser.add_argument("folder", nargs="?", help="folder, ZIP or .npz of images to score")
+    parser.add_argument("--against", default="", metavar="NAME|PATH",
+                        help="dataset, or folder, ZIP or .npz of real images")
     parser.add_argument("--test", default="", metavar="PATH",
-                        help="folder or ZIP of other real images to test with [a test part of --against, or a sixth]")
+                        help="other real images to test with, likewise [a test part of --against, or a sixth]")
     parser.add_argument("--metrics", default="", metavar="NAME,NAME",
                         help="judge, fid, kid, is, pr [judge for named datasets, else fid]")
     parser.add_argument("--copies", nargs="?", const="copies.html", default="", metavar="PATH",

@@ -1,9 +1,10 @@
 """Image files in and out: folders, ZIP files, decoding, a cache of bytes; pictures and grids.
 
 Numbers     ImageData, to_uint8, from_uint8: uint8 [N, C, H, W] outside, float in [-1, 1] inside a network
-In          open_image; ImageFiles: the images of a folder or ZIP file; DecodedImages: as arrays of one shape
+In          open_image; ImageFiles, NpzImages: the images of a folder, ZIP or .npz file; DecodedImages: as arrays of one
+            shape
 Cache       cached_images: decoded once, then memory-mapped
-Out         to_pil, save_png, PictureFolder, save_grid, file_names
+Out         to_pil, save_png, PictureWriter, PictureFolder, ARCHIVES, save_grid, file_names
 
 Needs torch, numpy, Pillow and tqdm, and filelock for locks.
 """
@@ -21,11 +22,12 @@ import shutil
 import unicodedata
 import warnings
 import zipfile
-from collections import Counter
+from collections import Counter, deque
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, replace
-from functools import lru_cache
+from functools import cached_property, lru_cache
 from pathlib import Path
 from typing import BinaryIO
 
@@ -251,6 +253,66 @@ class ImageFiles(Dataset):
         return str(self.path.resolve()), hashlib.sha256(repr((self.names, stats)).encode()).hexdigest()
 
 
+class NpzImages(Dataset):
+    """The images of an .npz file, as evaluation suites take it: item i is (PIL image, label), as in ImageFiles.
+
+    In the file are arr_0, uint8 [N, H, W, C] of 1 or 3 channels, and perhaps arr_1, labels int [N], and class_names.
+    flag: the option that gave the path, for messages. Raises UserError where it is no such file.
+    """
+
+    def __init__(self, path: str, flag: str):
+        require_images(path, flag)
+        self.path = Path(path)
+        try:
+            self.shape = self.read_shape()
+            with np.load(self.path, allow_pickle=False) as arrays:
+                self.labels, self.class_names = self.name_classes(arrays.get("arr_1"), arrays.get("class_names"))
+        except Exception as error:                               # numpy and zipfile raise many kinds here
+            raise UserError(f"{flag} {path} is no .npz file with images as arr_0 ({first_line(error)})") from error
+        self.names = [f"{i:06}" for i in range(self.shape[0])]
+
+    def read_shape(self) -> tuple[int, int, int, int]:
+        """(N, H, W, C) of arr_0, checked before memory is taken for it. Raises ValueError and what zipfile raises."""
+        with zipfile.ZipFile(self.path) as archive, archive.open("arr_0.npy") as member:
+            version = np.lib.format.read_magic(member)
+            if version == (1, 0):
+                shape, _, kind = np.lib.format.read_array_header_1_0(member)
+            else:
+                shape, _, kind = np.lib.format.read_array_header_2_0(member)
+            size = archive.getinfo("arr_0.npy").file_size
+        if kind != np.uint8 or len(shape) != 4 or shape[3] not in (1, 3) or not 0 < math.prod(shape) < size:
+            raise ValueError(f"it is {kind} {list(shape)}, not uint8 [N, H, W, C] of 1 or 3 channels")
+        return shape
+
+    def name_classes(self, labels: np.ndarray | None, names: np.ndarray | None) -> tuple[list[int], list[str]]:
+        """A label for each image, and the names of those classes that there are: their numbers where it has none."""
+        if labels is None:
+            return [0] * self.shape[0], []
+        if labels.shape != self.shape[:1] or labels.dtype.kind not in "iu":
+            raise ValueError("arr_1 holds no label for each image")
+        numbers, places = np.unique(labels, return_inverse=True)
+        if names is not None and names.ndim == 1 and numbers[0] >= 0 and numbers[-1] < len(names):
+            return places.tolist(), [str(names[number]) for number in numbers]
+        return places.tolist(), [str(number) for number in numbers]
+
+    @cached_property
+    def images(self) -> np.ndarray:
+        """uint8 [N, H, W, C]."""
+        with np.load(self.path, allow_pickle=False) as arrays:
+            return arrays["arr_0"]
+
+    def __len__(self) -> int:
+        return self.shape[0]
+
+    def __getitem__(self, i: int) -> tuple[Image.Image, int]:
+        pixels = self.images[i]
+        return Image.fromarray(pixels[:, :, 0] if pixels.shape[2] == 1 else pixels), self.labels[i]
+
+    def guess_channels(self) -> int:
+        """1 if they are grey, else 3."""
+        return self.shape[3]
+
+
 @dataclass
 class DecodedImages(Dataset):
     """Item i of `source`, (PIL image, label), as (uint8 [C, H, W], label); the reason why where it cannot be read.
@@ -398,6 +460,35 @@ def save_png(image: Tensor, path: Path) -> None:
     write_atomically(path, lambda file: picture.save(file, "PNG"), through_power_cuts=False)
 
 
+class PictureWriter:
+    """Writes pictures in threads of its own, so that drawing waits neither for their compression nor for the disk.
+
+    A context manager: at its end all pictures are written, after Ctrl-C and other errors, too.
+    """
+
+    THREADS = 4
+    WAITING = 256                                                # pictures that memory is taken for
+
+    def __init__(self):
+        self.pool = ThreadPoolExecutor(min(self.THREADS, os.cpu_count() or 1))
+        self.pending = deque()
+
+    def save(self, image: Tensor, path: Path) -> None:
+        """uint8 [C, H, W] as a PNG file, soon. Raises OSError where an earlier one could not be written."""
+        self.pending.append(self.pool.submit(save_png, image, path))
+        while self.pending and (self.pending[0].done() or len(self.pending) > self.WAITING):
+            self.pending.popleft().result()
+
+    def __enter__(self) -> PictureWriter:
+        return self
+
+    def __exit__(self, kind: type | None, *error) -> None:
+        self.pool.shutdown()
+        if kind is None:
+            for written in self.pending:
+                written.result()
+
+
 @dataclass(frozen=True)
 class PictureFolder:
     """Where the pictures of one request go: folder/images/, with a record of the request beside it.
@@ -432,55 +523,120 @@ class PictureFolder:
             return None
         return torch.from_numpy(pixels.reshape(height, width, channels)).permute(2, 0, 1)
 
-    def missing(self) -> list[range]:
-        """The numbers of the pictures that are not there, neighbours together."""
-        runs = []
-        for i in range(self.count):
-            if self.read(i) is not None:
-                continue
-            if runs and runs[-1].stop == i:
-                runs[-1] = range(runs[-1].start, i + 1)
-            else:
-                runs.append(range(i, i + 1))
-        return runs
+    def require(self, i: int) -> Tensor:
+        """Picture i, uint8 [C, H, W]. Raises OSError where somebody has taken it away."""
+        image = self.read(i)
+        if image is None:
+            raise OSError(f"{self.name(i)} has gone, or is damaged")
+        return image
 
-    def is_same_request(self) -> bool:
-        """Whether the record in the folder asks for the same pictures."""
+    def missing(self) -> list[int]:
+        """The numbers of the pictures that are not there."""
+        return [i for i in range(self.count) if self.read(i) is None]
+
+    def earlier_record(self) -> dict:
+        """The record in the folder where it asks for the same pictures; else an empty one."""
         try:
             there = json.loads((self.folder / self.record_name).read_text())
-            return self.identity(there) == self.identity(json.loads(json.dumps(self.record)))
+            same = self.identity(there) == self.identity(json.loads(json.dumps(self.record)))
         except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):       # JSON of any kind
-            return False
+            return {}
+        return there if same else {}
 
     def require_open(self) -> None:
         """Raise UserError unless the folder is empty, or pictures of this very request are missing in it."""
         images = self.folder / "images"
-        advice = "give another --save_dir or remove it"
-        if not images.is_dir() or not any(images.iterdir()):
+        packed = [path for path in map(self.archive, ARCHIVES) if path.exists()]
+        if not packed and not (images.is_dir() and any(images.iterdir())):
             return
-        if not self.is_same_request():
-            raise UserError(f"{images} already holds images of another request: {advice}")
-        if (self.folder / self.last).exists() and not self.missing():
-            raise UserError(f"{images} already holds images, all that are asked for: {advice}")
+
+        place = packed[0] if packed else images
+        advice = "give another --save_dir or remove it"
+        if not self.earlier_record():
+            raise UserError(f"{place} already holds images of another request: {advice}")
+        if packed or ((self.folder / self.last).exists() and not self.missing()):
+            raise UserError(f"{place} already holds images, all that are asked for: {advice}")
+
+    def archive(self, kind: str) -> Path:
+        """Where all pictures stand as one file; kind: a name in ARCHIVES."""
+        return self.folder / f"images.{kind}"
+
+    def pack(self, kind: str, labels: Sequence[int], class_names: Sequence[str]) -> None:
+        """Put all pictures into one file, and remove theirs once it is whole.
+
+        kind: a name in ARCHIVES; labels: one for each picture; class_names: may be empty. Raises OSError.
+        """
+        write_atomically(self.archive(kind), lambda file: ARCHIVES[kind](file, self, labels, class_names))
+        for i in range(self.count):
+            self.path(i).unlink(missing_ok=True)
+        with suppress(OSError):                                  # somebody else's files are in it
+            (self.folder / "images").rmdir()
 
     @contextmanager
     def hold(self, go_on: str) -> Iterator[None]:
         """Hold the folder while pictures are written into it; another process is refused.
 
-        go_on: what to say of going on, where the disk is full. Raises UserError.
+        go_on: see explain_failures. Raises UserError.
         """
         images = self.folder / "images"
         with hold_lock(images, "--save_dir", "wait until it has ended, or give another --save_dir", patience=0):
             self.require_open()
-            try:
+            with self.explain_failures(go_on):
                 images.mkdir(exist_ok=True)
                 write_json(self.folder / self.record_name, self.record)
                 yield
-            except OSError as error:
-                kept = len(list(images.glob("[!.]*.png")))
-                raise UserError(f"{images}: {error.strerror or first_line(error)}; {kept} of {self.count} images are "
-                                f"there, whole{go_on}", code=1) from error
 
+    @contextmanager
+    def explain_failures(self, go_on: str) -> Iterator[None]:
+        """Where writing fails, raise UserError with what is kept; go_on: its end, about going on."""
+        try:
+            yield
+        except OSError as error:
+            reason = error.strerror or first_line(error)
+            raise UserError(f"{self.folder / 'images'}: {reason}; {self.what_is_kept()}{go_on}", code=1) from error
+
+    def what_is_kept(self) -> str:
+        """How many pictures are there, for people."""
+        kept = len(list((self.folder / "images").glob("[!.]*.png")))
+        return f"{kept} of {self.count} images are there, whole"
+
+
+# All pictures as one file, the same bytes for the same pictures: (binary file, pictures, labels, class_names) -> None.
+
+
+def write_zip(file: BinaryIO, pictures: PictureFolder, labels: Sequence[int], class_names: Sequence[str]) -> None:
+    """A ZIP file of the pictures, with dataset.json as EDM's dataset_tool.py has it: {"labels": [[name, label], ...]}.
+
+    Without classes the labels are null. Raises OSError.
+    """
+    pairs = [[pictures.name(i), label] for i, label in enumerate(labels)]
+    index = json.dumps({"labels": pairs if class_names else None})
+    with zipfile.ZipFile(file, "w") as archive:                  # PNG is compressed already
+        for i in range(pictures.count):
+            archive.writestr(zipfile.ZipInfo(pictures.name(i)), pictures.path(i).read_bytes())
+        archive.writestr(zipfile.ZipInfo("dataset.json"), index)
+
+
+def write_npz(file: BinaryIO, pictures: PictureFolder, labels: Sequence[int], class_names: Sequence[str]) -> None:
+    """arr_0, uint8 [N, H, W, C], as ADM's evaluator.py takes it; with classes arr_1, int64 [N], and class_names.
+
+    One picture at a time, since all may not fit into memory. Raises OSError.
+    """
+    channels, height, width = pictures.shape
+    header = dict(descr="|u1", fortran_order=False, shape=(pictures.count, height, width, channels))
+    arrays = dict(arr_1=np.array(labels, dtype=np.int64), class_names=np.array(class_names)) if class_names else {}
+    with zipfile.ZipFile(file, "w") as archive:
+        with archive.open(zipfile.ZipInfo("arr_0.npy"), "w", force_zip64=True) as member:
+            np.lib.format.write_array_header_1_0(member, header)
+            for i in range(pictures.count):
+                member.write(pictures.require(i).permute(1, 2, 0).numpy().tobytes())
+        for name, values in arrays.items():
+            with archive.open(zipfile.ZipInfo(f"{name}.npy"), "w", force_zip64=True) as member:
+                np.lib.format.write_array(member, values, allow_pickle=False)
+
+
+# To add an archive: write its function and name it here; the name is the ending of its file.
+ARCHIVES = {"zip": write_zip, "npz": write_npz}
 
 TILE = 64                                                        # about as many pixels across as a small image gets
 GAP = 4                                                          # pixels between images

@@ -1,6 +1,7 @@
 """The processes of one run, as torchrun starts them, and the signals that reach them.
 
-Processes       rank and number; barrier, main_first, broadcast, largest, sum_, print0
+Processes       rank and number; barrier, wait_for_all, main_first, broadcast, broadcast_list, largest, sum_, print0
+SharedBar       one progress bar over what all processes do
 Signals         what asks a run to stop or to save, heard at once and acted upon between steps
 Failing         speaks_first, is_lost: one message for a failure that all processes share
 
@@ -9,11 +10,12 @@ Needs torch and tqdm. A process alone is rank 0 of 1, and everything here is the
 
 from __future__ import annotations
 
+import itertools
 import os
 import signal
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from datetime import timedelta
 
@@ -25,6 +27,11 @@ from tqdm import tqdm
 # ---- Processes ---------------------------------------------------------------------------------
 
 PATIENCE = timedelta(hours=6)                                    # rank 0 reads and draws, the others wait
+LOOK = 0.5                                                       # seconds between two looks at what others have done
+
+# Names in the store that processes share. All come to the same places in the same order, so numbers name them.
+MEETINGS = itertools.count()
+COUNTS = itertools.count()
 
 
 def world_size() -> int:
@@ -49,6 +56,17 @@ class Processes:
         if self.world > 1:
             dist.barrier()
 
+    def wait_for_all(self, look: Callable[[], object]) -> None:
+        """Wait for all ranks as in `barrier`, and call look() meanwhile; what it raises ends the waiting."""
+        if self.world == 1:
+            return
+        name = f"meeting {next(MEETINGS)}"
+        add_to_store(name, 1)
+        while add_to_store(name, 0) < self.world:
+            look()
+            time.sleep(LOOK)
+        self.barrier()                                           # the store is needed until all have seen it
+
     @contextmanager
     def main_first(self) -> Iterator[None]:
         """Rank 0 goes through the block before the others do, so that downloads and caches are made once."""
@@ -66,6 +84,15 @@ class Processes:
         if self.world > 1:
             dist.broadcast(shared, 0)
         return int(shared)
+
+    def broadcast_list(self, numbers: list[int]) -> list[int]:
+        """Rank 0's list of numbers, on every rank."""
+        shared = torch.zeros(self.broadcast(len(numbers)), dtype=torch.int64, device=self.device)
+        if self.is_main:
+            shared = torch.tensor(numbers, dtype=torch.int64, device=self.device)
+        if self.world > 1:
+            dist.broadcast(shared, 0)
+        return shared.tolist()
 
     def largest(self, number: int) -> int:
         """The largest of all ranks' numbers, on every rank."""
@@ -104,6 +131,52 @@ def leave() -> None:
         dist.destroy_process_group()
 
 
+def add_to_store(name: str, number: int) -> int:
+    """Add to a number that all processes share, at first 0; returns it. Nobody waits for anybody."""
+    store = dist.distributed_c10d._get_default_store()
+    return store.add(name, number)
+
+
+class SharedBar:
+    """One progress bar over what all processes do, which rank 0 shows. The processes tell each other twice a second.
+
+    total: of all processes together; options: of tqdm. A context manager; made by all ranks.
+    """
+
+    def __init__(self, processes: Processes, total: int, **options):
+        self.alone = processes.world == 1
+        self.name = f"count {next(COUNTS)}"
+        self.done = 0                                            # by all, as far as known
+        self.untold = 0                                          # by this process since the last look
+        self.last_look = time.perf_counter()
+        hide = None if processes.is_main else True               # None: where there is no terminal
+        self.bar = tqdm(total=total, disable=hide, **options)
+
+    def update(self) -> None:
+        """Count one more."""
+        if self.alone:
+            self.done += 1
+            self.bar.update()
+            return
+        self.untold += 1
+        if time.perf_counter() - self.last_look > LOOK:
+            self.look()
+
+    def look(self) -> None:
+        """Tell the others, and show what all have done."""
+        before = self.done
+        self.done = add_to_store(self.name, self.untold)
+        self.untold = 0
+        self.last_look = time.perf_counter()
+        self.bar.update(self.done - before)
+
+    def __enter__(self) -> SharedBar:
+        return self
+
+    def __exit__(self, *error) -> None:
+        self.bar.close()
+
+
 # ---- Signals -----------------------------------------------------------------------------------
 
 
@@ -119,6 +192,14 @@ def stop_signals() -> list[int]:
     if hangup is not None and signal.getsignal(hangup) != signal.SIG_IGN:
         signals.append(hangup)
     return signals
+
+
+class Stopped(Exception):
+    """This process was asked to stop, by the signal of that number."""
+
+    def __init__(self, number: int):
+        super().__init__(f"stopped by {signal.Signals(number).name}")
+        self.number = number
 
 
 class Signals:
@@ -168,6 +249,11 @@ class Signals:
             save = self.agree(step, save)
         return self.stop, save
 
+    def require_none(self) -> None:
+        """Raise Stopped if this process was asked to stop. For work in which no process waits for another."""
+        if self.stop:
+            raise Stopped(self.stop)
+
     def agree(self, step: int, save: bool) -> bool:
         """Take over what any rank was asked for, and settle on the step of the next poll; returns whether to save."""
         since, then = self.last_poll
@@ -201,8 +287,7 @@ def speaks_first() -> bool:
             time.sleep(3)                                        # torchrun ends the first one when this one ends
         return first
     with suppress(Exception):                                    # unless the store has gone as well
-        store = dist.distributed_c10d._get_default_store()
-        return store.add("failed", 1) == 1
+        return add_to_store("failed", 1) == 1
     return True
 
 

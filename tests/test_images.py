@@ -1,5 +1,6 @@
 """diffuser_lib/images.py: pictures of every kind and every kind of damage, classes from folders, the cache, grids."""
 
+import contextlib
 import copy
 import io
 import json
@@ -8,6 +9,7 @@ import socket
 import struct
 import subprocess
 import sys
+import time
 import zipfile
 import zlib
 from pathlib import Path
@@ -797,6 +799,42 @@ def test_a_grid_is_filled_row_by_row(tmp_path, count, columns, expected):
         assert (pixels[top : top + 64, left : left + 64] == brightness).all()
     assert (pixels[:4] == 255).all()
     assert (pixels[:, :4] == 255).all()
+
+
+def test_pictures_are_written_beside_the_work(tmp_path):
+    """All that were handed over are there at the end of the block, whole, also where an error or Ctrl-C ends it."""
+    pixels = torch.randint(0, 256, (300, 3, 8, 8), dtype=torch.uint8)
+    for error in (None, KeyboardInterrupt, ZeroDivisionError):
+        folder = tmp_path / str(error)
+        folder.mkdir()
+        with contextlib.suppress(KeyboardInterrupt, ZeroDivisionError), images.PictureWriter() as writer:
+            for i, image in enumerate(pixels):
+                writer.save(image, folder / f"{i}.png")
+            if error:
+                raise error
+        assert len(os.listdir(folder)) == 300
+        for i, image in enumerate(pixels):
+            assert np.array_equal(np.asarray(Image.open(folder / f"{i}.png")), image.permute(1, 2, 0).numpy())
+
+
+@pytest.mark.parametrize("count", [1, 1000])
+def test_a_picture_that_cannot_be_written_stops_the_work(tmp_path, monkeypatch, count):
+    """At the end at the latest; before it, memory is taken for a few hundred pictures that wait and no more."""
+    real_save = images.save_png
+    saved = []
+
+    def save(image, path):
+        saved.append(path)
+        if path.stem == "0":
+            time.sleep(0.3)
+            raise OSError(28, "No space left on device")
+        real_save(image, path)
+
+    monkeypatch.setattr(images, "save_png", save)
+    with pytest.raises(OSError, match="No space left"), images.PictureWriter() as writer:
+        for i in range(count):
+            writer.save(torch.zeros(1, 8, 8, dtype=torch.uint8), tmp_path / f"{i}.png")
+    assert len(saved) <= writer.WAITING + 2
 
 
 def test_small_images_are_enlarged(tmp_path):

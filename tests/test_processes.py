@@ -15,7 +15,9 @@ from conftest import ROOT, heed_interrupts
 
 from diffuser_lib.processes import (
     Processes,
+    SharedBar,
     Signals,
+    Stopped,
     is_lost,
     leave,
     save_signals,
@@ -50,6 +52,13 @@ def test_a_process_alone_is_rank_0_of_1(alone):
         pass
     assert alone.broadcast(7) == 7
     assert alone.largest(-3) == -3
+    assert alone.broadcast_list([]) == []
+    assert alone.broadcast_list([2**40, -1]) == [2**40, -1]
+    alone.wait_for_all(lambda: 1 / 0)
+    with SharedBar(alone, 3) as bar:
+        bar.update()
+        bar.update()
+        assert bar.done == 2
     values = torch.tensor([1.0, 2.0])
     assert alone.sum_(values) is values
     assert values.tolist() == [1, 2]
@@ -110,6 +119,9 @@ def test_a_signal_to_stop_is_heard_at_the_next_step(alone, number):
         os.kill(os.getpid(), number)
         assert signals.poll(2) == (number, False)
         assert signals.poll(3) == (number, False)                # until the run has ended
+        with pytest.raises(Stopped, match=signal.Signals(number).name) as stopped:
+            signals.require_none()
+        assert stopped.value.number == number
     assert [signal.getsignal(each) for each in stop_signals()] == before
 
 
@@ -291,10 +303,34 @@ processes.print0(f"a line from {rank}")
 values = torch.tensor([1.0 + rank, 10.0])
 same = processes.sum_(values) is values
 again = Processes(torch.device("cpu"), "gloo")                   # a second run in the same processes
+
+# One bar for both. Rank 1 takes its time: rank 0 sees meanwhile how far it is, and is waited for in turn.
+seen = []
+for wait in range(2):
+    with SharedBar(processes, 20) as bar:
+        for _ in range(5 + 5 * rank):
+            bar.update()
+        if rank != wait:
+            time.sleep(2)
+        processes.wait_for_all(bar.look)
+        bar.look()
+        seen.append(bar.done)
+
+# What is raised while waiting ends it.
+def give_up():
+    raise ZeroDivisionError
+
+try:
+    if rank == 0:
+        processes.wait_for_all(give_up)
+except ZeroDivisionError:
+    gave_up = True
+else:
+    gave_up = False
 speaks = [speaks_first(), speaks_first()]
 note(rank=rank, world=processes.world, is_main=processes.is_main, made_before=made_before, failed=failed,
      broadcast=processes.broadcast(100 + rank), largest=processes.largest(7 * rank - 5), sums=values.tolist(),
-     same=same, large=processes.broadcast(2**40 + rank), again=again.largest(rank), speaks=speaks)
+     same=same, seen=seen, gave_up=gave_up, numbers=processes.broadcast_list([7 + rank] * (3 - rank)), large=processes.broadcast(2**40 + rank), again=again.largest(rank), speaks=speaks)
 leave()
 assert not dist.is_initialized()
 """
@@ -314,6 +350,9 @@ def test_two_processes_work_as_one(tmp_path):
         assert each["again"] == 1
         assert each["sums"] == [3, 20]
         assert each["same"]
+        assert each["numbers"] == [7, 7, 7]
+    assert zero["seen"] == [15, 15]
+    assert [zero["gave_up"], one["gave_up"]] == [True, False]
     assert out.count("a line from") == 1
     assert "a line from 0" in out
     assert sum([*zero["speaks"], *one["speaks"]]) == 1
