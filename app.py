@@ -989,7 +989,7 @@ def train_tab(home: Home, pages: Pages) -> list[Filler]:
         option = diffuser.length_that_counts(vars(cfg))
         unit = next(unit for unit, name in UNITS.items() if name == option)
         return (gr.update(visible=dataset == "folder"),
-                gr.update(visible=bool(diffuser.BEST.get(dataset)), value="preset"),
+                gr.update(visible=bool(diffuser.BEST.get(diffuser.settings_name(dataset))), value="preset"),
                 getattr(cfg, option), unit, free_name(places, dataset))
 
     on(dataset.change, take_dataset, [dataset], [files, recipe, length, unit, name])

@@ -17,7 +17,8 @@ import torch
 
 # Packages that can be missing: what is imported, what is installed with pip, what asks for it.
 PACKAGES = (
-    ("torchvision", "torchvision", "the datasets mnist, cifar10 and celeba"),
+    ("torchvision", "torchvision", "datasets other than digits and your own"),
+    ("scipy", "scipy", "the datasets svhn and flowers102"),
     ("matplotlib", "matplotlib", "plot_loss.py"),
     ("tensorboard", "tensorboard", "--use_tensorboard"),
     ("wandb", "wandb", "--use_wandb"),
