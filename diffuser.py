@@ -1927,18 +1927,6 @@ def load_digits(cfg: Config, train: bool) -> ImageData:
     return in_shape(cfg, images, labels)
 
 
-def load_mnist(cfg: Config, train: bool) -> ImageData:
-    """MNIST, 60,000 and 10,000 handwritten digits (LeCun et al. 1998)."""
-    raw = torchvision_dataset("MNIST", cfg, "the four *-ubyte.gz files of MNIST", "MNIST/raw", train=train)
-    return in_shape(cfg, raw.data[:, None], raw.targets.tolist(), train)
-
-
-def load_cifar10(cfg: Config, train: bool) -> ImageData:
-    """CIFAR-10, 50,000 and 10,000 photographs of ten kinds of things (Krizhevsky 2009)."""
-    raw = torchvision_dataset("CIFAR10", cfg, "cifar-10-python.tar.gz from www.cs.toronto.edu/~kriz", "", train=train)
-    return in_shape(cfg, torch.from_numpy(raw.data).permute(0, 3, 1, 2).contiguous(), raw.targets, train)
-
-
 def load_celeba(cfg: Config, train: bool) -> ImageData:
     """CelebA, 162,770 faces for training (Liu et al. 2015), without labels."""
     files = "img_align_celeba.zip (unpacked) and the five list_*.txt and identity_CelebA.txt files of CelebA"
@@ -2047,9 +2035,6 @@ def torchvision_dataset(name: str, cfg: Config, files: str, place: str, **option
 DIGITS = tuple("0123456789")
 CIFAR10 = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")
 
-CIFAR10_IMAGES = DatasetSpec(
-    load_cifar10, "photographs of ten kinds of things", (3, 32, 32), 50_000, CIFAR10, flip=True, has_test=True)
-
 CLOTHES = ("T-shirt or top", "trouser", "pullover", "dress", "coat", "sandal", "shirt", "sneaker", "bag", "ankle boot")
 KUZUSHIJI = ("o", "ki", "su", "tsu", "na", "ha", "ma", "ya", "re", "wo")
 STL10 = ("airplane", "bird", "car", "cat", "deer", "dog", "horse", "monkey", "ship", "truck")
@@ -2064,6 +2049,10 @@ SIGNS = (
     "ahead only", "straight or right", "straight or left", "keep right", "keep left", "roundabout",
     "end of no overtaking", "end of no overtaking by lorries")
 
+CIFAR10_IMAGES = DatasetSpec(
+    load_torchvision, "photographs of ten kinds of things", (3, 32, 32), 50_000, CIFAR10, flip=True, has_test=True,
+    download=Download("CIFAR10", "cifar-10-python.tar.gz from www.cs.toronto.edu/~kriz", ""))
+
 # How torchvision names the parts of a dataset.
 TRAIN = (dict(split="train"),)
 TRAIN_AND_VAL = (dict(split="train"), dict(split="val"))
@@ -2074,7 +2063,9 @@ TEST = (dict(split="test"),)
 # has takes load_torchvision, and its settings from the dataset that it is like.
 DATASETS = {
     "digits": DatasetSpec(load_digits, "small handwritten digits, part of the program", (1, 8, 8), 1797, DIGITS),
-    "mnist": DatasetSpec(load_mnist, "handwritten digits", (1, 28, 28), 60_000, DIGITS, has_test=True),
+    "mnist": DatasetSpec(
+        load_torchvision, "handwritten digits", (1, 28, 28), 60_000, DIGITS, has_test=True,
+        download=Download("MNIST", "the four *-ubyte.gz files of MNIST", "MNIST/raw")),
     "cifar10": CIFAR10_IMAGES,
     "cifar10_optimized": dataclasses.replace(CIFAR10_IMAGES, about="the same, with a smaller network"),
     "celeba": DatasetSpec(load_celeba, "faces", (3, 64, 64), 162_770, flip=True),
