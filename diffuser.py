@@ -122,13 +122,12 @@ from diffuser_lib.files import (
 )
 from diffuser_lib.images import (
     ImageData,
-    ImageFiles,
+    ImageSource,
     PictureFolder,
     cached_images,
     file_names,
     from_uint8,
     open_image,
-    require_images,
     save_grid,
     save_png,
     to_pil,
@@ -153,6 +152,7 @@ from diffuser_lib.processes import (
     stop_signals,
     world_size,
 )
+from diffuser_lib.sources import check_images, open_images
 from diffuser_lib.spellings import FOREIGN_FLAGS, NO_COUNTERPART, translate_flags
 from diffuser_lib.tensors import write_tensors
 
@@ -201,8 +201,10 @@ class Config:
         "data", "where datasets are kept, cached ones too", "--cache_dir", per_run=True, common=True,
         group="data")
     path_to_data: str = opt(
-        "", "folder or ZIP of images; subfolders are classes", "--train_data_dir", "--data",
+        "", "folder, ZIP, tar, Parquet, npz or hf:NAME", "--train_data_dir", "--data",
         per_run=True, common=True)
+    label_column: str = opt(
+        "", "column, array or key of --path_to_data that names the class (default: label and the like)")
     img_size: tuple[int, int] | None = opt(
         None, "image size: a number or HxW", "--image_size", "--resolution", lo=1, hi=4096, architectural=True,
         common=True)
@@ -773,6 +775,8 @@ def check(cfg: Config) -> None:
         raise UserError(f"--steps {cfg.steps} is more than the {cfg.timesteps} timesteps of the schedule")
     if cfg.experiment_name:
         check_experiment_name(cfg)
+    if cfg.label_column and cfg.dataset not in ("", "folder"):
+        raise UserError(f"--label_column is for --path_to_data, not --dataset {cfg.dataset}: leave it out")
     if cfg.dataset:
         _, height, width = image_shape(cfg)
         check_image_size(height, width, len(cfg.channel_mults), cfg.patch_size)
@@ -1984,8 +1988,8 @@ def names_of_classes(raw, count: int) -> list[str]:
 
 
 def load_folder(cfg: Config, train: bool) -> ImageData:
-    """A folder or ZIP of images; the folder that directly holds them names the class."""
-    source = ImageFiles(cfg.path_to_data, "--path_to_data")
+    """Images of one's own, of any kind that open_images knows; most often the folder that holds them is the class."""
+    source = open_images(cfg.path_to_data, "--path_to_data", cfg.label_column)
     return cached(cfg, source, image_shape(cfg, source), ("folder", *source.fingerprint()), source.class_names)
 
 
@@ -2069,7 +2073,7 @@ DATASETS = {
     "cifar10": CIFAR10_IMAGES,
     "cifar10_optimized": dataclasses.replace(CIFAR10_IMAGES, about="the same, with a smaller network"),
     "celeba": DatasetSpec(load_celeba, "faces", (3, 64, 64), 162_770, flip=True),
-    "folder": DatasetSpec(load_folder, "pictures of your own, a folder or ZIP file", (3, 64, 64), flip=True),
+    "folder": DatasetSpec(load_folder, "pictures of your own, a folder or file", (3, 64, 64), flip=True),
 
     # Small grey images.
     "fashion_mnist": DatasetSpec(
@@ -2143,8 +2147,8 @@ DATASETS = {
 USUAL_DATASETS = 6
 
 
-def image_shape(cfg: Config, source: ImageFiles | None = None) -> tuple[int, int, int]:
-    """(C, H, W) of the training images: as asked for, else the dataset's own; ImageFiles tell their own channels."""
+def image_shape(cfg: Config, source: ImageSource | None = None) -> tuple[int, int, int]:
+    """(C, H, W) of the training images: as asked for, else the dataset's own; `source` tells its own channels."""
     channels, height, width = DATASETS[cfg.dataset].shape
     if cfg.channels:
         channels = cfg.channels
@@ -2215,7 +2219,7 @@ def select_labels(cfg: Config, data: ImageData) -> ImageData:
         raise UserError(f"there are {len(data.class_names):,} classes, {MAX_CLASSES:,} at most: put images into fewer "
                         "folders")
     if cfg.use_labels and not data.class_names:
-        raise UserError(f"--use_labels: dataset {cfg.dataset} has no classes (in a folder, subfolders make them)")
+        raise UserError(f"--use_labels: dataset {cfg.dataset} has no classes (subfolders make them, or --label_column)")
     if cfg.use_labels is False:
         return dataclasses.replace(data, labels=torch.zeros_like(data.labels), class_names=[])
     return data
@@ -5113,7 +5117,7 @@ def run_training(asked: dict) -> None:
     # The settings say where the run's checkpoint is; with what it stores they are final.
     cfg = complete(asked)
     if cfg.dataset == "folder":                                  # told before anything is made
-        require_images(cfg.path_to_data, "--path_to_data")
+        check_images(cfg.path_to_data, "--path_to_data")
     path, state = find_resume_checkpoint(cfg, asked)
     if path:
         cfg = complete(asked, state["config"])
@@ -5161,7 +5165,7 @@ def ask_training(asked: dict) -> dict:
     asked = requested(ask_data(asked))                           # a recipe may know it
     if asked["dataset"] == "folder":
         if "path_to_data" not in asked:
-            question = "path_to_data (a folder or ZIP file of images)"
+            question = "path_to_data (a folder or file of images)"
             asked = {**asked, "path_to_data": ask(question, "--path_to_data", parse_image_path)}
     elif BEST.get(settings_name(asked["dataset"])) and "recipe" not in asked:
         asked = ask_recipe(asked)
@@ -5188,7 +5192,7 @@ def ask_data(asked: dict) -> dict:
     print(textwrap.fill(f"or {others}", 79, initial_indent=5 * " ", subsequent_indent=8 * " "))
 
     def parse(text: str) -> dict:
-        if text not in DATASETS and os.path.exists(text):
+        if text not in DATASETS and (os.path.exists(text) or text.startswith("hf:")):
             return {**asked, "dataset": "folder", "path_to_data": parse_image_path(text)}
         answers = {**asked, "dataset": choose(text, tuple(DATASETS))}
         configure(**answers)
@@ -5244,7 +5248,7 @@ def has_effect(name: str, cfg: Config) -> bool:
 
 def parse_image_path(text: str) -> str:
     """The path, if it holds images. Raises UserError."""
-    ImageFiles(text, "--path_to_data")
+    open_images(text, "--path_to_data")
     return text
 
 
@@ -5282,7 +5286,7 @@ def describe_dry_run(cfg: Config, devices: Devices) -> str:
     images = spec.num_images
     files = None
     if cfg.dataset == "folder":
-        files = ImageFiles(cfg.path_to_data, "--path_to_data")
+        files = open_images(cfg.path_to_data, "--path_to_data", cfg.label_column)
         num_classes = len(files.class_names)
         images = len(files)
     images -= count_val_images(images, cfg.val_fraction)

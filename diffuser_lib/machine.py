@@ -19,6 +19,8 @@ import torch
 PACKAGES = (
     ("torchvision", "torchvision", "datasets other than digits and your own"),
     ("scipy", "scipy", "the datasets svhn and flowers102"),
+    ("pyarrow", "pyarrow", "--path_to_data with Parquet files"),
+    ("datasets", "datasets", "--path_to_data hf:OWNER/NAME"),
     ("matplotlib", "matplotlib", "plot_loss.py"),
     ("tensorboard", "tensorboard", "--use_tensorboard"),
     ("wandb", "wandb", "--use_wandb"),
