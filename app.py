@@ -69,7 +69,7 @@ from diffuser_lib.files import (
     run_script,
     warn,
 )
-from diffuser_lib.images import FORMATS, file_name, save_grid, to_pil, to_uint8
+from diffuser_lib.images import FORMATS, file_name, open_image, save_grid, to_pil, to_uint8
 from diffuser_lib.machine import duration
 from runs import Places, Run
 
@@ -470,7 +470,7 @@ def painted_mask(editor: dict | None, shape: tuple[int, int, int]) -> Tensor:
 
 def canvas(path: Path) -> Image.Image:
     """A picture for the editor, enlarged by a whole factor so that there is something to paint on."""
-    picture = Image.open(path)
+    picture = open_image(path)
     zoom = max(1, 384 // max(picture.size))
     size = (picture.width * zoom, picture.height * zoom)
     return picture.convert("RGB").resize(size, Image.Resampling.NEAREST)
@@ -1015,7 +1015,7 @@ def train_tab(home: Home, pages: Pages) -> list[Filler]:
         option = diffuser.length_that_counts(vars(cfg))
         unit = next(unit for unit, name in UNITS.items() if name == option)
         return (gr.update(visible=dataset == "folder"),
-                gr.update(visible=bool(diffuser.BEST.get(dataset)), value="preset"),
+                gr.update(visible=bool(diffuser.BEST.get(diffuser.settings_name(dataset))), value="preset"),
                 getattr(cfg, option), unit, free_name(places, dataset))
 
     on(dataset.change, take_dataset, [dataset], [files, recipe, length, unit, name])

@@ -78,6 +78,7 @@ import re
 import shlex
 import shutil
 import statistics
+import string
 import tempfile
 import textwrap
 import time
@@ -95,6 +96,7 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor, nn
+from torch.utils.data import ConcatDataset
 from tqdm import tqdm
 
 from diffuser_lib import cpu_kernels
@@ -122,14 +124,13 @@ from diffuser_lib.files import (
 from diffuser_lib.images import (
     ARCHIVES,
     ImageData,
-    ImageFiles,
+    ImageSource,
     PictureFolder,
     PictureWriter,
     cached_images,
     file_names,
     from_uint8,
     open_image,
-    require_images,
     save_grid,
     to_pil,
     to_uint8,
@@ -155,6 +156,7 @@ from diffuser_lib.processes import (
     stop_signals,
     world_size,
 )
+from diffuser_lib.sources import check_images, open_images
 from diffuser_lib.spellings import FOREIGN_FLAGS, NO_COUNTERPART, translate_flags
 from diffuser_lib.tensors import write_tensors
 
@@ -203,15 +205,17 @@ class Config:
         "data", "where datasets are kept, cached ones too", "--cache_dir", per_run=True, common=True,
         group="data")
     path_to_data: str = opt(
-        "", "folder or ZIP of images; subfolders are classes", "--train_data_dir", "--data",
+        "", "folder, ZIP, tar, Parquet, npz or hf:NAME", "--train_data_dir", "--data",
         per_run=True, common=True)
+    label_column: str = opt(
+        "", "column, array or key of --path_to_data that names the class (default: label and the like)")
     img_size: tuple[int, int] | None = opt(
         None, "image size: a number or HxW", "--image_size", "--resolution", lo=1, hi=4096, architectural=True,
         common=True)
     channels: int | None = opt(
         None, "1 grey, 3 colour (default: what the images are)", choices=(1, 3), architectural=True)
     use_labels: bool | None = opt(
-        None, "condition on classes (default: where there are any)", "--cond", architectural=True, common=True)
+        None, "condition on classes (default: if there are any)", "--cond", architectural=True, common=True)
     flip: bool | None = opt(
         None, "mirror training images at random (default: where the dataset allows)", "--random_flip", "--xflip",
         "--augment_horizontal_flip")
@@ -556,14 +560,20 @@ def picture_preset(known: dict, shape: tuple[int, int, int] | None = None) -> di
     return preset
 
 
+def settings_name(dataset: str) -> str:
+    """The dataset whose preset and recipe this one takes: itself, or the one that its entry names."""
+    return DATASETS[dataset].like or dataset if dataset in DATASETS else dataset
+
+
 def preset_of(known: dict) -> dict:
     """The preset of the dataset among the settings that are known; empty without one."""
     dataset = known.get("dataset", "")
-    if dataset == "folder":
+    name = settings_name(dataset)
+    if name == "folder":
         return picture_preset(known)
-    if known.get("recipe") == "best" and dataset in BEST and DATASETS[dataset].shape[0] == 3:
+    if known.get("recipe") == "best" and name in BEST and DATASETS[dataset].shape[0] == 3:
         return picture_preset(known, DATASETS[dataset].shape)
-    return dict(PRESETS.get(dataset, {}))
+    return dict(PRESETS.get(name, {}))
 
 
 # --recipe best: what benchmarks/ found best for a dataset; see its README for the experiments.
@@ -772,6 +782,8 @@ def check(cfg: Config) -> None:
         raise UserError(f"--steps {cfg.steps} is more than the {cfg.timesteps} timesteps of the schedule")
     if cfg.experiment_name:
         check_experiment_name(cfg)
+    if cfg.label_column and cfg.dataset not in ("", "folder"):
+        raise UserError(f"--label_column is for --path_to_data, not --dataset {cfg.dataset}: leave it out")
     if cfg.dataset:
         _, height, width = image_shape(cfg)
         check_image_size(height, width, len(cfg.channel_mults), cfg.patch_size)
@@ -904,9 +916,10 @@ def requested(overrides: dict) -> dict:
     dataset = asked.get("dataset") or stored.get("dataset")
     recipe = RECIPES.get(asked.get("recipe", ""), {})
     if asked.get("recipe") == "best" and dataset:
-        if dataset not in BEST:
+        name = settings_name(dataset)
+        if name not in BEST:
             raise UserError(f"--recipe best knows {', '.join(BEST)}, not {dataset}: leave it out")
-        recipe = BEST[dataset]
+        recipe = BEST[name]
     asked = add_below(asked, normalize_options(recipe))
 
     # 3. The file of --config.
@@ -973,8 +986,8 @@ def options_for(cfg: Config, length: dict) -> dict:
     """
     spec = DATASETS[cfg.dataset]
     channels, *size = spec.shape
-    of_the_images = dict(flip=spec.flip, use_labels=bool(spec.classes) or cfg.dataset == "folder", channels=channels,
-                         img_size=tuple(size))
+    labelled = spec.class_count > 0 or cfg.dataset == "folder"
+    of_the_images = dict(flip=spec.flip, use_labels=labelled, channels=channels, img_size=tuple(size))
     names = [name for name in FIELDS if name not in LENGTHS and (name not in PER_RUN or name in REPEATED)]
     wanted = {name: getattr(cfg, name) for name in names if name != "dataset"}
     for name, value in of_the_images.items():
@@ -1869,12 +1882,28 @@ def standard_moments(shape: tuple[int, int, int], num_classes: int) -> Moments:
 
 
 @dataclass(frozen=True)
+class Download:
+    """How torchvision has a dataset.
+
+    name: its class there; files, place: what to put where below --data_dir, without a network; train, test: options of
+    its parts, of which several are put together.
+    """
+
+    name: str
+    files: str
+    place: str
+    train: tuple[dict, ...] = (dict(train=True),)
+    test: tuple[dict, ...] = (dict(train=False),)
+
+
+@dataclass(frozen=True)
 class DatasetSpec:
     """An entry of DATASETS.
 
     load: (cfg, train) -> ImageData, the training or the test part; about: what they are, where one is asked to choose;
-    shape: the images' own (C, H, W); num_images: in the training part (0: unknown); classes: their names; flip: whether
-    a mirrored image is still a good one; has_test: whether there is a test part.
+    shape: the images' own (C, H, W); num_images: in the training part (0: unknown); classes: their names; num_classes:
+    how many there are where only the files name them; flip: whether a mirrored image is still a good one; has_test:
+    whether there is a test part; like: the dataset whose preset and recipe it takes; download: for load_torchvision.
     """
 
     load: Callable[[Config, bool], ImageData]
@@ -1882,8 +1911,16 @@ class DatasetSpec:
     shape: tuple[int, int, int]
     num_images: int = 0
     classes: tuple[str, ...] = ()
+    num_classes: int = 0
     flip: bool = False
     has_test: bool = False
+    like: str = ""
+    download: Download | None = None
+
+    @property
+    def class_count(self) -> int:
+        """How many classes there are; 0 where they are unknown, too."""
+        return len(self.classes) or self.num_classes
 
 
 def load_digits(cfg: Config, train: bool) -> ImageData:
@@ -1901,18 +1938,6 @@ def load_digits(cfg: Config, train: bool) -> ImageData:
     return in_shape(cfg, images, labels)
 
 
-def load_mnist(cfg: Config, train: bool) -> ImageData:
-    """MNIST, 60,000 and 10,000 handwritten digits (LeCun et al. 1998)."""
-    raw = torchvision_dataset("MNIST", cfg, "the four *-ubyte.gz files of MNIST", "MNIST/raw", train=train)
-    return in_shape(cfg, raw.data[:, None], raw.targets.tolist(), train)
-
-
-def load_cifar10(cfg: Config, train: bool) -> ImageData:
-    """CIFAR-10, 50,000 and 10,000 photographs of ten kinds of things (Krizhevsky 2009)."""
-    raw = torchvision_dataset("CIFAR10", cfg, "cifar-10-python.tar.gz from www.cs.toronto.edu/~kriz", "", train=train)
-    return in_shape(cfg, torch.from_numpy(raw.data).permute(0, 3, 1, 2).contiguous(), raw.targets, train)
-
-
 def load_celeba(cfg: Config, train: bool) -> ImageData:
     """CelebA, 162,770 faces for training (Liu et al. 2015), without labels."""
     files = "img_align_celeba.zip (unpacked) and the five list_*.txt and identity_CelebA.txt files of CelebA"
@@ -1920,15 +1945,68 @@ def load_celeba(cfg: Config, train: bool) -> ImageData:
     return cached(cfg, raw, image_shape(cfg), ("celeba", len(raw)), [])
 
 
+def load_torchvision(cfg: Config, train: bool) -> ImageData:
+    """A dataset that torchvision has, as its entry says. Small images come as arrays, larger ones through the cache."""
+    spec = DATASETS[cfg.dataset]
+    parts = download_parts(cfg, train)
+    names = list(spec.classes) or names_of_classes(parts[0], spec.num_classes)
+    if not hasattr(parts[0], "data"):
+        key = (cfg.dataset, *map(len, parts), "train" if train else "test")
+        return cached(cfg, ConcatDataset(parts), image_shape(cfg), key, names)
+
+    images = []
+    labels = []
+    for part in parts:
+        images.append(channels_first(torch.as_tensor(part.data)))
+        numbers = torch.as_tensor(part.targets if hasattr(part, "targets") else part.labels)
+        if numbers.ndim == 2:                                    # QMNIST: the class, then where the digit is from
+            numbers = numbers[:, 0]
+        labels += numbers.tolist()
+    return in_shape(cfg, torch.cat(images), labels, train, names)
+
+
+def load_emnist(cfg: Config, train: bool) -> ImageData:
+    """EMNIST's letters (Cohen et al. 2017): stored on their side, and counted from 1."""
+    raw = download_parts(cfg, train)[0]
+    images = raw.data.transpose(1, 2).contiguous()
+    return in_shape(cfg, channels_first(images), (raw.targets - 1).tolist(), train)
+
+
+def download_parts(cfg: Config, train: bool) -> list:
+    """The training or test part of a dataset of torchvision, perhaps as several. Raises UserError."""
+    source = DATASETS[cfg.dataset].download
+    parts = source.train if train else source.test
+    return [torchvision_dataset(source.name, cfg, source.files, source.place, **options) for options in parts]
+
+
+def channels_first(images: Tensor) -> Tensor:
+    """[N, H, W], [N, H, W, 3] or [N, 3, H, W] as uint8 [N, C, H, W]."""
+    if images.ndim == 3:
+        return images[:, None]
+    if images.shape[-1] == 3:
+        images = images.permute(0, 3, 1, 2)
+    return images.contiguous()
+
+
+def names_of_classes(raw, count: int) -> list[str]:
+    """The classes as torchvision calls them, each by the first of its names; by number where it has none."""
+    names = getattr(raw, "classes", None) or range(count)
+    return [name[0] if isinstance(name, tuple) else str(name) for name in names]
+
+
 def load_folder(cfg: Config, train: bool) -> ImageData:
-    """A folder or ZIP of images; the folder that directly holds them names the class."""
-    source = ImageFiles(cfg.path_to_data, "--path_to_data")
+    """Images of one's own, of any kind that open_images knows; most often the folder that holds them is the class."""
+    source = open_images(cfg.path_to_data, "--path_to_data", cfg.label_column)
     return cached(cfg, source, image_shape(cfg, source), ("folder", *source.fingerprint()), source.class_names)
 
 
-def in_shape(cfg: Config, images: Tensor, labels: list[int], train: bool = True) -> ImageData:
-    """The images, uint8 [N, C, H, W], as they are or, where another size is asked for, resized."""
-    names = list(DATASETS[cfg.dataset].classes)
+def in_shape(cfg: Config, images: Tensor, labels: list[int], train: bool = True,
+             class_names: Sequence[str] = ()) -> ImageData:
+    """The images, uint8 [N, C, H, W], as they are or, where another size is asked for, resized.
+
+    class_names: those of the dataset's entry by default.
+    """
+    names = list(class_names or DATASETS[cfg.dataset].classes)
     shape = image_shape(cfg)
     if tuple(images.shape[1:]) == shape:
         return ImageData(images, torch.tensor(labels), names)
@@ -1958,6 +2036,8 @@ def torchvision_dataset(name: str, cfg: Config, files: str, place: str, **option
     try:
         root.mkdir(parents=True, exist_ok=True)
         return getattr(torchvision.datasets, name)(root, download=True, **options)
+    except ModuleNotFoundError as error:                         # scipy, for some
+        raise UserError(f"{name} takes {error.name}: pip install {error.name}", code=1) from error
     except Exception as error:                                   # torchvision raises many kinds here
         raise UserError(f"{name} is not whole in {root} and could not be downloaded ({first_line(error)}).\n"
                         f"Put {files} into {root / place} by hand, or give --data_dir.") from error
@@ -1966,22 +2046,116 @@ def torchvision_dataset(name: str, cfg: Config, files: str, place: str, **option
 DIGITS = tuple("0123456789")
 CIFAR10 = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")
 
-CIFAR10_IMAGES = DatasetSpec(
-    load_cifar10, "photographs of ten kinds of things", (3, 32, 32), 50_000, CIFAR10, flip=True, has_test=True)
+CLOTHES = ("T-shirt or top", "trouser", "pullover", "dress", "coat", "sandal", "shirt", "sneaker", "bag", "ankle boot")
+KUZUSHIJI = ("o", "ki", "su", "tsu", "na", "ha", "ma", "ya", "re", "wo")
+STL10 = ("airplane", "bird", "car", "cat", "deer", "dog", "horse", "monkey", "ship", "truck")
 
-# To add a dataset: write a load function and name it here; PRESETS may give it settings of its own.
+# The German traffic signs in the order of their numbers, which is all that the files have.
+SIGNS = (
+    "20 km/h", "30 km/h", "50 km/h", "60 km/h", "70 km/h", "80 km/h", "end of 80 km/h", "100 km/h", "120 km/h",
+    "no overtaking", "no overtaking by lorries", "right of way at the crossing", "priority road", "give way", "stop",
+    "no vehicles", "no lorries", "no entry", "danger", "curve to the left", "curve to the right", "double curve",
+    "bumpy road", "slippery road", "road narrows on the right", "road works", "traffic lights", "pedestrians",
+    "children", "bicycles", "ice or snow", "wild animals", "end of all limits", "turn right ahead", "turn left ahead",
+    "ahead only", "straight or right", "straight or left", "keep right", "keep left", "roundabout",
+    "end of no overtaking", "end of no overtaking by lorries")
+
+CIFAR10_IMAGES = DatasetSpec(
+    load_torchvision, "photographs of ten kinds of things", (3, 32, 32), 50_000, CIFAR10, flip=True, has_test=True,
+    download=Download("CIFAR10", "cifar-10-python.tar.gz from www.cs.toronto.edu/~kriz", ""))
+
+# How torchvision names the parts of a dataset.
+TRAIN = (dict(split="train"),)
+TRAIN_AND_VAL = (dict(split="train"), dict(split="val"))
+TRAINVAL = (dict(split="trainval"),)
+TEST = (dict(split="test"),)
+
+# To add a dataset: write a load function and name it here; PRESETS may give it settings of its own. What torchvision
+# has takes load_torchvision, and its settings from the dataset that it is like.
 DATASETS = {
     "digits": DatasetSpec(load_digits, "small handwritten digits, part of the program", (1, 8, 8), 1797, DIGITS),
-    "mnist": DatasetSpec(load_mnist, "handwritten digits", (1, 28, 28), 60_000, DIGITS, has_test=True),
+    "mnist": DatasetSpec(
+        load_torchvision, "handwritten digits", (1, 28, 28), 60_000, DIGITS, has_test=True,
+        download=Download("MNIST", "the four *-ubyte.gz files of MNIST", "MNIST/raw")),
     "cifar10": CIFAR10_IMAGES,
     "cifar10_optimized": dataclasses.replace(CIFAR10_IMAGES, about="the same, with a smaller network"),
     "celeba": DatasetSpec(load_celeba, "faces", (3, 64, 64), 162_770, flip=True),
-    "folder": DatasetSpec(load_folder, "pictures of your own, a folder or ZIP file", (3, 64, 64), flip=True),
+    "folder": DatasetSpec(load_folder, "pictures of your own, a folder or file", (3, 64, 64), flip=True),
+
+    # Small grey images.
+    "fashion_mnist": DatasetSpec(
+        load_torchvision, "clothes", (1, 28, 28), 60_000, CLOTHES, flip=True, has_test=True, like="mnist",
+        download=Download("FashionMNIST", "the four *-ubyte.gz files of Fashion-MNIST", "FashionMNIST/raw")),
+    "kmnist": DatasetSpec(
+        load_torchvision, "handwritten Japanese", (1, 28, 28), 60_000, KUZUSHIJI, has_test=True, like="mnist",
+        download=Download("KMNIST", "the four *-ubyte.gz files of Kuzushiji-MNIST", "KMNIST/raw")),
+    "emnist": DatasetSpec(
+        load_emnist, "handwritten letters", (1, 28, 28), 124_800, tuple(string.ascii_lowercase), has_test=True,
+        like="mnist", download=Download(
+            "EMNIST", "the four unpacked emnist-letters-*-ubyte files of EMNIST's gzip.zip", "EMNIST/raw",
+            train=(dict(split="letters", train=True),), test=(dict(split="letters", train=False),))),
+    "qmnist": DatasetSpec(
+        load_torchvision, "MNIST with all 60,000 test digits", (1, 28, 28), 60_000, DIGITS, has_test=True,
+        like="mnist", download=Download("QMNIST", "the four qmnist-*.gz files of QMNIST", "QMNIST/raw")),
+    "usps": DatasetSpec(
+        load_torchvision, "digits from envelopes", (1, 16, 16), 7291, DIGITS, has_test=True, like="mnist",
+        download=Download("USPS", "usps.bz2 and usps.t.bz2 from LIBSVM's data sets", "")),
+    "semeion": DatasetSpec(
+        load_torchvision, "digits of eighty people", (1, 16, 16), 1593, DIGITS, like="mnist",
+        download=Download("SEMEION", "semeion.data from the UCI repository", "", train=({},), test=())),
+
+    # Small colour images.
+    "cifar100": DatasetSpec(
+        load_torchvision, "photographs of a hundred kinds of things", (3, 32, 32), 50_000, num_classes=100, flip=True,
+        has_test=True, like="cifar10",
+        download=Download("CIFAR100", "cifar-100-python.tar.gz from www.cs.toronto.edu/~kriz", "")),
+    "svhn": DatasetSpec(
+        load_torchvision, "house numbers", (3, 32, 32), 73_257, DIGITS, has_test=True, like="cifar10",
+        download=Download("SVHN", "train_32x32.mat and test_32x32.mat of SVHN", "", TRAIN, TEST)),
+
+    # Pictures, in a size that suits the time.
+    "stl10": DatasetSpec(
+        load_torchvision, "photographs of ten kinds of things", (3, 96, 96), 5000, STL10, flip=True, has_test=True,
+        like="folder", download=Download("STL10", "stl10_binary.tar.gz of STL-10", "", TRAIN, TEST)),
+    "flowers102": DatasetSpec(
+        load_torchvision, "flowers", (3, 64, 64), 8189, num_classes=102, flip=True, like="folder", download=Download(
+            "Flowers102", "jpg/, imagelabels.mat and setid.mat of Oxford's 102 flowers", "flowers-102",
+            TRAIN_AND_VAL + TEST, ())),
+    "food101": DatasetSpec(
+        load_torchvision, "dishes", (3, 64, 64), 75_750, num_classes=101, flip=True, has_test=True, like="folder",
+        download=Download("Food101", "the unpacked food-101.tar.gz", "food-101", TRAIN, TEST)),
+    "pets": DatasetSpec(
+        load_torchvision, "cats and dogs of 37 breeds", (3, 64, 64), 3680, num_classes=37, flip=True, has_test=True,
+        like="folder", download=Download(
+            "OxfordIIITPet", "the unpacked images.tar.gz and annotations.tar.gz of Oxford's pets", "oxford-iiit-pet",
+            TRAINVAL, TEST)),
+    "gtsrb": DatasetSpec(
+        load_torchvision, "German traffic signs", (3, 64, 64), 26_640, SIGNS, has_test=True, like="folder",
+        download=Download("GTSRB", "GTSRB/ and GT-final_test.csv, unpacked, of the German traffic signs", "gtsrb",
+                          TRAIN, TEST)),
+    "eurosat": DatasetSpec(
+        load_torchvision, "satellite images", (3, 64, 64), 27_000, num_classes=10, flip=True, like="folder",
+        download=Download("EuroSAT", "the unpacked EuroSAT.zip, a folder 2750", "eurosat", ({},), ())),
+    "fgvc_aircraft": DatasetSpec(
+        load_torchvision, "aircraft of a hundred kinds", (3, 64, 64), 6667, num_classes=100, flip=True, has_test=True,
+        like="folder", download=Download("FGVCAircraft", "the unpacked fgvc-aircraft-2013b.tar.gz",
+                                         "fgvc-aircraft-2013b", TRAINVAL, TEST)),
+    "dtd": DatasetSpec(
+        load_torchvision, "textures", (3, 64, 64), 3760, num_classes=47, flip=True, has_test=True, like="folder",
+        download=Download("DTD", "the unpacked dtd-r1.0.1.tar.gz", "dtd/dtd", TRAIN_AND_VAL, TEST)),
+    "imagenette": DatasetSpec(
+        load_torchvision, "ten kinds of ImageNet", (3, 64, 64), 9469, num_classes=10, flip=True, has_test=True,
+        like="folder", download=Download(
+            "Imagenette", "the unpacked imagenette2-160.tgz", "imagenette2-160",
+            (dict(split="train", size="160px"),), (dict(split="val", size="160px"),))),
 }
 
+# The first of them, which the questions and the short --help show by themselves.
+USUAL_DATASETS = 6
 
-def image_shape(cfg: Config, source: ImageFiles | None = None) -> tuple[int, int, int]:
-    """(C, H, W) of the training images: as asked for, else the dataset's own; ImageFiles tell their own channels."""
+
+def image_shape(cfg: Config, source: ImageSource | None = None) -> tuple[int, int, int]:
+    """(C, H, W) of the training images: as asked for, else the dataset's own; `source` tells its own channels."""
     channels, height, width = DATASETS[cfg.dataset].shape
     if cfg.channels:
         channels = cfg.channels
@@ -2052,7 +2226,7 @@ def select_labels(cfg: Config, data: ImageData) -> ImageData:
         raise UserError(f"there are {len(data.class_names):,} classes, {MAX_CLASSES:,} at most: put images into fewer "
                         "folders")
     if cfg.use_labels and not data.class_names:
-        raise UserError(f"--use_labels: dataset {cfg.dataset} has no classes (in a folder, subfolders make them)")
+        raise UserError(f"--use_labels: dataset {cfg.dataset} has no classes (subfolders make them, or --label_column)")
     if cfg.use_labels is False:
         return dataclasses.replace(data, labels=torch.zeros_like(data.labels), class_names=[])
     return data
@@ -4948,7 +5122,8 @@ def choose(text: str, choices: tuple) -> str:
     beginning = [name for name in names if text and name.startswith(text.lower())]
     if len(beginning) == 1:
         return beginning[0]
-    hint = did_you_mean(text.lower(), names) or f": choose from {', '.join(names)}, by name or number"
+    few = names if len(names) <= 12 else [*names[:USUAL_DATASETS], "..."]
+    hint = did_you_mean(text.lower(), names) or f": choose from {', '.join(few)}, by name or number"
     raise UserError(f"{text[:60] or 'nothing'} is none of the choices{hint}")
 
 
@@ -4983,7 +5158,7 @@ def run_training(asked: dict) -> None:
     # The settings say where the run's checkpoint is; with what it stores they are final.
     cfg = complete(asked)
     if cfg.dataset == "folder":                                  # told before anything is made
-        require_images(cfg.path_to_data, "--path_to_data")
+        check_images(cfg.path_to_data, "--path_to_data")
     path, state = find_resume_checkpoint(cfg, asked)
     if path:
         cfg = complete(asked, state["config"])
@@ -5031,9 +5206,9 @@ def ask_training(asked: dict) -> dict:
     asked = requested(ask_data(asked))                           # a recipe may know it
     if asked["dataset"] == "folder":
         if "path_to_data" not in asked:
-            question = "path_to_data (a folder or ZIP file of images)"
+            question = "path_to_data (a folder or file of images)"
             asked = {**asked, "path_to_data": ask(question, "--path_to_data", parse_image_path)}
-    elif BEST.get(asked["dataset"]) and "recipe" not in asked:
+    elif BEST.get(settings_name(asked["dataset"])) and "recipe" not in asked:
         asked = ask_recipe(asked)
     if not any(asked.get(name) for name in LENGTHS):
         asked = ask_length(asked)
@@ -5050,11 +5225,15 @@ def ask_training(asked: dict) -> dict:
 def ask_data(asked: dict) -> dict:
     """`asked` with the dataset added, and with its path where somebody gives the path of a folder at once."""
     for i, (name, spec) in enumerate(DATASETS.items(), 1):
+        if i > USUAL_DATASETS:
+            break
         size = f", {spec.num_images:,} of {spec.shape[1]}x{spec.shape[2]}" if spec.num_images else ""
         print(f"{i:3}  {name:18} {spec.about}{size}")
+    others = ", ".join(list(DATASETS)[USUAL_DATASETS:])
+    print(textwrap.fill(f"or {others}", 79, initial_indent=5 * " ", subsequent_indent=8 * " "))
 
     def parse(text: str) -> dict:
-        if text not in DATASETS and os.path.exists(text):
+        if text not in DATASETS and (os.path.exists(text) or text.startswith("hf:")):
             return {**asked, "dataset": "folder", "path_to_data": parse_image_path(text)}
         answers = {**asked, "dataset": choose(text, tuple(DATASETS))}
         configure(**answers)
@@ -5110,7 +5289,7 @@ def has_effect(name: str, cfg: Config) -> bool:
 
 def parse_image_path(text: str) -> str:
     """The path, if it holds images. Raises UserError."""
-    ImageFiles(text, "--path_to_data")
+    open_images(text, "--path_to_data")
     return text
 
 
@@ -5144,15 +5323,16 @@ def describe_dry_run(cfg: Config, devices: Devices) -> str:
     """Settings, sizes, memory and time, without reading an image."""
     # What is known of the data.
     spec = DATASETS[cfg.dataset]
-    classes = spec.classes
+    num_classes = spec.class_count
     images = spec.num_images
     files = None
     if cfg.dataset == "folder":
-        files = ImageFiles(cfg.path_to_data, "--path_to_data")
-        classes = files.class_names
+        files = open_images(cfg.path_to_data, "--path_to_data", cfg.label_column)
+        num_classes = len(files.class_names)
         images = len(files)
     images -= count_val_images(images, cfg.val_fraction)
-    num_classes = 0 if cfg.use_labels is False else len(classes)
+    if cfg.use_labels is False:
+        num_classes = 0
     shape = image_shape(cfg, files)
 
     # What follows from it.
@@ -5172,9 +5352,9 @@ def describe_dry_run(cfg: Config, devices: Devices) -> str:
 
 
 def usual_settings(cfg: Config) -> Config:
-    """What the preset alone makes of the dataset; a folder's depends on the images' size and the length of the run."""
+    """What the preset alone makes of the dataset; that of pictures depends on their size and the run's length."""
     known = dict(dataset=cfg.dataset, path_to_data=cfg.path_to_data, device=cfg.device)
-    if cfg.dataset == "folder":
+    if settings_name(cfg.dataset) == "folder":
         length = length_that_counts(vars(cfg))
         known |= {"img_size": cfg.img_size, length: getattr(cfg, length)}
     return complete(known)
@@ -5640,12 +5820,16 @@ def metavar(name: str) -> str:
     return {bool: "BOOL", int: "N", float: "X", str: "NAME"}.get(TYPES[name], "N,N")
 
 
-def option_help(name: str, choices: bool = True) -> str:
-    """What an option is for, its choices and its default."""
+def option_help(name: str, choices: bool = True, every: bool = True) -> str:
+    """What an option is for, its choices and its default. every: all choices, where there are many."""
     text = FIELDS[name].metadata["help"]
     default = FIELDS[name].default
-    if choices and allowed_values(name):
-        text += f" ({', '.join(map(str, allowed_values(name)))})"
+    values = [str(value) for value in allowed_values(name)]
+    if choices and values:
+        shown = ", ".join(values)
+        if name == "dataset" and not every:
+            shown = f"{', '.join(values[:USUAL_DATASETS])}; {len(values) - USUAL_DATASETS} more: --help all"
+        text += f" ({shown})"
     if default not in ("", None, ()) and default is not False:
         text += f" [{format_value(name, default)}]"
     return text
@@ -5665,7 +5849,7 @@ def build_parser(every: bool = True) -> Parser:
         aliases = spec.metadata["aliases"]
         text = argparse.SUPPRESS
         if every or spec.metadata["common"]:
-            text = option_help(name, choices="{" not in metavar(name)).replace("%", "%%")
+            text = option_help(name, "{" not in metavar(name), every).replace("%", "%%")
         if every and aliases:
             text += "; also " + ", ".join(aliases)
 

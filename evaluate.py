@@ -47,38 +47,30 @@ from diffuser_lib.files import (
     warn_on_oserror,
     write_json,
 )
-from diffuser_lib.images import (
-    ARCHIVES,
-    DecodedImages,
-    ImageData,
-    ImageFiles,
-    NpzImages,
-    Shape,
-    file_names,
-    from_uint8,
-)
+from diffuser_lib.images import ARCHIVES, DecodedImages, ImageData, ImageSource, Shape, file_names, from_uint8
 from diffuser_lib.judge import FEATURES, Reference, ReferenceStats, divide, extract_features
 from diffuser_lib.machine import is_installed
+from diffuser_lib.sources import READERS, open_images
 from diffuser_lib.tensors import read_tensors
 
 # ---- Images ------------------------------------------------------------------------------------
 
 
-def find_images(path: str) -> ImageFiles | NpzImages:
-    """The images of a folder, ZIP or .npz file; of what --mode inference has left in a folder. Raises UserError."""
+def find_images(path: str) -> ImageSource:
+    """The images of a folder or file; of what --mode inference has left in a folder. Raises UserError."""
+    if Path(path).suffix.lower() in READERS or path.startswith("hf:"):
+        return open_images(path, "images")
     for name in (*(f"images.{kind}" for kind in ARCHIVES), "images"):
         if Path(path, name).exists():
             path = str(Path(path, name))
             break
-    if path.lower().endswith(".npz"):
-        return NpzImages(path, "DIR")
     try:
-        return ImageFiles(path, "DIR")
+        return open_images(path, "DIR")
     except UserError:
-        raise UserError(f"{path} is no folder, ZIP or .npz file with images in it") from None
+        raise UserError(f"{path} is no folder or file with images in it") from None
 
 
-def shape_of_first(files: ImageFiles | NpzImages) -> Shape:
+def shape_of_first(files: ImageSource) -> Shape:
     """(C, H, W): the size of the first image, in colour if any of a few is. Raises whatever a broken file leads to."""
     image, _ = files[0]
     with image:
@@ -103,22 +95,22 @@ def read_images(path: str, shape: Shape | None = None) -> ImageData:
         try:
             shape = shape_of_first(files)
         except Exception as error:                               # broken files raise errors of every kind
-            raise UserError(f"{files.names[0]} in {path} cannot be read ({first_line(error)})") from error
+            raise UserError(f"{files.name_of(0)} in {path} cannot be read ({first_line(error)})") from error
 
     # Decode all of them, then say which cannot be read.
     decoded = DecodedImages(files, shape)
     items = [decoded[i] for i in tqdm(range(len(files)), "reading", leave=False, disable=None)]
     pixels = []
-    for name, item in zip(files.names, items, strict=True):
+    for i, item in enumerate(items):
         if isinstance(item, str):
-            raise UserError(f"{name} in {path} cannot be read ({item}): remove it")
+            raise UserError(f"{files.name_of(i)} in {path} cannot be read ({item}): remove it")
         pixels.append(torch.from_numpy(item[0]))
     images = torch.stack(pixels)
 
     # Classes: of the folders, or of the file names if all of them have one.
     if files.class_names:
         return ImageData(images, torch.tensor(files.labels), files.class_names)
-    classes = [class_in_name(name) for name in files.names]
+    classes = [class_in_name(files.name_of(i)) for i in range(len(files))]
     if not all(classes):
         return ImageData(images, torch.zeros(len(images), dtype=torch.int64), [])
     class_names = sorted(set(classes))
@@ -414,9 +406,8 @@ def checkpoint_bpd(path: str, data_dir: str, count: int, batch: int = 250) -> di
 
 def build_parser() -> Parser:
     parser = Parser("evaluate.py", usage="python evaluate.py [FOLDER] [options]", doc=__doc__)
-    parser.add_argument("folder", nargs="?", help="folder, ZIP or .npz of images to score")
-    parser.add_argument("--against", default="", metavar="NAME|PATH",
-                        help="dataset, or folder, ZIP or .npz of real images")
+    parser.add_argument("folder", nargs="?", help="folder or file of images to score")
+    parser.add_argument("--against", default="", metavar="NAME|PATH", help="dataset, folder or file of real images")
     parser.add_argument("--test", default="", metavar="PATH",
                         help="other real images to test with, likewise [a test part of --against, or a sixth]")
     parser.add_argument("--metrics", default="", metavar="NAME,NAME",

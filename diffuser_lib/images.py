@@ -1,8 +1,8 @@
 """Image files in and out: folders, ZIP files, decoding, a cache of bytes; pictures and grids.
 
 Numbers     ImageData, to_uint8, from_uint8: uint8 [N, C, H, W] outside, float in [-1, 1] inside a network
-In          open_image; ImageFiles, NpzImages: the images of a folder, ZIP or .npz file; DecodedImages: as arrays of one
-            shape
+In          open_image; ImageSource: images with labels; ImageFiles: those of a folder or ZIP file; DecodedImages: as
+            arrays of one shape
 Cache       cached_images: decoded once, then memory-mapped
 Out         to_pil, save_png, PictureWriter, PictureFolder, ARCHIVES, save_grid, file_names
 
@@ -27,7 +27,7 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, replace
-from functools import cached_property, lru_cache
+from functools import lru_cache
 from pathlib import Path
 from typing import BinaryIO
 
@@ -126,11 +126,11 @@ def entries_overlap(entries: list[zipfile.ZipInfo]) -> bool:
 def require_images(path: str, flag: str) -> None:
     """Raise UserError unless there is something at the path; `flag` is the option that gave it."""
     if not path:
-        raise UserError(f"{flag} is needed: a folder or ZIP file of images")
+        raise UserError(f"{flag} is needed: a folder or file of images")
     if not os.path.exists(path):
-        raise UserError(f"{flag} {path}: there is no such folder or ZIP file")
+        raise UserError(f"{flag} {path}: there is no such folder or file")
     if not os.path.isdir(path) and not os.path.isfile(path):     # opening a pipe would wait forever
-        raise UserError(f"{flag} {path} is a pipe, socket or device: give a folder or ZIP file of images")
+        raise UserError(f"{flag} {path} is a pipe, socket or device: give a folder or file of images")
 
 
 def walk_once(root: Path) -> Iterator[tuple[str, list[str]]]:
@@ -167,72 +167,59 @@ def warn_once(text: str) -> None:
     warn(text)
 
 
-class ImageFiles(Dataset):
-    """The images below a folder or in a ZIP file, in order of name: item i is (PIL image, label). Links are followed.
+def list_files(path: Path, flag: str) -> list[str]:
+    """All files of a folder or ZIP file, as paths inside it. flag: gave the path. Raises UserError."""
+    if path.is_dir():
+        found = []
+        for folder, names in walk_once(path):
+            found += [Path(folder, name) for name in names]
+        return [file.relative_to(path).as_posix() for file in found if os.path.exists(file)]
+    try:
+        with zipfile.ZipFile(path) as archive:
+            entries = archive.infolist()
+    except Exception as error:                                   # zipfile raises many kinds here
+        raise UserError(f"{flag} {path} is no whole ZIP file ({first_line(error)})") from error
+    if entries_overlap(entries):
+        raise UserError(f"{flag} {path} is refused: its entries overlap, as in a ZIP file made to fill the memory. "
+                        "Pack the images anew")
+    return list({entry.filename for entry in entries})           # a name that is there twice means the last one
 
-    The folder that directly holds an image names its class; one folder alone makes no classes. flag: the option that
-    gave the path, for messages. Raises UserError where there is no image.
+
+def stat_of(path: Path) -> tuple[int, int]:
+    """What changes when a file is rewritten: its size and time."""
+    status = path.stat()
+    return status.st_size, status.st_mtime_ns
+
+
+class ImageSource(Dataset):
+    """Images with labels, read on demand: item i is (PIL image, label). Reading a broken one raises, in many kinds.
+
+    labels: a number for each, -1 where there is none; class_names: may be empty; path: where they are.
     """
 
-    def __init__(self, path: str, flag: str):
-        require_images(path, flag)
-        self.path = Path(path)
-        self.names = sorted(name for name in self.list_names(flag) if self.is_image(name))
-        if not self.names:
-            kinds = ", ".join(ending[1:].upper() for ending in ENDINGS)
-            raise UserError(f"{flag} {path} holds no {kinds} image")
+    labels: list[int]
+    class_names: list[str]
+    path: Path
 
-        folders = [name.rpartition("/")[0] for name in self.names]
-        classes = sorted(set(folders))
-        number = {folder: i for i, folder in enumerate(classes)}
-        self.labels = [number[folder] for folder in folders]
-        self.class_names = self.name_classes(classes)
+    def open_item(self, i: int) -> Image.Image:
+        """Picture i, its pixels perhaps not yet read."""
+        raise NotImplementedError
 
-    def list_names(self, flag: str) -> list[str]:
-        """All files, as paths relative to the folder or inside the ZIP file."""
-        if self.path.is_dir():
-            found = []
-            for folder, names in walk_once(self.path):
-                found += [Path(folder, name) for name in names]
-            return [path.relative_to(self.path).as_posix() for path in found if os.path.exists(path)]
-        try:
-            with zipfile.ZipFile(self.path) as archive:
-                entries = archive.infolist()
-        except Exception as error:                               # zipfile raises many kinds here
-            raise UserError(f"{flag} {self.path} is no whole ZIP file ({first_line(error)})") from error
-        if entries_overlap(entries):
-            raise UserError(f"{flag} {self.path} is refused: its entries overlap, as in a ZIP file made to fill the "
-                            "memory. Pack the images anew")
-        return list({entry.filename for entry in entries})       # a name that is there twice means the last one
+    def name_of(self, i: int) -> str:
+        """What picture i is called where it cannot be read."""
+        raise NotImplementedError
 
-    @staticmethod
-    def is_image(name: str) -> bool:
-        """By its ending; hidden files and what macOS adds to a ZIP file are none."""
-        hidden = any(part.startswith((".", "__MACOSX")) for part in name.split("/"))
-        return name.lower().endswith(ENDINGS) and not hidden
-
-    @staticmethod
-    def name_classes(folders: list[str]) -> list[str]:
-        """A name for each folder: its last part, or all of it where two would be called the same."""
-        if len(folders) == 1:
-            return []
-        short = [os.path.basename(folder) or "unsorted" for folder in folders]
-        return short if len(set(short)) == len(short) else folders
+    def files(self) -> list[Path]:
+        """All that the images are read from."""
+        raise NotImplementedError
 
     def __len__(self) -> int:
-        return len(self.names)
+        return len(self.labels)
 
     def __getitem__(self, i: int) -> tuple[Image.Image, int]:
-        if self.path.is_dir():
-            path = self.path / self.names[i]
-            if not path.is_file():                               # opening it might wait forever
-                raise ValueError("it is a pipe, socket or device")
-            return open_image(path), self.labels[i]
-
-        archive = open_zip(self.path, os.getpid())
-        if archive.getinfo(self.names[i]).file_size > MAX_UNPACKED:
-            raise ValueError("it unpacks to more than 256 MiB")
-        return open_image(io.BytesIO(archive.read(self.names[i]))), self.labels[i]
+        if self.labels[i] < 0:
+            raise ValueError("it has no label")
+        return self.open_item(i), self.labels[i]
 
     def guess_channels(self, looks: int = 32) -> int:
         """1 if all of a few images spread over the set are grey, else 3."""
@@ -247,70 +234,88 @@ class ImageFiles(Dataset):
         return 1
 
     def fingerprint(self) -> tuple[str, str]:
-        """Changes when a file is added, removed, renamed or rewritten."""
-        files = [self.path] if self.path.is_file() else [self.path / name for name in self.names]
-        stats = [(f.stat().st_size, f.stat().st_mtime_ns) for f in files]
-        return str(self.path.resolve()), hashlib.sha256(repr((self.names, stats)).encode()).hexdigest()
+        """Changes when a file is added, removed, renamed or rewritten, and with the labels."""
+        digest = hashlib.sha256(np.array(self.labels, np.int64).tobytes())
+        for file in self.files():
+            name = str(file)[len(str(self.path)) :]
+            digest.update(repr((name, stat_of(file))).encode(errors="replace"))
+        return str(self.path.resolve()), digest.hexdigest()
 
 
-class NpzImages(Dataset):
-    """The images of an .npz file, as evaluation suites take it: item i is (PIL image, label), as in ImageFiles.
+class ImageFiles(ImageSource):
+    """The images below a folder or in a ZIP file, in order of name. Links are followed.
 
-    In the file are arr_0, uint8 [N, H, W, C] of 1 or 3 channels, and perhaps arr_1, labels int [N], and class_names.
-    flag: the option that gave the path, for messages. Raises UserError where it is no such file.
+    The folder that directly holds an image names its class; one folder alone makes no classes. flag: the option that
+    gave the path, for messages; names: all that list_files finds, if it is known. Raises UserError where there is no
+    image.
     """
 
-    def __init__(self, path: str, flag: str):
+    def __init__(self, path: str, flag: str, names: list[str] | None = None):
         require_images(path, flag)
         self.path = Path(path)
-        try:
-            self.shape = self.read_shape()
-            with np.load(self.path, allow_pickle=False) as arrays:
-                self.labels, self.class_names = self.name_classes(arrays.get("arr_1"), arrays.get("class_names"))
-        except Exception as error:                               # numpy and zipfile raise many kinds here
-            raise UserError(f"{flag} {path} is no .npz file with images as arr_0 ({first_line(error)})") from error
-        self.names = [f"{i:06}" for i in range(self.shape[0])]
+        if names is None:
+            names = list_files(self.path, flag)
+        self.names = sorted(name for name in names if self.is_image(name))
+        if not self.names:
+            kinds = ", ".join(ending[1:].upper() for ending in ENDINGS)
+            raise UserError(f"{flag} {path} holds no {kinds} image")
+        self.labels, self.class_names = self.classes_of_folders(self.names)
 
-    def read_shape(self) -> tuple[int, int, int, int]:
-        """(N, H, W, C) of arr_0, checked before memory is taken for it. Raises ValueError and what zipfile raises."""
-        with zipfile.ZipFile(self.path) as archive, archive.open("arr_0.npy") as member:
-            version = np.lib.format.read_magic(member)
-            if version == (1, 0):
-                shape, _, kind = np.lib.format.read_array_header_1_0(member)
-            else:
-                shape, _, kind = np.lib.format.read_array_header_2_0(member)
-            size = archive.getinfo("arr_0.npy").file_size
-        if kind != np.uint8 or len(shape) != 4 or shape[3] not in (1, 3) or not 0 < math.prod(shape) < size:
-            raise ValueError(f"it is {kind} {list(shape)}, not uint8 [N, H, W, C] of 1 or 3 channels")
-        return shape
+    @classmethod
+    def classes_of_folders(cls, names: list[str]) -> tuple[list[int], list[str]]:
+        """The number of each image's class, and the names of the classes."""
+        folders = [name.rpartition("/")[0] for name in names]
+        classes = sorted(set(folders))
+        number = {folder: i for i, folder in enumerate(classes)}
+        return [number[folder] for folder in folders], cls.name_classes(classes)
 
-    def name_classes(self, labels: np.ndarray | None, names: np.ndarray | None) -> tuple[list[int], list[str]]:
-        """A label for each image, and the names of those classes that there are: their numbers where it has none."""
-        if labels is None:
-            return [0] * self.shape[0], []
-        if labels.shape != self.shape[:1] or labels.dtype.kind not in "iu":
-            raise ValueError("arr_1 holds no label for each image")
-        numbers, places = np.unique(labels, return_inverse=True)
-        if names is not None and names.ndim == 1 and numbers[0] >= 0 and numbers[-1] < len(names):
-            return places.tolist(), [str(names[number]) for number in numbers]
-        return places.tolist(), [str(number) for number in numbers]
+    @staticmethod
+    def is_shown(name: str) -> bool:
+        """Neither hidden nor what macOS adds to a ZIP file."""
+        return not any(part.startswith((".", "__MACOSX")) and part != "." for part in name.split("/"))
 
-    @cached_property
-    def images(self) -> np.ndarray:
-        """uint8 [N, H, W, C]."""
-        with np.load(self.path, allow_pickle=False) as arrays:
-            return arrays["arr_0"]
+    @classmethod
+    def is_image(cls, name: str) -> bool:
+        """By its ending."""
+        return name.lower().endswith(ENDINGS) and cls.is_shown(name)
+
+    @staticmethod
+    def name_classes(folders: list[str]) -> list[str]:
+        """A name for each folder: its last part, or all of it where two would be called the same."""
+        if len(folders) == 1:
+            return []
+        short = [os.path.basename(folder) or "unsorted" for folder in folders]
+        return short if len(set(short)) == len(short) else folders
 
     def __len__(self) -> int:
-        return self.shape[0]
+        return len(self.names)
 
-    def __getitem__(self, i: int) -> tuple[Image.Image, int]:
-        pixels = self.images[i]
-        return Image.fromarray(pixels[:, :, 0] if pixels.shape[2] == 1 else pixels), self.labels[i]
+    def open_item(self, i: int) -> Image.Image:
+        if self.path.is_dir():
+            return open_image(self.regular_file(self.names[i]))
+        return open_image(io.BytesIO(self.read_bytes(self.names[i])))
 
-    def guess_channels(self) -> int:
-        """1 if they are grey, else 3."""
-        return self.shape[3]
+    def name_of(self, i: int) -> str:
+        return self.names[i]
+
+    def regular_file(self, name: str) -> Path:
+        """A file of the folder. Raises ValueError for what opening might wait for forever."""
+        path = self.path / name
+        if not path.is_file():
+            raise ValueError("it is a pipe, socket or device")
+        return path
+
+    def read_bytes(self, name: str) -> bytes:
+        """All of a file, from the folder or ZIP file. Raises ValueError for a very large one."""
+        path = self.regular_file(name) if self.path.is_dir() else None
+        archive = open_zip(self.path, os.getpid()) if path is None else None
+        size = path.stat().st_size if path else archive.getinfo(name).file_size
+        if size > MAX_UNPACKED:
+            raise ValueError("it unpacks to more than 256 MiB")
+        return path.read_bytes() if path else archive.read(name)
+
+    def files(self) -> list[Path]:
+        return [self.path] if self.path.is_file() else [self.path / name for name in self.names]
 
 
 @dataclass
@@ -415,7 +420,7 @@ def build_cache(index: Path, decoded: DecodedImages, workers: int) -> None:
 
 def decode_into(path: Path, decoded: DecodedImages, workers: int) -> tuple[list[int], list[str]]:
     """Write the bytes of all images into a file; returns their labels, and a line for each that cannot be read."""
-    names = getattr(decoded.source, "names", range(len(decoded)))
+    name_of = getattr(decoded.source, "name_of", str)
     if len(decoded) < 1000:                                      # starting workers takes longer
         workers = 0
     loader = DataLoader(decoded, batch_size=64, num_workers=workers, collate_fn=list)
@@ -424,9 +429,9 @@ def decode_into(path: Path, decoded: DecodedImages, workers: int) -> tuple[list[
     unreadable = []
     with open(path, "wb") as file:
         items = tqdm(itertools.chain.from_iterable(loader), "caching images", len(decoded), leave=False, disable=None)
-        for item, name in zip(items, names):                     # in this order, so that the bar reaches its end
+        for i, item in enumerate(items):
             if isinstance(item, str):
-                unreadable.append(f"{name}: {item}")
+                unreadable.append(f"{name_of(i)}: {item}")
                 continue
             pixels, label = item
             file.write(pixels.tobytes())

@@ -17,7 +17,10 @@ import torch
 
 # Packages that can be missing: what is imported, what is installed with pip, what asks for it.
 PACKAGES = (
-    ("torchvision", "torchvision", "the datasets mnist, cifar10 and celeba"),
+    ("torchvision", "torchvision", "datasets other than digits and your own"),
+    ("scipy", "scipy", "the datasets svhn and flowers102"),
+    ("pyarrow", "pyarrow", "--path_to_data with Parquet files"),
+    ("datasets", "datasets", "--path_to_data hf:OWNER/NAME"),
     ("matplotlib", "matplotlib", "plot_loss.py"),
     ("tensorboard", "tensorboard", "--use_tensorboard"),
     ("wandb", "wandb", "--use_wandb"),

@@ -192,7 +192,7 @@ FOREIGN_FLAGS = {
 NO_COUNTERPART = {}
 for _names, _advice in (
         ("dataset_name dataset_config_name",
-         "datasets of the Hugging Face Hub are not read here: take --dataset, or --path_to_data with a folder"),
+         "datasets of the Hugging Face Hub are --path_to_data hf:OWNER/NAME here, or hf:OWNER/NAME:CONFIG"),
         ("push_to_hub hub_token hub_model_id hub_private_repo",
          "leave it out; afterwards python convert.py to-diffusers CKPT DIR makes a folder for the Hub"),
         ("logging_dir", "leave it out: trackers write into the run's folder below --generated_directory"),

@@ -94,7 +94,7 @@ def test_the_page_shows_the_nearest_pairs_first(folder, held_out):
 
 @pytest.mark.parametrize("flags, words", [
     (("--copies", "d/0.png/x.html"), "--copies"),
-    (("--copies", "--test", "nowhere"), "nowhere is no folder, ZIP or .npz file with images in it")])
+    (("--copies", "--test", "nowhere"), "nowhere is no folder or file with images in it")])
 def test_what_cannot_be_is_one_line(folder, flags, words):
     """A page that cannot be written, a test part that is not there."""
     (folder / "d").mkdir()

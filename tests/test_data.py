@@ -1,7 +1,10 @@
 """Chapter 6 of diffuser.py: the datasets in their real on-disk formats, the cache, batches, moments."""
 
+import bz2
 import gzip
+import inspect
 import io
+import json
 import os
 import pickle
 import struct
@@ -82,7 +85,8 @@ def test_celeba_from_its_files(tmp_path, monkeypatch):
     assert data.images[3, 0].float().mean() == pytest.approx(120, abs=3)
 
 
-@pytest.mark.parametrize("dataset, words", [("mnist", "MNIST/raw"), ("cifar10", "cifar-10-python.tar.gz"), ("celeba", "img_align_celeba")])
+@pytest.mark.parametrize("dataset, words", [("mnist", "MNIST/raw"), ("cifar10", "cifar-10-python.tar.gz"), ("celeba", "img_align_celeba"),
+                                            ("kmnist", "KMNIST/raw"), ("pets", "oxford-iiit-pet"), ("eurosat", "2750")])
 def test_without_a_network_the_message_says_what_to_put_where(tmp_path, dataset, words, monkeypatch):
     """A download that fails is an error that names the files and the folder."""
     def fail(*arguments, **options):
@@ -93,6 +97,233 @@ def test_without_a_network_the_message_says_what_to_put_where(tmp_path, dataset,
     with pytest.raises(UserError) as error:
         load_data(configure(dataset=dataset, data_dir=str(tmp_path)))
     assert words in str(error.value) and str(tmp_path) in str(error.value)
+
+# ---- What torchvision has ----------------------------------------------------------------------
+
+
+def pixels(*shape):
+    return np.random.default_rng(1).integers(0, 256, shape, np.uint8)
+
+
+def flat_picture(path, brightness, side=70):
+    """A picture of one brightness, which JPEG keeps."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.new("RGB", (side, side), (brightness, brightness, brightness)).save(path)
+
+
+def write_idx_pairs(names, first=0):
+    """Files like MNIST's; labels count from `first`."""
+    def write(root):
+        raw = root / names[0]
+        raw.mkdir(parents=True)
+        for part in names[1:]:
+            write_idx(raw / f"{part}-images-idx3-ubyte", pixels(6, 28, 28), compressed=False)
+            write_idx(raw / f"{part}-labels-idx1-ubyte", np.arange(first, first + 6, dtype=np.uint8), compressed=False)
+        return pixels(6, 1, 28, 28)
+    return write
+
+
+def write_emnist(root):
+    write_idx_pairs(("EMNIST/raw", "emnist-letters-train", "emnist-letters-test"), first=1)(root)
+    return pixels(6, 28, 28).transpose(0, 2, 1)[:, None]
+
+
+def write_qmnist(root):
+    raw = root / "QMNIST" / "raw"
+    raw.mkdir(parents=True)
+    for part in ("train", "test"):
+        write_idx(raw / f"qmnist-{part}-images-idx3-ubyte", pixels(6, 28, 28), compressed=False)
+        labels = np.zeros((6, 8), ">i4")
+        labels[:, 0] = range(6)
+        header = struct.pack(">HBB", 0, 12, 2) + struct.pack(">2I", *labels.shape)
+        (raw / f"qmnist-{part}-labels-idx2-int").write_bytes(header + labels.tobytes())
+    return pixels(6, 1, 28, 28)
+
+
+def write_usps(root):
+    lines = [f"{i + 1} " + " ".join(f"{j + 1}:{v}" for j, v in enumerate(np.full(256, -1 + 2 * (i % 2)))) for i in range(6)]
+    for name in ("usps.bz2", "usps.t.bz2"):
+        (root / name).write_bytes(bz2.compress("\n".join(lines).encode()))
+    return np.repeat(np.array([0, 255] * 3, np.uint8), 256).reshape(6, 1, 16, 16)
+
+
+def write_semeion(root):
+    bits = np.random.default_rng(1).integers(0, 2, (6, 256))
+    np.savetxt(root / "semeion.data", np.concatenate([bits, np.eye(10, dtype=int)[:6]], 1), fmt="%d")
+    return (bits * 255).astype(np.uint8).reshape(6, 1, 16, 16)
+
+
+def write_cifar100(root):
+    home = root / "cifar-100-python"
+    home.mkdir()
+    for part in ("train", "test"):
+        (home / part).write_bytes(pickle.dumps({"data": pixels(6, 3072), "fine_labels": list(range(6))}))
+    (home / "meta").write_bytes(pickle.dumps({"fine_label_names": [f"thing {i}" for i in range(100)]}))
+    return pixels(6, 3072).reshape(6, 3, 32, 32)
+
+
+def write_svhn(root):
+    for part in ("train", "test"):
+        content = dict(X=pixels(6, 3, 32, 32).transpose(2, 3, 1, 0), y=np.array([10, 1, 2, 3, 4, 5])[:, None])
+        pytest.importorskip("scipy.io").savemat(root / f"{part}_32x32.mat", content)
+    return pixels(6, 3, 32, 32)
+
+
+def write_stl10(root):
+    home = root / "stl10_binary"
+    home.mkdir()
+    for part in ("train", "test"):
+        (home / f"{part}_X.bin").write_bytes(pixels(6, 3, 96, 96).transpose(0, 1, 3, 2).tobytes())
+        (home / f"{part}_y.bin").write_bytes(bytes(range(1, 7)))
+    return pixels(6, 3, 96, 96)
+
+
+def write_flowers102(root):
+    io = pytest.importorskip("scipy.io")
+    home = root / "flowers-102"
+    for i in range(6):
+        flat_picture(home / "jpg" / f"image_{i + 1:05}.jpg", 40 * i)
+    io.savemat(home / "setid.mat", dict(trnid=[[1, 2]], valid=[[3, 4]], tstid=[[5, 6]]))
+    io.savemat(home / "imagelabels.mat", dict(labels=[[1, 2, 3, 4, 5, 6]]))
+
+
+def write_food101(root):
+    home = root / "food-101"
+    (home / "meta").mkdir(parents=True)
+    names = {f"dish{i}": [f"dish{i}/1"] for i in range(6)}
+    for i in range(6):
+        flat_picture(home / "images" / f"dish{i}" / "1.jpg", 40 * i)
+    for part in ("train", "test"):
+        (home / "meta" / f"{part}.json").write_text(json.dumps(names))
+
+
+def write_pets(root):
+    home = root / "oxford-iiit-pet"
+    (home / "annotations").mkdir(parents=True)
+    lines = [f"breed_{i}_7 {i + 1} 1 1" for i in range(6)]
+    for i in range(6):
+        flat_picture(home / "images" / f"breed_{i}_7.jpg", 40 * i)
+    for part in ("trainval", "test"):
+        (home / "annotations" / f"{part}.txt").write_text("\n".join(lines))
+
+
+def write_gtsrb(root):
+    home = root / "gtsrb"
+    rows = ["Filename;ClassId"]
+    for i in range(6):
+        flat_picture(home / "GTSRB" / "Training" / f"{i:05}" / "0.ppm", 40 * i)
+        flat_picture(home / "GTSRB" / "Final_Test" / "Images" / f"{i}.ppm", 40 * i)
+        rows.append(f"{i}.ppm;{i}")
+    (home / "GT-final_test.csv").write_text("\n".join(rows))
+
+
+def write_eurosat(root):
+    for i in range(6):
+        flat_picture(root / "eurosat" / "2750" / f"Land{i}" / f"Land{i}_1.jpg", 40 * i)
+
+
+def write_aircraft(root):
+    data = root / "fgvc-aircraft-2013b" / "data"
+    for i in range(6):
+        flat_picture(data / "images" / f"{i}.jpg", 40 * i)
+    (data / "variants.txt").write_text("\n".join(f"Model {i}" for i in range(6)))
+    for part in ("trainval", "test"):
+        (data / f"images_variant_{part}.txt").write_text("\n".join(f"{i} Model {i}" for i in range(6)))
+
+
+def write_dtd(root):
+    home = root / "dtd" / "dtd"
+    (home / "labels").mkdir(parents=True)
+    for i in range(6):
+        flat_picture(home / "images" / f"kind{i}" / "1.jpg", 40 * i)
+    names = [f"kind{i}/1.jpg" for i in range(6)]
+    for part in ("train", "test"):
+        (home / "labels" / f"{part}1.txt").write_text("\n".join(names))
+    (home / "labels" / "val1.txt").write_text("")
+
+
+def write_imagenette(root):
+    kinds = sorted(torchvision.datasets.Imagenette._WNID_TO_CLASS)[:6]
+    for part in ("train", "val"):
+        for i, kind in enumerate(kinds):
+            flat_picture(root / "imagenette2-160" / part / kind / "1.jpeg", 40 * i)
+
+
+WRITERS = {
+    "fashion_mnist": write_idx_pairs(("FashionMNIST/raw", "train", "t10k")), "kmnist": write_idx_pairs(("KMNIST/raw", "train", "t10k")),
+    "emnist": write_emnist, "qmnist": write_qmnist, "usps": write_usps, "semeion": write_semeion, "cifar100": write_cifar100,
+    "svhn": write_svhn, "stl10": write_stl10, "flowers102": write_flowers102, "food101": write_food101, "pets": write_pets,
+    "gtsrb": write_gtsrb, "eurosat": write_eurosat, "fgvc_aircraft": write_aircraft, "dtd": write_dtd,
+    "imagenette": write_imagenette}
+FIRST_CLASSES = {
+    "fashion_mnist": "T-shirt or top", "kmnist": "o", "emnist": "a", "cifar100": "thing 0", "stl10": "airplane",
+    "flowers102": "pink primrose", "food101": "dish0", "pets": "Breed 0", "gtsrb": "20 km/h", "eurosat": "Land0",
+    "fgvc_aircraft": "Model 0", "dtd": "kind0", "imagenette": "tench"}
+
+
+@pytest.mark.parametrize("dataset", WRITERS)
+def test_what_torchvision_has_in_its_own_files(dataset, tmp_path, monkeypatch):
+    """Pixels, upright and in order, labels from 0 on and names of classes, from files as they are published; the test part
+    where there is one."""
+    expected = WRITERS[dataset](tmp_path)
+    spec = diffuser.DATASETS[dataset]
+    monkeypatch.setattr(torchvision.datasets.utils, "check_integrity", lambda path, md5=None: os.path.isfile(path))
+    for name in ("cifar", "svhn", "stl10", "semeion", "flowers102", "mnist"):
+        monkeypatch.setattr(getattr(torchvision.datasets, name), "check_integrity", lambda path, md5=None: os.path.isfile(path))
+    kind = getattr(torchvision.datasets, spec.download.name)
+    if dataset in ("cifar100", "stl10", "svhn", "semeion"):
+        monkeypatch.setattr(kind, "_check_integrity", lambda self: True)
+
+    cfg = configure(dataset=dataset, data_dir=str(tmp_path), num_workers=0, img_size=spec.shape[1:])
+    for train in (True, False) if spec.has_test else (True,):
+        data = load_data(cfg, train)
+        assert tuple(data.images.shape[1:]) == spec.shape and data.images.dtype == torch.uint8
+        assert data.labels.tolist() == list(range(6))
+        assert data.class_names[0] == FIRST_CLASSES.get(dataset, "0") and len(data.class_names) > 5
+        if expected is None:
+            expected = np.broadcast_to(40 * np.arange(6).reshape(6, 1, 1, 1), data.images.shape)
+        assert np.abs(data.images.numpy().astype(int) - expected).max() <= 1
+
+    small = load_data(configure(dataset=dataset, data_dir=str(tmp_path), num_workers=0, img_size=8, patch_size=1, channel_mults=(1,)))
+    assert tuple(small.images.shape[2:]) == (8, 8) and small.class_names == data.class_names
+
+
+def test_the_table_of_datasets_agrees_with_torchvision():
+    """Every entry names a dataset that torchvision has, and parts of it by options that it takes; none was forgotten here."""
+    with_download = {name: spec for name, spec in diffuser.DATASETS.items() if spec.download}
+    assert set(with_download) == {*WRITERS, "mnist", "cifar10", "cifar10_optimized"}
+    for name, spec in with_download.items():
+        kind = getattr(torchvision.datasets, spec.download.name)
+        known = set(inspect.signature(kind.__init__).parameters)
+        if issubclass(kind, torchvision.datasets.MNIST):
+            known.add("train")
+        for options in spec.download.train + spec.download.test:
+            assert set(options) <= known, name
+        assert spec.class_count > 1 and spec.num_images > 1000 and diffuser.settings_name(name) in diffuser.BEST
+        assert not spec.has_test or spec.download.test
+
+
+@pytest.mark.parametrize("dataset", WRITERS)
+def test_datasets_take_the_settings_of_one_that_is_like_them(dataset):
+    """Grey ones those of mnist, small colour ones those of cifar10, pictures those of a folder; so does --recipe best."""
+    spec = diffuser.DATASETS[dataset]
+    for recipe in ("", "best"):
+        ours = vars(configure(dataset=dataset, recipe=recipe, device="cpu"))
+        theirs = vars(configure(dataset=spec.like, recipe=recipe, device="cpu"))
+        assert {**ours, "dataset": ""} == {**theirs, "dataset": ""}
+    assert (spec.shape[0] == 1) == (spec.like == "mnist")
+
+
+def test_a_missing_package_of_torchvision_is_told(tmp_path, monkeypatch):
+    """Where torchvision wants scipy: one line that says how to get it, and none about files."""
+    def fail(*arguments, **options):
+        raise ModuleNotFoundError("No module named 'scipy'", name="scipy")
+    monkeypatch.setattr(torchvision.datasets, "SVHN", fail)
+    with pytest.raises(UserError, match=r"^SVHN takes scipy: pip install scipy$"):
+        load_data(configure(dataset="svhn", data_dir=str(tmp_path)))
+
+
+# ---- Folders and ZIP files ---------------------------------------------------------------------
 
 
 def folder_config(path, tmp_path, **more):

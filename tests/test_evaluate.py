@@ -115,7 +115,7 @@ def test_what_makes_no_sense_is_refused_with_the_reason(two_folders, folder, fla
 def test_a_folder_that_is_not_there(folder):
     """Named as it was given."""
     done = cli("nowhere", "--against", "digits", script="evaluate.py", cwd=folder)
-    assert done.returncode == 2 and "nowhere is no folder, ZIP or .npz file with images in it" in done.stderr
+    assert done.returncode == 2 and "nowhere is no folder or file with images in it" in done.stderr
 
 
 def test_inception_score_precision_and_recall(random_inception, two_folders, folder):

@@ -14,12 +14,13 @@ import edit
 
 # What each file may import of the project; everything else of it stands above.
 FILES = "diffuser_lib.files"
-GROUND_FLOOR = {f"diffuser_lib.{name}" for name in ("files", "images", "cpu_kernels", "machine", "processes", "spellings", "metrics", "tensors", "judge", "copies")}
+GROUND_FLOOR = {f"diffuser_lib.{name}" for name in ("files", "images", "sources", "cpu_kernels", "machine", "processes", "spellings", "metrics", "tensors", "judge", "copies")}
 BELOW = {
     "diffuser_lib": set(),
     FILES: set(),
     "diffuser_lib.cpu_kernels": set(),
     "diffuser_lib.images": {FILES},
+    "diffuser_lib.sources": {FILES, "diffuser_lib.images"},
     "diffuser_lib.processes": {FILES},
     "diffuser_lib.machine": set(),
     "diffuser_lib.spellings": {FILES},

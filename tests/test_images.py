@@ -160,11 +160,11 @@ def test_classes_of_the_same_name_keep_their_paths(tmp_path):
 
 
 @pytest.mark.parametrize("what, words", [
-    ("missing", "images .*missing: there is no such folder or ZIP file"),
+    ("missing", "images .*missing: there is no such folder or file"),
     ("empty", "images .*empty holds no PNG, JPG, JPEG, BMP, GIF, WEBP image"),
     ("broken.zip", "images .*broken.zip is no whole ZIP file"),
     ("text.png", "images .*text.png is no whole ZIP file"),
-    ("", "images is needed: a folder or ZIP file of images")])
+    ("", "images is needed: a folder or file of images")])
 def test_a_place_without_images_is_refused(tmp_path, what, words):
     """No folder, nothing in it, a file that is no ZIP file, no path at all: one line that says so and names the option."""
     (tmp_path / "empty").mkdir()
