@@ -718,8 +718,8 @@ class HubImages(PackedImages):
         return []
 
     def fingerprint(self) -> tuple[str, str]:
-        where, digest = super().fingerprint()
-        return where, f"{self.print} {digest}"
+        _, digest = super().fingerprint()
+        return str(self.path), f"{self.print} {digest}"
 
 
 READERS = {".parquet": ParquetImages, ".tar": TarImages, ".npz": NpzImages}
