@@ -8,6 +8,7 @@ import shutil
 import subprocess
 import sys
 import tarfile
+import tracemalloc
 import zipfile
 from pathlib import Path
 
@@ -173,6 +174,20 @@ def test_arrays_of_numpy(tmp_path, pixels, save, names):
     save(tmp_path / "set.npz", **{names[0]: pixels, names[1]: labels[:, None] if names[0].startswith("train") else labels,
                                   "test_images": pixels[:3]})
     check_same(load(tmp_path / "set.npz", tmp_path), pixels, ["0", "1", "2"])
+
+
+def test_an_array_is_never_unpacked_as_a_whole(tmp_path):
+    """40 MB of images in a small file: opening it and reading the last one takes less than a twentieth of that."""
+    path = tmp_path / "set.npz"
+    np.savez_compressed(path, images=np.zeros((10_000, 64, 64), np.uint8), labels=np.arange(10_000) % 10)
+    tracemalloc.start()
+    try:
+        image, label = open_images(str(path), "--images")[9_999]
+        peak = tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+    assert (image.size, label) == ((64, 64), 9)
+    assert peak < 2 * 2**20
 
 
 @pytest.mark.parametrize("kind", ["grey", "grey [N, H, W, 1]", "channels first", "RGBA"])
