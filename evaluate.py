@@ -47,7 +47,16 @@ from diffuser_lib.files import (
     warn_on_oserror,
     write_json,
 )
-from diffuser_lib.images import ARCHIVES, DecodedImages, ImageData, ImageSource, Shape, file_names, from_uint8
+from diffuser_lib.images import (
+    ARCHIVES,
+    ENDINGS,
+    DecodedImages,
+    ImageData,
+    ImageSource,
+    Shape,
+    file_names,
+    from_uint8,
+)
 from diffuser_lib.judge import FEATURES, Reference, ReferenceStats, divide, extract_features
 from diffuser_lib.machine import is_installed
 from diffuser_lib.sources import READERS, open_images
@@ -79,6 +88,8 @@ def shape_of_first(files: ImageSource) -> Shape:
 
 def class_in_name(name: str) -> str:
     """The class in a file name such as images/000012_cat.png; empty where there is none."""
+    if not name.lower().endswith(ENDINGS):                       # a place in an array or table
+        return ""
     stem = name.rpartition("/")[2].rpartition(".")[0]
     return stem.partition("_")[2]
 

@@ -340,7 +340,9 @@ class NpzImages(PackedImages):
         choose_column(others, label_column, str(self.path))
         values = self.read_labels(archive, entries[key], shape[0], key == label_column) if key else None
         names = self.read_names(archive, entries) if values else ()
-        self.labels, self.class_names = number_classes(values or [None] * shape[0], names)
+        if names and all(type(value) is int and 0 <= value < len(names) for value in values):
+            values = [names[value] for value in values]
+        self.labels, self.class_names = number_classes(values or [None] * shape[0])
 
     def read_names(self, archive: zipfile.ZipFile, entries: dict[str, zipfile.ZipInfo]) -> Sequence[str]:
         """What the numbers of classes stand for, as --save_format npz writes it; nothing elsewhere."""

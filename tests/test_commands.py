@@ -608,11 +608,11 @@ def test_training_conversation_through_a_pipe(folder):
     """--mode train asks for data and length, then for other settings on request; a wrong answer is asked again."""
     settings = [n for n, s in diffuser.FIELDS.items() if s.metadata["ask"] and n != "mode"]
     given = {"batch_size": "600", "timesteps": "many\n30", "schedule_type": "l", "emb_dim": "8", "base_channels": "8"}
-    answers = "\n".join(["imagenet", "digit", "soon", "1 epoch", "y", *(given.get(n, "") for n in settings)])
+    answers = "\n".join(["nothing", "digit", "soon", "1 epoch", "y", *(given.get(n, "") for n in settings)])
     done = cli("--mode", "train", "--channel_mults", "1,2", "--num_res_blocks", "1", "--preview_steps", "2", cwd=folder,
                stdin=f"{answers}\n")
     assert done.returncode == 0, done.stdout + done.stderr
-    assert "imagenet is none of the choices" in done.stdout and "--timesteps wants a whole number" in done.stdout
+    assert "nothing is none of the choices" in done.stdout and "--timesteps wants a whole number" in done.stdout
     assert "20 epochs" in done.stdout and "such as 20 epochs" in done.stdout
     config = json.loads(next(folder.rglob("config.json")).read_text())["config"]
     assert (config["timesteps"], config["emb_dim"], config["epochs"], config["batch_size"]) == (30, 8, 1, 600)

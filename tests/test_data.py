@@ -487,7 +487,9 @@ def test_real_cifar10_zip(real_data, tmp_path):
 
 def test_importing_touches_nothing(tmp_path):
     """Importing diffuser writes nothing and needs none of the optional packages."""
-    from conftest import subprocess, sys
+    import subprocess
+    import sys
+
     code = (f"import sys; sys.path.insert(0, {str(ROOT)!r}); import diffuser; print([m for m in ('wandb', 'tensorboard', "
             "'diffusers', 'safetensors', 'matplotlib', 'torchvision') if m in sys.modules])")
     done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, check=True)

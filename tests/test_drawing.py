@@ -359,15 +359,13 @@ def arrays(**content):
 
 
 @pytest.mark.parametrize("content, words", [
-    (arrays(arr_0=np.zeros((2, 4, 4), np.uint8)), "uint8 [2, 4, 4]"),
-    (arrays(arr_0=np.zeros((2, 1, 4, 4), np.uint8)), "of 1 or 3 channels"),
+    (arrays(arr_0=np.zeros((2, 4), np.uint8)), "uint8 [2, 4]"),
     (arrays(arr_0=np.zeros((2, 4, 4, 3))), "float64 [2, 4, 4, 3]"),
     (arrays(arr_0=np.zeros((0, 4, 4, 3), np.uint8)), "[0, 4, 4, 3]"),
-    (arrays(arr_1=np.zeros(3, np.int64)), "no label for each image"),
-    (arrays(arr_1=np.zeros(2)), "no label for each image"),
-    (arrays(arr_1=np.array([{}, {}])), "allow_pickle"),
+    (arrays(arr_1=np.zeros(3, np.int64)), "2 images, but 3 in arr_1"),
+    (arrays(arr_1=np.array([{}, {}])), "Python objects, which are not loaded"),
     ({"x": np.zeros(3)}, "arr_0"),
-    (b"", "no .npz file"), (b"PK\3\4 damaged", "no .npz file")])
+    (b"", "no whole .npz file"), (b"PK\3\4 damaged", "no whole .npz file")])
 def test_arrays_that_are_no_images(tmp_path, capsys, content, words):
     """Another type or shape, labels of others, objects that would run code, no array at all: one line."""
     path = tmp_path / "other.npz"
@@ -383,7 +381,7 @@ def test_arrays_that_are_no_images(tmp_path, capsys, content, words):
 
 @pytest.mark.parametrize("more, labels, names", [
     ({}, [0, 0], []), ({"arr_1": np.array([7, 3], np.int32)}, [1, 0], ["3", "7"]),
-    ({"arr_1": np.array([1, 1]), "class_names": np.array(["cat", "dog"])}, [0, 0], ["dog"]),
+    ({"arr_1": np.array([1, 1]), "class_names": np.array(["cat", "dog"])}, [0, 0], []),
     ({"arr_1": np.array([1, 2]), "class_names": np.array(["cat", "dog"])}, [0, 1], ["1", "2"]),
     ({"arr_1": np.array([-1, 2]), "class_names": np.array(["a", "b", "c"])}, [0, 1], ["-1", "2"])])
 @pytest.mark.parametrize("save", [np.savez, np.savez_compressed])
