@@ -234,18 +234,22 @@ def data_address(picture: Image.Image) -> str:
     """A picture as the address of an <img>."""
     file = io.BytesIO()
     picture.save(file, "PNG", compress_level=1)
-    return "data:image/png;base64," + base64.b64encode(file.getvalue()).decode()
+    return png_address(file.getvalue())
 
 
-def show_pictures(images: Tensor, names: list[str], chosen: int = -1) -> str:
+def png_address(content: bytes) -> str:
+    """The content of a PNG file as the address of an <img>."""
+    return "data:image/png;base64," + base64.b64encode(content).decode()
+
+
+def show_pictures(images: Tensor, names: list[str]) -> str:
     """uint8 [N, C, H, W] as buttons with pictures, each of which has a name."""
     buttons = []
     for i, (image, name) in enumerate(zip(images, names)):
         title = escape(name, quote=True)
-        pressed = "true" if i == chosen else "false"
-        buttons.append(f'<button type="button" data-index="{i}" aria-pressed="{pressed}" title="{title}">'
+        buttons.append(f'<button type="button" data-index="{i}" aria-pressed="false" title="{title}">'
                        f'<img src="{data_address(to_pil(image))}" alt="{title}"></button>')
-    return f'<div class="pictures" style="--count: {len(buttons)}">{"".join(buttons)}</div>'
+    return f'<div class="pictures">{"".join(buttons)}</div>'
 
 
 def show_file(path: Path | None, alt: str) -> str:
@@ -256,8 +260,7 @@ def show_file(path: Path | None, alt: str) -> str:
         content = path.read_bytes()
     except OSError:
         return ""
-    address = "data:image/png;base64," + base64.b64encode(content).decode()
-    return f'<img class="sharp" src="{address}" alt="{escape(alt, quote=True)}">'
+    return f'<img class="sharp" src="{png_address(content)}" alt="{escape(alt, quote=True)}">'
 
 
 def note(text: str) -> str:
@@ -285,6 +288,13 @@ class Drawing:
     record: dict
     command: list[str]
     sources: dict[str, Path] = field(default_factory=dict)
+
+
+def check_request(count: int, seed: int) -> None:
+    """Raise UserError for a number of images or a seed that cannot be."""
+    if not 1 <= count <= MOST_IMAGES:
+        raise UserError(f"between 1 and {MOST_IMAGES} images can be drawn at a time")
+    diffuser.check_value("seed", seed)
 
 
 def own_settings(model: diffuser.Model) -> dict:
@@ -327,9 +337,7 @@ def draw(home: Home, classes: list[str] | str, count: int, seed: int, key: str, 
     """
     loaded = home.load(key)
     model = loaded.model
-    if not 1 <= count <= MOST_IMAGES:
-        raise UserError(f"between 1 and {MOST_IMAGES} images can be drawn at a time")
-    diffuser.check_value("seed", seed)
+    check_request(count, seed)
     numbers = class_numbers(model, classes)
     settings = changed_settings(model, sampler, steps, guidance) if taken == key else {}
     cfg = model.sampling_config(dict(settings, seed=seed))
@@ -390,9 +398,7 @@ def class_of(model: diffuser.Model, name: str | None) -> list[int]:
 def run_edit(home: Home, key: str, command: str, classes: list[str | None], count: int, seed: int = 0,
              **arguments) -> Drawing:
     """What a command of edit.py makes. arguments: its own. Raises UserError."""
-    if not 1 <= count <= MOST_IMAGES:
-        raise UserError(f"between 1 and {MOST_IMAGES} images can be drawn at a time")
-    diffuser.check_value("seed", seed)
+    check_request(count, seed)
     loaded = home.load(key)
     model = loaded.model
     changed = edit_settings(model, command)
@@ -517,9 +523,9 @@ def show_grid(run: Run, place: int) -> str:
 
 def show_overlay(chosen: list[Run]) -> str:
     """The losses of runs over each other. Raises UserError."""
-    picture = base64.b64encode(runs.overlaid_curves(chosen)).decode()
+    picture = png_address(runs.overlaid_curves(chosen))
     names = escape(", ".join(run.name for run in chosen), quote=True)
-    return f'<img class="figure" src="data:image/png;base64,{picture}" alt="losses of {names}">'
+    return f'<img class="figure" src="{picture}" alt="losses of {names}">'
 
 
 def show_report(run: Run) -> str:
@@ -623,9 +629,13 @@ def checkpoint_menu(home: Home, label: str) -> gr.Dropdown:
 
 def choose_again(home: Home, key: str | None):
     """The list of checkpoints as it is now, with the one that was chosen, or else the newest."""
-    choices = checkpoint_choices(home)
+    return keep_choice(checkpoint_choices(home), key)
+
+
+def keep_choice(choices: list[tuple[str, str]], key: str | None):
+    """A menu of (label, key) with the key that was chosen or, where that is gone, the first."""
     keys = [key for _, key in choices]
-    value = key if key in keys else (keys[0] if keys else None)
+    value = key if key in keys else next(iter(keys), None)
     return gr.update(choices=choices, value=value)
 
 
@@ -1044,7 +1054,7 @@ def train_tab(home: Home, pages: Pages) -> list[Filler]:
         key = runs.start_run(to_words(dataset, recipe, length, unit, name, further, data))
         if tied == STOP:
             pages.tie(key)
-        return gr.update(choices=run_choices(places), value=key), {}, free_name(places, dataset)
+        return gr.update(choices=run_choices(runs.read_runs(places)), value=key), {}, free_name(places, dataset)
 
     form = [dataset, files, recipe, length, unit, name, further]
     on(plan.click, make_plan, form, [planned])
@@ -1101,17 +1111,14 @@ def train_tab(home: Home, pages: Pages) -> list[Filler]:
     on(resume.click, resume_watched, [watched], [seen])
 
     def fill(key, name):
-        choices = run_choices(places)
-        keys = [key for _, key in choices]
-        chosen = key if key in keys else (keys[0] if keys else None)
-        return gr.update(choices=choices, value=chosen), free_name(places, "digits") if name == "digits1" else gr.skip()
+        free = free_name(places, "digits") if name == "digits1" else gr.skip()
+        return keep_choice(run_choices(runs.read_runs(places)), key), free
 
     return [Filler(fill, [watched, name], [watched, name])]
 
 
-def run_choices(places: Places) -> list[tuple[str, str]]:
-    """(title, key) of all runs, those that train first."""
-    there = runs.read_runs(places)
+def run_choices(there: list[Run]) -> list[tuple[str, str]]:
+    """(title, key) of runs."""
     return list(zip(runs.titles(there), [run.key for run in there]))
 
 
@@ -1152,7 +1159,7 @@ def runs_tab(home: Home) -> list[Filler]:
         headings, rows = runs.table_of_runs(there)
         left = [run.key for run in there if run.key in keys]
         return (gr.update(value=dict(headers=headings, data=rows)),
-                gr.update(choices=list(zip(runs.titles(there), [run.key for run in there])), value=left))
+                gr.update(choices=run_choices(there), value=left))
 
     def ask(keys):
         lines = [f"{run.name}: {', '.join(map(str, runs.parts_of(places, run)))}" for run in runs_of(keys)]
