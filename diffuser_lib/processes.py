@@ -57,9 +57,13 @@ class Processes:
             dist.barrier()
 
     def wait_for_all(self, look: Callable[[], object]) -> None:
-        """Wait for all ranks as in `barrier`, and call look() meanwhile; what it raises ends the waiting."""
+        """Wait for all ranks as in `barrier`, and call look() meanwhile; what it raises ends the waiting.
+
+        Every rank has looked at least once when the waiting ends: what one tells in look(), all can know then.
+        """
         if self.world == 1:
             return
+        look()
         name = f"meeting {next(MEETINGS)}"
         add_to_store(name, 1)
         while add_to_store(name, 0) < self.world:

@@ -313,6 +313,8 @@ for wait in range(2):
         if rank != wait:
             time.sleep(2)
         processes.wait_for_all(bar.look)
+        if rank == 1:
+            time.sleep(0.3)                                      # too late to tell rank 0 anything now
         bar.look()
         seen.append(bar.done)
 
