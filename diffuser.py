@@ -2031,11 +2031,13 @@ def torchvision_dataset(name: str, cfg: Config, files: str, place: str, **option
     files, place: what to put where by hand. Raises UserError if it cannot be had.
     """
     import torchvision
+    from filelock import FileLock  # torch depends on it
 
     root = Path(cfg.data_dir)
     try:
         root.mkdir(parents=True, exist_ok=True)
-        return getattr(torchvision.datasets, name)(root, download=True, **options)
+        with FileLock(root / f".{name}.lock"):                   # another run, or machine, may be downloading it
+            return getattr(torchvision.datasets, name)(root, download=True, **options)
     except ModuleNotFoundError as error:                         # scipy, for some
         raise UserError(f"{name} takes {error.name}: pip install {error.name}", code=1) from error
     except Exception as error:                                   # torchvision raises many kinds here
@@ -2380,6 +2382,11 @@ def pick_device(wanted: str) -> torch.device:
     return device
 
 
+def meet(device: torch.device) -> Processes:
+    """The processes of the run, which exchange numbers on their devices."""
+    return Processes(device, "nccl" if device.type == "cuda" else "gloo")
+
+
 class Devices:
     """What a run computes on. device: this process's own; replicas: GPUs of DataParallel; processes: of torchrun."""
 
@@ -2396,7 +2403,7 @@ class Devices:
         if cfg.num_gpus > max(gpus, 1):
             raise UserError(f"--num_gpus {cfg.num_gpus}: this machine has {gpus}")
 
-        self.processes = Processes(self.device, "nccl" if gpus else "gloo")
+        self.processes = meet(self.device)
         self.replicas = 1
         if self.processes.world == 1:
             self.replicas = cfg.num_gpus or max(gpus, 1)
@@ -4033,7 +4040,7 @@ class Trainer:
         if data is not None:
             self.data = select_labels(cfg, data)
         else:
-            with self.processes.main_first():
+            with self.processes.machine_first():
                 self.data = load_data(cfg)
         self.shape = tuple(self.data.images.shape[1:])
         self.null_class = len(self.data.class_names)
@@ -4086,23 +4093,28 @@ class Trainer:
     def step_noise(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """A step's randomness, a function of (seed, step): t, eps, the noise that the network sees, labels to drop.
 
-        Drawn for the whole batch, of which each process takes its slice. Timesteps are spread evenly over the batch
-        (2107.00630, appendix I.1).
+        Each image has noise by (seed, step, its place in the batch), so that a process draws no more than its own, and
+        the same for any number of processes; of t and labels all draw one number an image. Timesteps are spread evenly
+        over the batch (2107.00630, appendix I.1).
         """
-        random = generator(self.cfg.seed, STREAM_STEP, self.step, device=self.device)
-        options = dict(device=self.device, generator=random)
-
-        spread = (torch.arange(self.size, device=self.device) + torch.rand(1, **options)) / self.size
-        t = self.diffusion.timesteps(spread)
-        eps = torch.randn(self.size, *self.shape, **options)
-        drop = torch.rand(self.size, **options) < self.cfg.label_dropout
-
-        noise = eps
-        if self.cfg.input_perturbation:                          # 2301.11706, algorithm 1
-            noise = eps + self.cfg.input_perturbation * torch.randn(eps.shape, **options)
-
         here = self.batches.rank_slice
-        return t[here], eps[here], noise[here], drop[here]
+        base = derive_seed(self.cfg.seed, STREAM_STEP, self.step)
+        random = torch.Generator(self.device).manual_seed(base)
+        options = dict(device=self.device, generator=random)
+        spread = (torch.arange(self.size, device=self.device) + torch.rand(1, **options)) / self.size
+        t = self.diffusion.timesteps(spread)[here]
+        drop = torch.rand(self.size, **options)[here] < self.cfg.label_dropout
+
+        count = here.stop - here.start
+        eps = torch.empty(count, *self.shape, device=self.device)
+        extra = torch.empty_like(eps) if self.cfg.input_perturbation else None
+        for i in range(count):
+            random.manual_seed(base + 1 + here.start + i)
+            eps[i].normal_(generator=random)
+            if extra is not None:                                # 2301.11706, algorithm 1
+                extra[i].normal_(generator=random)
+        noise = eps if extra is None else eps + self.cfg.input_perturbation * extra
+        return t, eps, noise, drop
 
     def accumulate(self, batch: list[Tensor], forward: Callable) -> Tensor:
         """Add up the gradient of the mean loss, in micro-batches; returns sums of losses and counts, [quartile, 2]."""
@@ -4204,7 +4216,7 @@ class Trainer:
         torch.manual_seed(derive_seed(self.cfg.seed))
         network = build_unet(self.cfg, self.shape[0], self.null_class)
         if self.cfg.init_from:
-            state = load_checkpoint(self.cfg.init_from)
+            state = self.processes.from_main(partial(load_checkpoint, self.cfg.init_from))
             text = load_pretrained(network, state)
             if announce:
                 self.processes.print0(f"weights  of {self.cfg.init_from}, step {state['step']:,}; {text}")
@@ -4394,8 +4406,11 @@ class Guard:
             raise UserError(f"training has diverged for the fourth time, by step {diverged_at}: {reason}.\nThe last "
                             "good checkpoint is as it was: lower --learning_rate or use --precision fp32.", code=1)
 
-        paths = [last_good] if last_good else []
-        state = next(filter(is_good, map(try_load, paths + kept_checkpoints(trainer.cfg))), None)
+        def load_good() -> dict | None:
+            paths = [last_good] if last_good else []
+            return next(filter(is_good, map(try_load, paths + kept_checkpoints(trainer.cfg))), None)
+
+        state = trainer.processes.from_main(load_good)
         if state:
             trainer.resume(state)
         else:
@@ -4419,7 +4434,7 @@ def find_judge(cfg: Config, devices: Devices, data: ImageData | None) -> Referen
 
     data: images of one's own. Raises UserError.
     """
-    with devices.processes.main_first():
+    with devices.processes.machine_first():
         if data is None:
             real = real_images(cfg, load_data(cfg))
         else:
@@ -4795,7 +4810,8 @@ def train_locked(cfg: Config, devices: Devices, signals: Signals, data: ImageDat
     """What train does once nobody else may write to the run's files."""
     processes = devices.processes
     # Once more, now under the lock and read in full: a command line has only had a look.
-    path, state = find_resume_checkpoint(cfg, dataclasses.asdict(cfg), processes)
+    path, state = processes.from_main(partial(find_resume_checkpoint, cfg, dataclasses.asdict(cfg), processes))
+    require_furthest(cfg, state, processes)
 
     judge = find_judge(cfg, devices, data) if cfg.score_every else None
 
@@ -4809,6 +4825,7 @@ def train_locked(cfg: Config, devices: Devices, signals: Signals, data: ImageDat
 
     trainer = Trainer(cfg, devices, state, compute, data)
     del state                                                    # of twice the size of the network and more
+    require_same_run(trainer)
     folder = samples_path(cfg)
     if processes.is_main:
         set_earlier_run_aside(cfg, path, folder, processes)
@@ -4832,6 +4849,31 @@ def train_locked(cfg: Config, devices: Devices, signals: Signals, data: ImageDat
     if logger and cfg.report:
         monitor.write_report()
     return path
+
+
+def require_furthest(cfg: Config, state: dict | None, processes: Processes) -> None:
+    """Raise UserError where another machine has a later part of this run than rank 0, which would train it anew."""
+    own = 0
+    if processes.world > 1 and cfg.resume == "auto" and not cfg.resume_from_checkpoint:
+        checkpoint = next(filter(None, map(partial(try_load, peek=True), kept_checkpoints(cfg))), None)
+        if checkpoint and same_run(cfg, checkpoint):
+            own = checkpoint["step"]
+
+    # Where all see the same disk, all see the same step, even if that checkpoint turned out to be damaged.
+    (ours, here), *others = processes.gather((own, platform.node()))
+    furthest, place = max(others, default=(0, here))
+    if furthest > max(ours, state["step"] if state else 0):
+        raise UserError(f"{place} has this run's checkpoint of step {furthest:,}, and the machine of rank 0, {here}, "
+                        "none so late: copy it there, or begin a run of its own with --experiment_name NAME")
+
+
+def require_same_run(trainer: Trainer) -> None:
+    """Raise UserError where the processes are about to train different things: settings, images, step."""
+    cfg = trainer.cfg
+    values = {f"--{name}": format_value(name, getattr(cfg, name)) for name in FIELDS if name not in PER_RUN}
+    values["images"] = f"{len(trainer.batches.indices):,} with the digest {trainer.data.digest()[:12]}"
+    values["step"] = f"{trainer.step:,}"
+    trainer.processes.require_same(values, "Give all of them the same flags, and the same images.")
 
 
 def set_earlier_run_aside(cfg: Config, path: Path | None, folder: Path, processes: Processes) -> None:
@@ -5148,6 +5190,17 @@ def ask_option(name: str, asked: dict, default) -> dict:
 # Training.
 
 
+# Where things are, which may differ from one machine of a run to another.
+OWN_PLACES = ("path_to_data", "data_dir", "working_directory", "generated_directory", "num_workers")
+
+
+def settle_run(asked: dict) -> Config:
+    """The settings of a run: they say where its checkpoint is, and with what that stores they are final."""
+    cfg = complete(asked)
+    path, state = find_resume_checkpoint(cfg, asked)
+    return complete(asked, state["config"]) if path else cfg
+
+
 def run_training(asked: dict) -> None:
     """--mode train. asked: what the command line asks for, as from `requested`."""
     if "dataset" not in asked and not asked.get("resume_from_checkpoint"):
@@ -5155,25 +5208,24 @@ def run_training(asked: dict) -> None:
             raise UserError("name the data with --dataset: under torchrun nobody can be asked")
         asked = ask_training(asked)
 
-    # The settings say where the run's checkpoint is; with what it stores they are final.
-    cfg = complete(asked)
+    processes = meet(pick_device(asked.get("device", "auto")))
+    shared = {f"--{name}": format_value(name, value) for name, value in asked.items() if name not in OWN_PLACES}
+    processes.require_same(shared, "Start all of them with the same flags.")
+    cfg = processes.from_main(partial(settle_run, asked))
+    cfg = dataclasses.replace(cfg, **{name: value for name, value in asked.items() if name in OWN_PLACES})
     if cfg.dataset == "folder":                                  # told before anything is made
         check_images(cfg.path_to_data, "--path_to_data")
-    path, state = find_resume_checkpoint(cfg, asked)
-    if path:
-        cfg = complete(asked, state["config"])
-    del state                                                    # it keeps the file on the disk
 
     devices = Devices(cfg)
-    print0 = devices.processes.print0
     if cfg.dry_run:
-        print0(describe_dry_run(cfg, devices))
+        processes.print0(describe_dry_run(cfg, devices))
         return
     start_time = time.perf_counter()
     path = train(cfg, devices)
-    print0(f"trained in {duration(time.perf_counter() - start_time)}: {path}\n"
-           f"samples  {describe_folder(samples_path(cfg))}\n"
-           f"draw with it: python diffuser.py --mode inference --model_path {path}")
+    if devices.processes.is_main:
+        print(f"trained in {duration(time.perf_counter() - start_time)}: {path}\n"
+              f"samples  {describe_folder(samples_path(cfg))}\n"
+              f"draw with it: python diffuser.py --mode inference --model_path {path}")
 
 
 def describe_folder(folder: Path) -> str:

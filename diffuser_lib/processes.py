@@ -1,6 +1,7 @@
 """The processes of one run, as torchrun starts them, and the signals that reach them.
 
-Processes       rank and number; barrier, wait_for_all, main_first, broadcast, broadcast_list, largest, sum_, print0
+Processes       rank and number; barrier, wait_for_all, machine_first, broadcast, from_main, require_same, sum_, print0
+Meeting         how they find each other, and notice a machine that has gone
 SharedBar       one progress bar over what all processes do
 Signals         what asks a run to stop or to save, heard at once and acted upon between steps
 Failing         speaks_first, is_lost: one message for a failure that all processes share
@@ -10,24 +11,35 @@ Needs torch and tqdm. A process alone is rank 0 of 1, and everything here is the
 
 from __future__ import annotations
 
+import hashlib
 import itertools
+import math
 import os
+import platform
 import signal
 import threading
 import time
+import uuid
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from datetime import timedelta
+from typing import TypeVar
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 from tqdm import tqdm
 
+from diffuser_lib.files import UserError, first_line, warn
+
 # ---- Processes ---------------------------------------------------------------------------------
 
 PATIENCE = timedelta(hours=6)                                    # rank 0 reads and draws, the others wait
 LOOK = 0.5                                                       # seconds between two looks at what others have done
+BEAT = 4.0                                                       # seconds between two signs of life of a machine
+SILENCE = 30.0                                                   # seconds without one, after which it has gone
+
+T = TypeVar("T")
 
 # Names in the store that processes share. All come to the same places in the same order, so numbers name them.
 MEETINGS = itertools.count()
@@ -37,6 +49,21 @@ COUNTS = itertools.count()
 def world_size() -> int:
     """How many processes torchrun has started, 1 without it."""
     return int(os.environ.get("WORLD_SIZE", 1))
+
+
+def machine() -> int:
+    """The number of this machine among those of the run, from 0."""
+    return int(os.environ.get("GROUP_RANK", 0))
+
+
+def machines() -> int:
+    """How many machines torchrun runs on, 1 without it."""
+    return int(os.environ.get("GROUP_WORLD_SIZE", 1))
+
+
+def is_first_here() -> bool:
+    """Whether this is the first of the processes of its machine."""
+    return os.environ.get("LOCAL_RANK", "0") == "0"
 
 
 class Processes:
@@ -72,14 +99,14 @@ class Processes:
         self.barrier()                                           # the store is needed until all have seen it
 
     @contextmanager
-    def main_first(self) -> Iterator[None]:
-        """Rank 0 goes through the block before the others do, so that downloads and caches are made once."""
-        if not self.is_main:
+    def machine_first(self) -> Iterator[None]:
+        """The first process of each machine goes through the block before its others, to download and cache once."""
+        if not is_first_here():
             self.barrier()
         try:
             yield
         finally:                                                 # if it failed, the others fail likewise
-            if self.is_main:
+            if is_first_here():
                 self.barrier()
 
     def broadcast(self, number: int) -> int:
@@ -97,6 +124,61 @@ class Processes:
         if self.world > 1:
             dist.broadcast(shared, 0)
         return shared.tolist()
+
+    def from_main(self, make: Callable[[], T]) -> T:
+        """What make() gives on rank 0, on all ranks; the others need not have the files that it reads.
+
+        It may hold all that can be pickled; tensors travel one by one, so that they are never there twice. Raises
+        UserError on all ranks where make() does.
+        """
+        if self.world == 1:
+            return make()
+        value = failure = None
+        if self.is_main:
+            try:
+                value = make()
+            except UserError as error:
+                failure = (str(error), error.code)
+
+        tensors = []
+        parcel = [(failure, without_tensors(value, tensors))]
+        dist.broadcast_object_list(parcel, 0, device=self.device)
+        failure, skeleton = parcel[0]
+        if failure is not None:
+            raise UserError(failure[0], code=failure[1])
+        if not self.is_main:
+            value = with_tensors(skeleton, tensors)
+        for tensor in tensors:
+            there = as_bytes(tensor).to(self.device)
+            dist.broadcast(there, 0)
+            if not self.is_main:
+                as_bytes(tensor).copy_(there)
+        return value
+
+    def gather(self, value: T) -> list[T]:
+        """Every rank's value, by rank, on all ranks. For small things that can be pickled."""
+        if self.world == 1:
+            return [value]
+        values = [None] * self.world
+        dist.all_gather_object(values, value)
+        return values
+
+    def require_same(self, values: dict[str, str], advice: str) -> None:
+        """Raise UserError on all ranks where they do not agree on these values, with a line for each that differs.
+
+        values: for people, by name; a name that is missing counts as a value of its own; advice: what to do about it.
+        """
+        everyone = self.gather((f"{platform.node()} (rank {self.rank})", values))
+        first_place, first = everyone[0]
+        lines = []
+        for name in dict.fromkeys(name for _, values in everyone for name in values):
+            ours = first.get(name, "not given")
+            for place, theirs in everyone[1:]:
+                if theirs.get(name, "not given") != ours:
+                    lines.append(f"{name}: {theirs.get(name, 'not given')} on {place}, {ours} on {first_place}")
+                    break
+        if lines:
+            raise UserError("\n".join(["the processes do not agree:", *lines, advice]))
 
     def largest(self, number: int) -> int:
         """The largest of all ranks' numbers, on every rank."""
@@ -118,21 +200,146 @@ class Processes:
                 tqdm.write(text)
 
 
+# What from_main sends: a nest of dicts, lists and tuples, and the tensors in it.
+
+
+def as_bytes(tensor: Tensor) -> Tensor:
+    """The memory of a contiguous tensor as uint8 [bytes]: every backend can send those."""
+    return tensor.reshape(-1).view(torch.uint8)
+
+
+def without_tensors(value: object, tensors: list[Tensor]) -> object:
+    """A copy of a nest with empty tensors, on no device, in place of its own; those are appended to `tensors`."""
+    if isinstance(value, Tensor):
+        tensors.append(value.detach().cpu().contiguous())
+        return torch.empty(value.shape, dtype=value.dtype, device="meta")
+    if isinstance(value, dict):
+        return type(value)({key: without_tensors(each, tensors) for key, each in value.items()})
+    if type(value) in (list, tuple):
+        return type(value)(without_tensors(each, tensors) for each in value)
+    return value
+
+
+def with_tensors(value: object, tensors: list[Tensor]) -> object:
+    """The way back: memory in place of the empty tensors, which is to be filled, in the same order in `tensors`."""
+    if isinstance(value, Tensor):
+        tensors.append(torch.empty(value.shape, dtype=value.dtype))
+        return tensors[-1]
+    if isinstance(value, dict):
+        return type(value)({key: with_tensors(each, tensors) for key, each in value.items()})
+    if type(value) in (list, tuple):
+        return type(value)(with_tensors(each, tensors) for each in value)
+    return value
+
+
+# ---- Meeting -----------------------------------------------------------------------------------
+
+WATCHES: list[Watch] = []                                        # at most one
+
+
 def join(backend: str) -> None:
-    """Meet the other processes of the run."""
+    """Meet the other processes of the run. Raises UserError where their machines cannot reach each other."""
     store, rank, world = next(dist.rendezvous("env://"))
     store.set_timeout(PATIENCE)
-    if os.environ.get("LOCAL_WORLD_SIZE") == str(world):         # else machines may count attempts differently
-        # torchrun 2.15 keeps what dead processes wrote to the store (pytorch issue 135712).
-        attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
-        store = dist.PrefixStore(f"attempt_{attempt}", store)
-    dist.init_process_group(backend, store=store, rank=rank, world_size=world, timeout=PATIENCE)
+    store = dist.PrefixStore(name_meeting(store, rank, world), store)
+    if machines() > 1 and is_first_here():
+        WATCHES.append(Watch(store))
+    try:
+        dist.init_process_group(backend, store=store, rank=rank, world_size=world, timeout=PATIENCE)
+    except RuntimeError as error:
+        if machines() == 1:
+            raise
+        here = f"{platform.node()} does not reach the other machines ({first_line(error)})"
+        raise UserError(f"{here}: name the network between them on each, as in GLOO_SOCKET_IFNAME=eth0 "
+                        "NCCL_SOCKET_IFNAME=eth0", code=1) from error
 
 
 def leave() -> None:
     """Part from the other processes at the end of a run."""
+    while WATCHES:
+        WATCHES.pop().end()
     if dist.is_available() and dist.is_initialized():
         dist.destroy_process_group()
+
+
+def name_meeting(store: dist.Store, rank: int, world: int) -> str:
+    """A name for this meeting: the same for all ranks, and no earlier meeting's.
+
+    torchrun keeps what dead processes wrote to the store (pytorch issue 135712), and its machines count restarts
+    differently, so nothing that stands there need be of today. Each rank therefore writes down a word of its own. Rank
+    0 proposes the list of all words; a rank agrees once its own is on it; rank 0 begins once all have agreed. What it
+    begins with holds words of living ranks only.
+    """
+    word = uuid.uuid4().hex
+    store.set(f"here {rank}", word)
+
+    def read(key: str) -> str:
+        return store.get(key).decode() if store.check([key]) else ""
+
+    while True:
+        if rank == 0:
+            proposal = " ".join(read(f"here {each}") for each in range(world))
+            store.set("proposal", proposal)
+            if all(read(f"agreed {each}") == proposal for each in range(1, world)):
+                store.set("begun", proposal)
+                break
+        else:
+            proposal = read("proposal")
+            if word in proposal.split():
+                store.set(f"agreed {rank}", proposal)
+                if read("begun") == proposal:
+                    break
+        time.sleep(0.02)
+    return hashlib.sha256(proposal.encode()).hexdigest()[:16]
+
+
+class Watch:
+    """Ends this machine's part of a run where another machine falls silent: its power, or the network, has failed.
+
+    Where only a process dies, its system closes the connections, and the others fail at once. Here nobody would: an
+    exchange waits, and the store may, too. So one thread gives signs of life and looks for those of others, and another
+    one watches the clock.
+    """
+
+    GONE_WELL = 2**40                                            # a count of beats that is not reached otherwise
+
+    def __init__(self, store: dist.Store):
+        self.store = store.clone()                               # a connection of its own: others wait in theirs
+        self.over = threading.Event()
+        self.heard = [time.monotonic()] * machines()             # when each was heard last
+        self.counts = [0] * machines()
+        for work in (self.beat, self.look):
+            threading.Thread(target=work, daemon=True).start()
+
+    def beat(self) -> None:
+        """Give signs of life, and read those of the others."""
+        while not self.over.is_set():
+            with suppress(Exception):                            # the store is gone: look() will tell
+                self.store.add(f"beats {machine()}", 1)
+                for other in range(machines()):
+                    count = self.store.add(f"beats {other}", 0)
+                    if count != self.counts[other]:
+                        self.heard[other] = time.monotonic()
+                    if count >= self.GONE_WELL:
+                        self.heard[other] = math.inf
+                    self.counts[other] = count
+            self.over.wait(BEAT)
+
+    def look(self) -> None:
+        """End the process once another machine has been silent for too long."""
+        while not self.over.wait(1):
+            silent = [i for i, heard in enumerate(self.heard) if time.monotonic() - heard > SILENCE]
+            if silent:
+                which = "every other machine" if machine() in silent else f"machine {silent[0]}"
+                warn(f"diffuser: nothing heard of {which} for {SILENCE:.0f} seconds: see what it says, and start both "
+                     "again, which goes on from the last checkpoint")
+                os._exit(1)
+
+    def end(self) -> None:
+        """This machine leaves, and need not be heard of again."""
+        self.over.set()
+        with suppress(Exception):
+            self.store.add(f"beats {machine()}", self.GONE_WELL)
 
 
 def add_to_store(name: str, number: int) -> int:
@@ -282,16 +489,15 @@ class Signals:
 
 
 def speaks_first() -> bool:
-    """Whether this process is to say why it fails: of several the first, because of which the others fail."""
+    """Whether this process is to say why it fails: of several on a machine the first, because of which others fail."""
     if world_size() == 1:
         return True
     if not dist.is_initialized():                                # all have the same flags, and data
-        first = os.environ.get("LOCAL_RANK", "0") == "0"
-        if not first:
+        if not is_first_here():
             time.sleep(3)                                        # torchrun ends the first one when this one ends
-        return first
+        return is_first_here()
     with suppress(Exception):                                    # unless the store has gone as well
-        return add_to_store("failed", 1) == 1
+        return add_to_store(f"failed on {machine()}", 1) == 1
     return True
 
 

@@ -22,7 +22,7 @@ CAN_FORK = sys.platform == "linux"                                           # A
 # What forks. For each run it gets a request and the four ends of pipes and files; another child waits for the run's end
 # and tells it.
 PREPARED = """
-import atexit, contextlib, fcntl, functools, gc, importlib, json, os, random, signal, socket, sys, termios, threading, types
+import atexit, contextlib, ctypes, fcntl, functools, gc, importlib, json, os, random, signal, socket, sys, termios, threading, types
 
 for name in sys.argv[2].split(","):
     with contextlib.suppress(ImportError):
@@ -76,6 +76,10 @@ if os.isatty(0):                                                             # w
     fcntl.ioctl(0, termios.TIOCSCTTY, 0)
 os.environ.clear()
 os.environ.update(request["env"])
+if request["network"]:
+    namespace = os.open(f"/run/netns/{request['network']}", os.O_RDONLY)
+    assert ctypes.CDLL(None, use_errno=True).setns(namespace, 0x40000000) == 0   # CLONE_NEWNET
+    os.close(namespace)
 os.chdir(request["cwd"])
 random.seed()
 sys.stdin = sys.__stdin__ = open(0, closefd=False)
@@ -165,17 +169,17 @@ class Process(WithOutputs):
     """`python ARGUMENTS` in the background, with the methods of subprocess.Popen that the tests use.
 
     env: what is to be changed in the environment, None: taken away. stdin, stdout, stderr: open files; nothing is there to
-    be read, and what is written is lost, where they are left out.
+    be read, and what is written is lost, where they are left out. network: a network namespace by name, as `ip` makes them.
     """
 
-    def __init__(self, arguments, cwd, env=None, stdin=None, stdout=None, stderr=None):
+    def __init__(self, arguments, cwd, env=None, stdin=None, stdout=None, stderr=None, network=""):
         global server
         server = server or Server()
         status, theirs = os.pipe()
         with open(theirs, "wb") as theirs, open(os.devnull, "r+b") as nothing:
             ends = [stdin or nothing, stdout or nothing, stderr or nothing, theirs]
             told = {name: value for name, value in {**os.environ, **(env or {})}.items() if value is not None}
-            server.send(dict(arguments=list(map(str, arguments)), cwd=str(cwd), env=told),
+            server.send(dict(arguments=list(map(str, arguments)), cwd=str(cwd), env=told, network=network),
                         [end.fileno() for end in ends])
         self.args = arguments
         self.returncode = None
@@ -216,13 +220,13 @@ def background(*arguments, **streams):
     return (Process if CAN_FORK else PlainProcess)(*arguments, **streams)
 
 
-def start(*arguments, cwd, stdin="", env=None):
+def start(*arguments, cwd, stdin="", env=None, **network):
     """`python ARGUMENTS` in the background; communicate() gives what it has written."""
     with tempfile.TemporaryFile("w+") as given:
         given.write(stdin)
         given.seek(0)
         out, err = tempfile.TemporaryFile("w+", errors="replace"), tempfile.TemporaryFile("w+", errors="replace")
-        process = background(arguments, cwd, env, stdin=given, stdout=out, stderr=err)
+        process = background(arguments, cwd, env, stdin=given, stdout=out, stderr=err, **network)
     process.outputs = out, err
     return process
 

@@ -48,7 +48,7 @@ def test_a_process_alone_is_rank_0_of_1(alone):
     assert (alone.rank, alone.world, alone.is_main) == (0, 1, True)
     assert world_size() == 1
     assert not dist.is_initialized()
-    with alone.main_first():
+    with alone.machine_first():
         pass
     assert alone.broadcast(7) == 7
     assert alone.largest(-3) == -3
@@ -65,9 +65,9 @@ def test_a_process_alone_is_rank_0_of_1(alone):
     leave()
 
 
-def test_an_error_passes_through_main_first(alone):
+def test_an_error_passes_through_machine_first(alone):
     """What goes wrong inside is not swallowed."""
-    with pytest.raises(ZeroDivisionError), alone.main_first():
+    with pytest.raises(ZeroDivisionError), alone.machine_first():
         raise ZeroDivisionError
 
 
@@ -284,7 +284,7 @@ if rank == 1:
     Path("rank 1 is here").touch()
 else:
     wait_for("rank 1 is here")
-with processes.main_first():
+with processes.machine_first():
     made_before = Path("made").exists()
     if rank == 0:
         time.sleep(0.5)
@@ -293,7 +293,7 @@ with processes.main_first():
 # The others get through where rank 0 fails.
 failed = False
 try:
-    with processes.main_first():
+    with processes.machine_first():
         if rank == 0:
             raise OSError("no network")
 except OSError:
