@@ -5962,6 +5962,8 @@ def explain(error: Exception, remedy: str = "lower --batch_size or --sample_batc
     """
     if not speaks_first():
         return None
+    if isinstance(error, UserError):
+        return error
     if is_lost(error):
         return UserError(f"another process has gone ({first_line(error)}); the same command goes on", code=1)
     no_memory = re.search("DefaultCPUAllocator: can't|MPS backend out of memory", str(error))

@@ -30,7 +30,7 @@ import torch.distributed as dist
 from torch import Tensor
 from tqdm import tqdm
 
-from diffuser_lib.files import UserError, first_line, warn
+from diffuser_lib.files import UserError, warn
 
 # ---- Processes ---------------------------------------------------------------------------------
 
@@ -249,9 +249,8 @@ def join(backend: str) -> None:
     except RuntimeError as error:
         if machines() == 1:
             raise
-        here = f"{platform.node()} does not reach the other machines ({first_line(error)})"
-        raise UserError(f"{here}: name the network between them on each, as in GLOO_SOCKET_IFNAME=eth0 "
-                        "NCCL_SOCKET_IFNAME=eth0", code=1) from error
+        raise UserError(f"{platform.node()} does not reach the other machines: name the network between them on each, "
+                        "as in GLOO_SOCKET_IFNAME=eth0 NCCL_SOCKET_IFNAME=eth0", code=1) from error
 
 
 def leave() -> None:

@@ -5,6 +5,7 @@ import os
 import random
 import re
 import shutil
+import signal
 import subprocess
 import sys
 import time
@@ -282,3 +283,42 @@ def test_elastic(machines):
     assert log.read_text().count("resuming from") == 2
     first.terminate()
     first.wait(timeout=90)
+
+
+SLURM = {
+    "srun": 'exec "$@"',
+    "scontrol": 'if [ "$1" = show ]; then echo node1; echo node2; else echo "$@" >> scontrol.txt; fi',
+    "torchrun": 'echo "$@" > torchrun.txt; while [ "$1" != diffuser.py ]; do shift; done; shift; exec "$PYTHON" "$DIFFUSER" "$@" --iterations "$STEPS"',
+}
+
+
+@pytest.mark.slow
+def test_the_slurm_script_saves_and_requeues(tmp_path):
+    """The batch script of the documents, with stand-ins for Slurm's commands: before the time is over, the run saves and ends,
+    the job goes back into the queue, and its next turn goes on to the end, which is not requeued."""
+    script = re.search(r"```bash\n(#!/bin/bash\n#SBATCH.*?)```", (ROOT / "docs/clusters.md").read_text(), re.DOTALL)[1]
+    small = " ".join(["--dataset digits --batch_size 16 --timesteps 50 --checkpoint_rate 10", *TINY_FLAGS])
+    (tmp_path / "train.sh").write_text(script.replace("--dataset cifar10 --recipe ho2020", small))
+    for name, text in SLURM.items():
+        (tmp_path / name).write_text(f"#!/bin/bash\n{text}\n")
+        (tmp_path / name).chmod(0o755)
+    env = dict(os.environ, PATH=f"{tmp_path}:{os.environ['PATH']}", PYTHON=sys.executable, DIFFUSER=str(ROOT / "diffuser.py"),
+               SLURM_JOB_NODELIST="node[1-2]", SLURM_NNODES="2", SLURM_JOB_ID="77", OMP_NUM_THREADS="1")
+
+    def start(steps):
+        return subprocess.Popen(["bash", "train.sh"], cwd=tmp_path, env=dict(env, STEPS=str(steps)), stdout=subprocess.PIPE,
+                                stderr=subprocess.STDOUT, text=True)
+
+    process = start(100_000)
+    wait_until(lambda: list(tmp_path.glob("checkpoints/ho2020/*/model.pt")))
+    process.send_signal(signal.SIGUSR1)
+    out, _ = process.communicate(timeout=60)
+    assert "interrupted: saved" in out
+    assert (tmp_path / "scontrol.txt").read_text() == "requeue 77\n"
+    assert "--nnodes 2 --nproc_per_node 8 --rdzv_id 77 --rdzv_backend c10d --rdzv_endpoint node1:29400" in (tmp_path / "torchrun.txt").read_text()
+
+    reached = max(int(path.parent.name.split("_")[1]) for path in tmp_path.glob("checkpoints/ho2020/*/model.pt"))
+    process = start(reached + 5)
+    out, _ = process.communicate(timeout=60)
+    assert process.returncode == 0 and f"at step {reached} of {reached + 5}" in out, out
+    assert (tmp_path / "scontrol.txt").read_text() == "requeue 77\n"
