@@ -238,16 +238,25 @@ def run(*arguments, cwd, stdin="", env=None, timeout=300):
     return subprocess.CompletedProcess(arguments, process.returncode, out, err)
 
 
-def run_two(*arguments, cwd, timeout=240):
-    """`python ARGUMENTS` in two processes, which find what torchrun would tell them: (status, stdout, stderr) of both."""
+def start_ranks(count, *arguments, cwd):
+    """`python ARGUMENTS` in several processes in the background, which find what torchrun would tell them."""
     with socket.socket() as free:
         free.bind(("localhost", 0))
         port = free.getsockname()[1]
-    told = dict(WORLD_SIZE="2", LOCAL_WORLD_SIZE="2", MASTER_ADDR="localhost", MASTER_PORT=str(port))
-    processes = [start(*arguments, cwd=cwd, env=dict(told, RANK=rank, LOCAL_RANK=rank)) for rank in "01"]
+    told = dict(WORLD_SIZE=str(count), LOCAL_WORLD_SIZE=str(count), MASTER_ADDR="localhost", MASTER_PORT=str(port))
+    return [start(*arguments, cwd=cwd, env=dict(told, RANK=str(rank), LOCAL_RANK=str(rank))) for rank in range(count)]
+
+
+def result_of(processes, timeout=240):
+    """(status, stdout, stderr) of all of them, once they have ended; status is 0 where all succeeded."""
     try:
         outputs = [process.communicate(timeout) for process in processes]
     finally:
         for process in processes:
             process.kill()
     return max(abs(process.returncode) for process in processes), *map("".join, zip(*outputs))
+
+
+def run_two(*arguments, cwd, timeout=240):
+    """`python ARGUMENTS` in two processes, as start_ranks() starts them: (status, stdout, stderr) of both."""
+    return result_of(start_ranks(2, *arguments, cwd=cwd), timeout)
