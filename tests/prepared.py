@@ -238,12 +238,12 @@ def run(*arguments, cwd, stdin="", env=None, timeout=300):
     return subprocess.CompletedProcess(arguments, process.returncode, out, err)
 
 
-def start_ranks(count, *arguments, cwd):
-    """`python ARGUMENTS` in several processes in the background, which find what torchrun would tell them."""
+def start_ranks(count, *arguments, cwd, env=None):
+    """`python ARGUMENTS` in several processes in the background, which find what torchrun would tell them, or `env` says."""
     with socket.socket() as free:
         free.bind(("localhost", 0))
         port = free.getsockname()[1]
-    told = dict(WORLD_SIZE=str(count), LOCAL_WORLD_SIZE=str(count), MASTER_ADDR="localhost", MASTER_PORT=str(port))
+    told = dict(WORLD_SIZE=str(count), LOCAL_WORLD_SIZE=str(count), MASTER_ADDR="localhost", MASTER_PORT=str(port), **(env or {}))
     return [start(*arguments, cwd=cwd, env=dict(told, RANK=str(rank), LOCAL_RANK=str(rank))) for rank in range(count)]
 
 

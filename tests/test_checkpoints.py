@@ -141,7 +141,7 @@ def test_any_flipped_bit_is_found(folder):
     """Wherever a bit flips, the file is refused or its content is the same."""
     path = train(tiny_training(base_channels=4, channel_mults=(1,), num_heads=1))
     good, content, chance = load_checkpoint(path), path.read_bytes(), random.Random(0)
-    for i in range(300):
+    for i in range(100):
         broken = bytearray(content)
         place = chance.randrange(len(content)) if i % 2 else len(content) - 1 - chance.randrange(4000)
         broken[place] ^= 1 << chance.randrange(8)
@@ -164,7 +164,7 @@ def test_content_of_any_kind_is_refused_or_used(folder):
     places = [p for p in places if len(p) == 1 or p[0] not in ("config", "model", "ema")] + chance.sample(
         [p for p in places if len(p) == 2 and p[0] in ("config", "model", "ema")], 20)
     places += [("optimizer", "state", 0, key) for key in ("step", "exp_avg", "exp_avg_sq")] + [("shape", 0), ("loss_history", 0)]
-    for where in places:
+    for where in chance.sample(places, 30):
         for junk in chance.sample(JUNK, 1):
             state = copy.deepcopy(good)
             inner = state

@@ -1007,11 +1007,11 @@ def test_generate_returns_uint8_images(trained):
 
 
 def test_mnist_end_to_end(real_data, folder):
-    """Real MNIST: 30 steps, interrupted, resumed, sampled and plotted through the command lines."""
+    """Real MNIST: ten steps, interrupted, resumed, sampled and plotted through the command lines."""
     flags = ["--mode", "train", "--dataset", "mnist", "--data_dir", real_data, "--batch_size", "32", "--log_every", "5",
-             "--checkpoint_rate", "10", *TINY_FLAGS, "--channel_mults", "1,2,2"]
-    assert cli(*flags, "--iterations", "10", cwd=folder).returncode == 0
-    done = cli(*flags, "--iterations", "30", cwd=folder)
+             "--checkpoint_rate", "5", *TINY_FLAGS, "--channel_mults", "1,2,2"]
+    assert cli(*flags, "--iterations", "5", cwd=folder).returncode == 0
+    done = cli(*flags, "--iterations", "10", cwd=folder)
     assert done.returncode == 0 and "resuming" in done.stdout and "28.49% of the signal" in done.stdout
     path = next(folder.rglob("*.pt"))
     assert cli("--mode", "inference", "--model_path", path, "--num_images", 10, "--steps", 3, "--save_dir", "out", cwd=folder).returncode == 0
@@ -1052,7 +1052,7 @@ def test_no_flag_and_no_answer_leads_to_a_traceback(trained, folder, image_folde
     (folder / "file").write_text("x")
     (folder / "empty").mkdir()
     chance, codes = random.Random(0), set()
-    for _ in range(200):
+    for _ in range(80):
         flags = odd_command(chance, str(trained))
         answers = "\n".join(chance.choice([*ODD, "", "", "", "q"]) for _ in range(40))
         monkeypatch.setattr("sys.stdin", io.StringIO(answers))
