@@ -117,7 +117,8 @@ def checkpoint(path, classes=3, **options):
     return path
 
 
-@pytest.mark.parametrize("name", FOREIGN)
+# The network for CIFAR-10 in its full width takes seconds.
+@pytest.mark.parametrize("name", [pytest.param(name, marks=pytest.mark.slow) if name == "cifar10" else name for name in FOREIGN])
 def test_foreign_networks_compute_the_same_here(name, folder):
     """A saved UNet2DModel, the public configs among them, read from its folder: outputs to 1e-5."""
     theirs = foreign(FOREIGN[name])

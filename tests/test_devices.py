@@ -1,7 +1,6 @@
 """Chapter 7 of diffuser.py: how a network is run on the device at hand: precision, memory, compilation."""
 
 import dataclasses
-import functools
 import shutil
 import subprocess
 import sys
@@ -153,11 +152,10 @@ def test_memory_estimate_is_near_the_truth(folder):
     assert 0.5 < taken / told < 2, done.stdout
 
 
-def test_the_table_of_machines_in_the_guide(capsys, monkeypatch):
+def test_the_table_of_machines_in_the_guide(capsys):
     """Which batch and width fit into how much memory is what the lines beside the table print today."""
     guide = (ROOT / "docs/guide.md").read_text()
     lines = guide.split("This makes the table:\n\n```python\n")[1].split("```")[0]
-    monkeypatch.setattr(diffuser, "training_memory", functools.cache(diffuser.training_memory))     # asked for each machine
     exec(lines, {})
     table = capsys.readouterr().out
     assert table in guide, f"put this into docs/guide.md, Memory:\n{table}"
