@@ -164,7 +164,7 @@ def test_content_of_any_kind_is_refused_or_used(folder):
     places = [p for p in places if len(p) == 1 or p[0] not in ("config", "model", "ema")] + chance.sample(
         [p for p in places if len(p) == 2 and p[0] in ("config", "model", "ema")], 20)
     places += [("optimizer", "state", 0, key) for key in ("step", "exp_avg", "exp_avg_sq")] + [("shape", 0), ("loss_history", 0)]
-    for where in chance.sample(places, 30):
+    for where in places:
         for junk in chance.sample(JUNK, 1):
             state = copy.deepcopy(good)
             inner = state
@@ -175,10 +175,13 @@ def test_content_of_any_kind_is_refused_or_used(folder):
             else:
                 inner[where[-1]] = junk
             torch.save(state, path)
-            for use in (lambda: diffuser.load(path, device="cpu"), lambda: diffuser.choose_checkpoint({"yes": True}),
-                        lambda: Trainer(cfg, Devices(cfg), load_checkpoint(path))):
-                with contextlib.suppress(UserError):
-                    use()
+            with contextlib.suppress(UserError):
+                diffuser.choose_checkpoint({"yes": True})
+            with contextlib.suppress(UserError):
+                state = load_checkpoint(path)                                # what is refused here is used nowhere
+                for use in (lambda: diffuser.load(path, device="cpu"), lambda state=state: Trainer(cfg, Devices(cfg), state)):
+                    with contextlib.suppress(UserError):
+                        use()
 
 
 def test_a_huge_network_is_refused_before_memory_is_taken(folder, capsys):

@@ -1047,12 +1047,13 @@ def odd_command(chance, checkpoint):
     return [*flags, "--dry_run", "True"]
 
 
-def test_no_flag_and_no_answer_leads_to_a_traceback(trained, folder, image_folder, monkeypatch, capsys):
+@pytest.mark.parametrize("count", [80, pytest.param(500, marks=pytest.mark.slow)])
+def test_no_flag_and_no_answer_leads_to_a_traceback(count, trained, folder, image_folder, monkeypatch, capsys):
     """Random command lines with random answers: each ends with 0, or with 1 or 2 and a message of at most two lines."""
     (folder / "file").write_text("x")
     (folder / "empty").mkdir()
     chance, codes = random.Random(0), set()
-    for _ in range(80):
+    for _ in range(count):
         flags = odd_command(chance, str(trained))
         answers = "\n".join(chance.choice([*ODD, "", "", "", "q"]) for _ in range(40))
         monkeypatch.setattr("sys.stdin", io.StringIO(answers))
