@@ -22,7 +22,7 @@ CAN_FORK = sys.platform == "linux"                                           # A
 # What forks. For each run it gets a request and the four ends of pipes and files; another child waits for the run's end
 # and tells it.
 PREPARED = """
-import atexit, contextlib, fcntl, functools, gc, importlib, json, os, random, signal, socket, sys, termios, threading, types
+import atexit, contextlib, fcntl, functools, gc, importlib, json, os, random, signal, socket, sys, tempfile, termios, threading, types
 
 for name in sys.argv[2].split(","):
     with contextlib.suppress(ImportError):
@@ -76,6 +76,7 @@ if os.isatty(0):                                                             # w
     fcntl.ioctl(0, termios.TIOCSCTTY, 0)
 os.environ.clear()
 os.environ.update(request["env"])
+tempfile.tempdir = None                                                      # that of this environment
 os.chdir(request["cwd"])
 random.seed()
 sys.stdin = sys.__stdin__ = open(0, closefd=False)
@@ -243,7 +244,7 @@ def start_ranks(count, *arguments, cwd, env=None):
     with socket.socket() as free:
         free.bind(("localhost", 0))
         port = free.getsockname()[1]
-    told = dict(WORLD_SIZE=str(count), LOCAL_WORLD_SIZE=str(count), MASTER_ADDR="localhost", MASTER_PORT=str(port), **(env or {}))
+    told = dict(WORLD_SIZE=str(count), LOCAL_WORLD_SIZE=str(count), MASTER_ADDR="localhost", MASTER_PORT=str(port)) | (env or {})
     return [start(*arguments, cwd=cwd, env=dict(told, RANK=str(rank), LOCAL_RANK=str(rank))) for rank in range(count)]
 
 
