@@ -14,7 +14,7 @@ import zipfile
 
 import pytest
 import torch
-from conftest import same, tiny_training
+from conftest import same, tiny_training, trained_before
 
 import diffuser
 from diffuser import Devices, Trainer, UserError, load_checkpoint, train
@@ -66,7 +66,7 @@ def test_a_checkpoint_rebuilds_its_model_alone(folder):
 
 def test_a_config_from_a_file_is_checked_like_flags(folder):
     """A checkpoint that asks for an absurd network is refused before any memory is taken."""
-    path = diffuser.train(tiny_training())
+    path = trained_before()
     state = torch.load(path, weights_only=True)
     for name, value in (("base_channels", 10**9), ("channel_mults", "x"), ("timesteps", 2.5), ("use_attention", "yes")):
         broken = copy.deepcopy(state)
@@ -186,7 +186,7 @@ def test_content_of_any_kind_is_refused_or_used(folder):
 
 def test_a_huge_network_is_refused_before_memory_is_taken(folder, capsys):
     """A checkpoint or flags for a network that no machine holds: an error in no time, and no memory used."""
-    path = train(tiny_training())
+    path = trained_before()
     state = load_checkpoint(path)
     for change in (dict(base_channels=4096), dict(base_channels=4096, channel_mults=(64, 64)), dict(num_res_blocks=16)):
         torch.save({**state, "config": {**state["config"], **change}}, path)
@@ -264,7 +264,7 @@ def broken(state, *where_and_value):
 def test_what_would_break_later_is_refused_at_load(folder):
     """Numbers that are not finite or out of their range, wherever they stand, and classes without end: one line with the
     file's name when the file is read, not a failure when they are used."""
-    path = train(tiny_training())
+    path = trained_before()
     good = load_checkpoint(path)
     weights = good["model"]["conv_in.weight"].clone()
     weights[0, 0, 0, 0] = math.nan
@@ -314,7 +314,7 @@ def test_muons_momentum_is_checked_like_adams_moments(folder):
 
 def test_moments_in_double_precision_draw(folder):
     """A file may have been written by other hands: drawing computes in float32."""
-    path = train(tiny_training())
+    path = trained_before()
     state = load_checkpoint(path)
     moments = {name: value.double() for name, value in state["moments"].items()}
     torch.save({**state, "moments": moments}, path)

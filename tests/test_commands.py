@@ -26,7 +26,7 @@ import numpy as np
 import prepared
 import pytest
 import torch
-from conftest import ROOT, TINY, TINY_FLAGS, cli, small_file_system, tiny_training
+from conftest import ROOT, TINY, TINY_FLAGS, cli, small_file_system, tiny_training, trained_before
 from PIL import Image
 
 import convert
@@ -46,7 +46,7 @@ TRAIN = ["--mode", "train", "--dataset", "digits", "--iterations", "2", "--batch
 @pytest.fixture
 def trained(folder):
     """A folder with one trained checkpoint in it; gives the checkpoint."""
-    return diffuser.train(tiny_training())
+    return trained_before()
 
 
 def fails(capsys, *arguments, code=2):

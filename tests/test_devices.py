@@ -7,7 +7,7 @@ import sys
 
 import pytest
 import torch
-from conftest import ROOT, STATUS, TINY_FLAGS, cli, tiny_training
+from conftest import ROOT, STATUS, TINY_FLAGS, cli, tiny_training, trained_before
 
 import diffuser
 from diffuser import ComputeConfig, Devices, Trainer, choose_compute, load_checkpoint, train
@@ -121,7 +121,7 @@ def test_a_cpu_splits_before_it_swaps(folder, monkeypatch, capsys):
 
 def test_the_stored_split_is_kept(folder, monkeypatch):
     """A resumed run on a machine with less free memory computes its steps in as many parts as before."""
-    path = train(tiny_training())
+    path = trained_before()
     monkeypatch.setattr(diffuser, "free_memory", lambda device: 2**22)
     assert Trainer(tiny_training(), Devices(tiny_training()), load_checkpoint(path)).compute.split == 1
     assert Trainer(tiny_training(batch_size=512), Devices(tiny_training())).compute.split > 1
@@ -251,7 +251,7 @@ def test_training_and_drawing_use_that_rule(folder, monkeypatch):
     """Both a run and a model that draws settle their threads."""
     seen = []
     monkeypatch.setattr(diffuser, "use_threads", lambda cfg, shape, classes: seen.append((cfg.dataset, shape, classes)))
-    diffuser.load(diffuser.train(tiny_training()), device="cpu")
+    diffuser.load(trained_before(), device="cpu")
     assert seen == [("digits", (1, 8, 8), 10)] * 2
 
 

@@ -12,7 +12,7 @@ import zipfile
 import prepared
 import pytest
 import torch
-from conftest import TINY_FLAGS, tiny_training
+from conftest import TINY_FLAGS, tiny_training, trained_before
 from PIL import Image
 
 import diffuser
@@ -26,7 +26,7 @@ PLACES = Places()
 def trained(name, **more):
     """A run of a few steps by that name; returns it as its folder shows it."""
     cfg = tiny_training(experiment_name=name, **more)
-    diffuser.train(cfg)
+    trained_before(experiment_name=name, **more)
     return runs.find_run(PLACES, diffuser.samples_path(cfg).name)
 
 
@@ -300,7 +300,7 @@ def test_deleting_takes_one_run_alone(folder):
 def test_a_checkpoint_of_two_runs_is_not_deleted_with_one(folder):
     """Runs without names that differ in their schedule share the name of a checkpoint: it stays with the one it is of."""
     first = trained("", schedule_type="cosine")
-    trained("", schedule_type="linear", resume="never")
+    diffuser.train(tiny_training(schedule_type="linear", resume="never"))
     runs.delete_run(PLACES, first)
     [kept] = (folder / "checkpoints").glob("diffusion_checkpoint_digits_20_8_attention.pt")
     assert not first.folder.exists() and diffuser.load_checkpoint(kept)["config"]["schedule_type"] == "linear"

@@ -17,7 +17,7 @@ from pathlib import Path
 import prepared
 import pytest
 import torch
-from conftest import ROOT, TINY_FLAGS, cli, heed_interrupts, same, small_file_system, tiny_training
+from conftest import ROOT, TINY_FLAGS, cli, heed_interrupts, same, small_file_system, tiny_training, trained_before
 
 import diffuser
 from diffuser import Devices, Trainer, UserError, load_checkpoint, train
@@ -139,7 +139,7 @@ def test_sigusr1_saves_and_goes_on(folder):
 @pytest.mark.parametrize("first", [signal.SIGINT, signal.SIGTERM])
 def test_a_second_signal_ends_it_at_once(folder, first):
     """While a step takes long the second signal does not wait for it, and the last good checkpoint stays."""
-    path = train(tiny_training())
+    path = trained_before()
     before = path.read_bytes()
     (folder / "slow.py").write_text(
         "import sys, time, diffuser\n"
@@ -261,7 +261,7 @@ def test_a_file_in_the_place_of_an_experiment_is_told_at_once(folder, capsys):
 
 def test_a_config_json_of_rubbish_is_no_obstacle(folder):
     """What stands in a run's config.json does not keep it from going on."""
-    train(tiny_training())
+    trained_before()
     next(folder.rglob("config.json")).write_text("[" * 100_000)
     assert load_checkpoint(train(tiny_training(iterations=6)))["step"] == 6
 
