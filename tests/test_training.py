@@ -619,15 +619,15 @@ def test_every_training_recipe_learns(folder, recipe):
 def test_training_for_minutes(folder, capsys):
     """train_minutes: the steps that fit are counted from real ones, stored, kept on resuming, and take about that
     long; another number of minutes adds what fits into those."""
-    cfg = tiny_training(iterations=0, train_minutes=0.05, sample_every=1000)
+    cfg = tiny_training(iterations=0, train_minutes=0.1, sample_every=1000)
     Trainer(cfg, Devices(cfg))                                               # what torch imports then takes its time
     begun = time.perf_counter()
     path = train(cfg)
     took, first = time.perf_counter() - begun, load_checkpoint(path)
-    assert "steps fit into 0.05 minutes" in capsys.readouterr().out
-    assert first["step"] == first["config"]["iterations"] > 10 and 0.5 < took < 100
+    assert "steps fit into 0.1 minutes" in capsys.readouterr().out
+    assert first["step"] == first["config"]["iterations"] > 10 and 1 < took < 100
     assert load_checkpoint(train(cfg))["step"] == first["step"]              # the same call: it is done
-    longer, before = dataclasses.replace(cfg, train_minutes=0.02), copy.deepcopy(first["optimizer"])
+    longer, before = dataclasses.replace(cfg, train_minutes=0.03), copy.deepcopy(first["optimizer"])
     diffuser.steps_for_minutes(longer, Devices(longer), first, time.perf_counter() + 2)
     assert same(first["optimizer"], before)                                  # timing a run leaves it alone
     assert load_checkpoint(train(longer))["step"] > first["step"]
