@@ -239,13 +239,25 @@ def run(*arguments, cwd, stdin="", env=None, timeout=300):
     return subprocess.CompletedProcess(arguments, process.returncode, out, err)
 
 
-def start_ranks(count, *arguments, cwd, env=None):
-    """`python ARGUMENTS` in several processes in the background, which find what torchrun would tell them, or `env` says."""
-    with socket.socket() as free:
-        free.bind(("localhost", 0))
-        port = free.getsockname()[1]
-    told = dict(WORLD_SIZE=str(count), LOCAL_WORLD_SIZE=str(count), MASTER_ADDR="localhost", MASTER_PORT=str(port)) | (env or {})
-    return [start(*arguments, cwd=cwd, env=dict(told, RANK=str(rank), LOCAL_RANK=str(rank))) for rank in range(count)]
+def torchrun_store():
+    """Where processes meet and leave notes, which torchrun keeps for them and over restarts."""
+    from torch.distributed import TCPStore
+
+    return TCPStore("localhost", 0, is_master=True, wait_for_workers=False)
+
+
+def start_ranks(count, *arguments, cwd, store=None, env=None):
+    """`python ARGUMENTS` in several processes in the background, which find what torchrun would tell them, and `env`.
+
+    store: one that they share with others, in place of their own.
+    """
+    store = store or torchrun_store()
+    told = dict(WORLD_SIZE=str(count), LOCAL_WORLD_SIZE=str(count), MASTER_ADDR="localhost", MASTER_PORT=str(store.port),
+                TORCHELASTIC_USE_AGENT_STORE="True", **(env or {}))
+    processes = [start(*arguments, cwd=cwd, env=dict(told, RANK=str(rank), LOCAL_RANK=str(rank))) for rank in range(count)]
+    for process in processes:
+        process.store = store                                                # it lives as long as they do
+    return processes
 
 
 def result_of(processes, timeout=240):

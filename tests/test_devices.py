@@ -152,6 +152,7 @@ def test_memory_estimate_is_near_the_truth(folder):
     assert 0.5 < taken / told < 2, done.stdout
 
 
+@pytest.mark.slow
 def test_the_table_of_machines_in_the_guide(capsys):
     """Which batch and width fit into how much memory is what the lines beside the table print today."""
     guide = (ROOT / "docs/guide.md").read_text()

@@ -728,6 +728,7 @@ def test_wandb_offline_keeps_a_whole_run(offline):
     assert float(wandb_final(path)["final/loss"]) == pytest.approx(float(table[-1]["loss"]))
 
 
+@pytest.mark.slow
 def test_wandb_shows_a_resumed_run_as_one(offline):
     """Two invocations, one run: the same id and name; another experiment is another run."""
     for epochs, name in ((2, "first"), (4, "first"), (2, "second")):

@@ -444,25 +444,19 @@ leave()
 """
 
 
-def torchrun_store():
-    """(the store that torchrun would keep over restarts, what it tells its processes about it)."""
-    store = dist.TCPStore("localhost", 0, is_master=True, wait_for_workers=False)
-    return store, dict(MASTER_PORT=str(store.port), TORCHELASTIC_USE_AGENT_STORE="True")
-
-
 def test_restarted_processes_meet_anew(tmp_path):
     """After a failure they are started again: they meet, and what the dead ones had noted does not count."""
-    store, told = torchrun_store()
+    store = prepared.torchrun_store()
     (tmp_path / "program.py").write_text(START + RESTART)
     for count in "01":
-        ranks = prepared.start_ranks(2, tmp_path / "program.py", cwd=tmp_path, env=dict(told, TORCHELASTIC_RESTART_COUNT=count))
+        ranks = prepared.start_ranks(2, tmp_path / "program.py", cwd=tmp_path, store=store,
+                                     env=dict(TORCHELASTIC_RESTART_COUNT=count))
         status, _, errors = prepared.result_of(ranks)
         assert status == 1 - int(count), errors[-3000:]
     zero, one = notes_of_both(tmp_path)
     assert sorted((tmp_path / f"first{rank}").read_text() for rank in range(2)) == ["False", "True"]
     assert sorted([zero["speaks"], one["speaks"]]) == [False, True]
     assert [zero["number"], one["number"]] == [5, 5]
-    del store                                                                # it lives until both have ended
 
 
 @pytest.mark.slow

@@ -81,7 +81,7 @@ def test_scores_stand_in_metrics_csv_and_report_and_evaluate_has_the_same_judge(
     assert [kept] == list((folder / "data").glob("judge_*")) and kept.stat().st_mtime_ns == time
 
 
-@pytest.mark.parametrize("name", ["", "mine"])
+@pytest.mark.parametrize("name", ["", pytest.param("mine", marks=pytest.mark.slow)])
 def test_the_best_checkpoint_is_kept_beside_the_last(folder, fake_judge, name):
     """The one with the smallest distance, not the last; it is whole, can be drawn from, and resuming ignores it."""
     judge = fake_judge(7.0, 3.0, 5.0)
