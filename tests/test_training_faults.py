@@ -83,11 +83,19 @@ def same_run(a, b):
 
 
 def run_with_kills(flags, folder, kills, longest):
-    """Run until it ends, killed `kills` times at random moments; whether every kill met it alive."""
+    """Run until it ends, killed `kills` times: at random moments, every second time after it has saved something."""
+    def newest():
+        return max((path.stat().st_mtime_ns for path in Path(folder).rglob("diffusion_checkpoint_*.pt")), default=0)
+
     moments = random.Random(0)
-    for _ in range(kills):
+    for kill in range(kills):
+        before, patience = newest(), longest
         process = start(flags, folder)
-        time.sleep(moments.uniform(0, longest))
+        if kill % 2:
+            while newest() == before and process.poll() is None:
+                time.sleep(0.005)
+            patience = longest / 4
+        time.sleep(moments.uniform(0, patience))
         process.kill()
         process.communicate()
     done = cli(*flags, cwd=folder, timeout=1200)
