@@ -3,6 +3,7 @@
 import os
 import shutil
 import subprocess
+import tempfile
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -135,6 +136,27 @@ def tiny_training(**more):
     return diffuser.configure(**{**dict(dataset="digits", device="cpu", batch_size=16, iterations=4, preview_steps=2,
                                         timesteps=20, log_every=2, num_generations=1, report=False), **TINY,
                                 **more})
+
+
+TRAINED = {}                                                                 # settings: (folder, checkpoint in it)
+
+
+def trained_before(**more):
+    """The run of tiny_training(**more) in the current folder; gives its checkpoint.
+
+    It is trained once, elsewhere, and copied from then on: for tests of what comes after training.
+    """
+    key = tuple(sorted(more.items()))
+    if key not in TRAINED:
+        place, here = tempfile.TemporaryDirectory(), os.getcwd()
+        os.chdir(place.name)
+        try:
+            TRAINED[key] = place, diffuser.train(tiny_training(**more))
+        finally:
+            os.chdir(here)
+    place, path = TRAINED[key]
+    shutil.copytree(place.name, ".", dirs_exist_ok=True)
+    return path
 
 
 def tiny_unet(channels=1, classes=3, **more):

@@ -22,7 +22,7 @@ CAN_FORK = sys.platform == "linux"                                           # A
 # What forks. For each run it gets a request and the four ends of pipes and files; another child waits for the run's end
 # and tells it.
 PREPARED = """
-import atexit, contextlib, ctypes, fcntl, functools, gc, importlib, json, os, random, signal, socket, sys, termios, threading, types
+import atexit, contextlib, ctypes, fcntl, functools, gc, importlib, json, os, random, signal, socket, sys, tempfile, termios, threading, types
 
 for name in sys.argv[2].split(","):
     with contextlib.suppress(ImportError):
@@ -80,6 +80,7 @@ if request["network"]:
     namespace = os.open(f"/run/netns/{request['network']}", os.O_RDONLY)
     assert ctypes.CDLL(None, use_errno=True).setns(namespace, 0x40000000) == 0   # CLONE_NEWNET
     os.close(namespace)
+tempfile.tempdir = None                                                      # that of this environment
 os.chdir(request["cwd"])
 random.seed()
 sys.stdin = sys.__stdin__ = open(0, closefd=False)
@@ -242,16 +243,37 @@ def run(*arguments, cwd, stdin="", env=None, timeout=300):
     return subprocess.CompletedProcess(arguments, process.returncode, out, err)
 
 
-def run_two(*arguments, cwd, timeout=240):
-    """`python ARGUMENTS` in two processes, which find what torchrun would tell them: (status, stdout, stderr) of both."""
-    with socket.socket() as free:
-        free.bind(("localhost", 0))
-        port = free.getsockname()[1]
-    told = dict(WORLD_SIZE="2", LOCAL_WORLD_SIZE="2", MASTER_ADDR="localhost", MASTER_PORT=str(port))
-    processes = [start(*arguments, cwd=cwd, env=dict(told, RANK=rank, LOCAL_RANK=rank)) for rank in "01"]
+def torchrun_store():
+    """Where processes meet and leave notes, which torchrun keeps for them and over restarts."""
+    from torch.distributed import TCPStore
+
+    return TCPStore("localhost", 0, is_master=True, wait_for_workers=False)
+
+
+def start_ranks(count, *arguments, cwd, store=None, env=None):
+    """`python ARGUMENTS` in several processes in the background, which find what torchrun would tell them, and `env`.
+
+    store: one that they share with others, in place of their own.
+    """
+    store = store or torchrun_store()
+    told = dict(WORLD_SIZE=str(count), LOCAL_WORLD_SIZE=str(count), MASTER_ADDR="localhost", MASTER_PORT=str(store.port),
+                TORCHELASTIC_USE_AGENT_STORE="True", **(env or {}))
+    processes = [start(*arguments, cwd=cwd, env=dict(told, RANK=str(rank), LOCAL_RANK=str(rank))) for rank in range(count)]
+    for process in processes:
+        process.store = store                                                # it lives as long as they do
+    return processes
+
+
+def result_of(processes, timeout=240):
+    """(status, stdout, stderr) of all of them, once they have ended; status is 0 where all succeeded."""
     try:
         outputs = [process.communicate(timeout) for process in processes]
     finally:
         for process in processes:
             process.kill()
     return max(abs(process.returncode) for process in processes), *map("".join, zip(*outputs))
+
+
+def run_two(*arguments, cwd, timeout=240):
+    """`python ARGUMENTS` in two processes, as start_ranks() starts them: (status, stdout, stderr) of both."""
+    return result_of(start_ranks(2, *arguments, cwd=cwd), timeout)

@@ -7,9 +7,10 @@ import json
 import shutil
 import subprocess
 
+import prepared
 import pytest
 import torch
-from conftest import cli
+from conftest import TINY, cli
 from PIL import Image
 
 import diffuser
@@ -23,6 +24,7 @@ def datasets_of_its_own(monkeypatch):
 
 @pytest.fixture(scope="module")
 def raced(tmp_path_factory, digits_judge):
+    """The real race over one number of minutes: (its folder, how it ended)."""
     folder = tmp_path_factory.mktemp("race")
     (folder / "data").mkdir()
     shutil.copy(digits_judge, folder / "data")
@@ -31,6 +33,28 @@ def raced(tmp_path_factory, digits_judge):
     return folder, done
 
 
+def test_a_race_of_a_small_network(folder, digits_judge, monkeypatch, capsys):
+    """--race: a row for each contestant and number of minutes, network calls as they were made, and a picture of it; peers
+    that are missing are named; images and checkpoints are kept."""
+    quality = importlib.import_module("benchmarks.quality")
+    found = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "denoising_diffusion_pytorch" else found(name))
+    monkeypatch.setitem(diffuser.PRESETS, "digits", {**diffuser.PRESETS["digits"], **TINY, "preview_steps": 2, "steps": 4})
+    (folder / "data").mkdir()
+    shutil.copy(digits_judge, "data")
+    assert quality.main(["--dataset", "digits", "--race", "race.png", "--minutes", "0.01,0.02", "--images", "140", "--json",
+                         "race.json", "--keep", "kept", "--pictures", "pictures", "--contestants", "preset,lucidrains"]) == 0
+    out = capsys.readouterr().out
+    rows = json.loads((folder / "race.json").read_text())["rows"]
+    assert [row[""] for row in rows] == ["preset", "preset"] and all(row["distance"] > 0 and row["images seen"] > 0 for row in rows)
+    assert all(4 <= row["evaluations"] <= 8 for row in rows)
+    assert "lucidrains: left out" in out and "judge: accuracy" in out and "floor" in out and "| preset |" in out
+    assert (folder / "pictures/digits_preset_0.02.png").exists() and (folder / "kept/digits_preset.pt").exists()
+    with Image.open(folder / "race.png") as picture:
+        assert picture.size == (1000, 400)
+
+
+@pytest.mark.slow
 def test_the_race_trains_and_scores_all_who_are_there(raced):
     """One table: every contestant trained, drew as many images and was judged; peers that are missing are named."""
     folder, done = raced
@@ -43,8 +67,9 @@ def test_the_race_trains_and_scores_all_who_are_there(raced):
     assert (folder / "pictures/digits_preset.png").exists() and (folder / "kept/digits_preset.pt").exists()
 
 
+@pytest.mark.slow
 def test_curves_over_minutes_of_training(folder, digits_judge):
-    """--race: a row for each contestant and number of minutes, network calls as they were made, and a picture of it."""
+    """--race on the command line, with the best recipe: rows and picture."""
     (folder / "data").mkdir()
     shutil.copy(digits_judge, "data")
     done = cli("--dataset", "digits", "--race", "race.png", "--minutes", "0.03,0.05", "--images", "140", "--json", "race.json",
@@ -80,16 +105,41 @@ def test_bad_input_is_refused_before_any_training(folder, flags, words):
     assert done.returncode == 2 and words in done.stderr and "Traceback" not in done.stderr
 
 
+SPEED = ["--networks", "tiny", "--batches", "8", "--rounds", "1", "--seconds", "0.1", "--images", "2", "--steps", "2", "--json", "speed.json"]
+
+
+def check_speeds(rows):
+    """Each contestant has its speed, memory and share of the matrix rate."""
+    for row in rows:
+        assert row["training images/s"] > 0 and row["sampling images/s"] > 0 and row["TFLOP/s"] > 0 and 0.1 < row["peak GiB"] < 8
+
+
+def test_speed_is_measured(folder, monkeypatch, capsys):
+    """speed.py measures in processes of their own, forked here, and makes a row of it; one that fails is named."""
+    speed = importlib.import_module("benchmarks.speed")
+
+    def run(command, **options):
+        if "diffuser fp32" in command:
+            command = [*command[:2], "--rounds", "none"]
+        return prepared.run(*command[1:], cwd=folder)
+
+    monkeypatch.setattr(speed.subprocess, "run", run)
+    assert speed.main([*SPEED, "--contestants", "diffuser,diffuser fp32"]) == 0
+    out = capsys.readouterr().out
+    rows = json.loads((folder / "speed.json").read_text())["rows"]
+    assert [row[""] for row in rows] == ["diffuser"] and "matrix rate" in out and "diffuser fp32: failed" in out
+    check_speeds(rows)
+
+
+@pytest.mark.slow
 def test_speed_is_measured_for_all_who_are_there(folder):
-    """speed.py: a row per contestant with its speed, memory and share of the matrix rate; one that fails is named."""
-    done = cli("--networks", "tiny", "--batches", "8", "--rounds", "1", "--seconds", "0.1", "--images", "2", "--steps", "2",
-               "--contestants", "diffuser,diffusers", "--json", "speed.json", script="benchmarks/speed.py", cwd=folder)
+    """The same by the real command line, beside diffusers."""
+    done = cli(*SPEED, "--contestants", "diffuser,diffusers", script="benchmarks/speed.py", cwd=folder)
     assert done.returncode == 0, done.stderr
     rows = {row[""]: row for row in json.loads((folder / "speed.json").read_text())["rows"]}
     assert "diffuser" in rows and "matrix rate" in done.stdout
     assert ("diffusers" in rows) == ("diffusers: failed" not in done.stdout)
-    for row in rows.values():
-        assert row["training images/s"] > 0 and row["sampling images/s"] > 0 and row["TFLOP/s"] > 0 and 0.1 < row["peak GiB"] < 8
+    check_speeds(rows.values())
 
 
 @pytest.mark.slow

@@ -14,7 +14,7 @@ import zipfile
 
 import pytest
 import torch
-from conftest import same, tiny_training
+from conftest import same, tiny_training, trained_before
 
 import diffuser
 from diffuser import Devices, Trainer, UserError, load_checkpoint, train
@@ -66,7 +66,7 @@ def test_a_checkpoint_rebuilds_its_model_alone(folder):
 
 def test_a_config_from_a_file_is_checked_like_flags(folder):
     """A checkpoint that asks for an absurd network is refused before any memory is taken."""
-    path = diffuser.train(tiny_training())
+    path = trained_before()
     state = torch.load(path, weights_only=True)
     for name, value in (("base_channels", 10**9), ("channel_mults", "x"), ("timesteps", 2.5), ("use_attention", "yes")):
         broken = copy.deepcopy(state)
@@ -114,8 +114,7 @@ def damage(path, how):
     path.write_bytes(content)
 
 
-@pytest.mark.parametrize("how", ["flipped bit", "truncated", "empty", "zeros"])
-@pytest.mark.parametrize("experiment", ["", "e"])
+@pytest.mark.parametrize("experiment, how", [("", "flipped bit"), ("e", "flipped bit"), ("", "truncated"), ("", "empty"), ("e", "zeros")])
 def test_a_damaged_checkpoint_is_passed_over(folder, capsys, how, experiment):
     """Resuming takes the newest one that is whole, says so, and ends as if nothing had been; without any it stops."""
     cfg = tiny_training(iterations=6, checkpoint_rate=2, num_keep_checkpoints=3, experiment_name=experiment)
@@ -141,7 +140,7 @@ def test_any_flipped_bit_is_found(folder):
     """Wherever a bit flips, the file is refused or its content is the same."""
     path = train(tiny_training(base_channels=4, channel_mults=(1,), num_heads=1))
     good, content, chance = load_checkpoint(path), path.read_bytes(), random.Random(0)
-    for i in range(300):
+    for i in range(100):
         broken = bytearray(content)
         place = chance.randrange(len(content)) if i % 2 else len(content) - 1 - chance.randrange(4000)
         broken[place] ^= 1 << chance.randrange(8)
@@ -175,15 +174,18 @@ def test_content_of_any_kind_is_refused_or_used(folder):
             else:
                 inner[where[-1]] = junk
             torch.save(state, path)
-            for use in (lambda: diffuser.load(path, device="cpu"), lambda: diffuser.choose_checkpoint({"yes": True}),
-                        lambda: Trainer(cfg, Devices(cfg), load_checkpoint(path))):
-                with contextlib.suppress(UserError):
-                    use()
+            with contextlib.suppress(UserError):
+                diffuser.choose_checkpoint({"yes": True})
+            with contextlib.suppress(UserError):
+                state = load_checkpoint(path)                                # what is refused here is used nowhere
+                for use in (lambda: diffuser.load(path, device="cpu"), lambda state=state: Trainer(cfg, Devices(cfg), state)):
+                    with contextlib.suppress(UserError):
+                        use()
 
 
 def test_a_huge_network_is_refused_before_memory_is_taken(folder, capsys):
     """A checkpoint or flags for a network that no machine holds: an error in no time, and no memory used."""
-    path = train(tiny_training())
+    path = trained_before()
     state = load_checkpoint(path)
     for change in (dict(base_channels=4096), dict(base_channels=4096, channel_mults=(64, 64)), dict(num_res_blocks=16)):
         torch.save({**state, "config": {**state["config"], **change}}, path)
@@ -261,7 +263,7 @@ def broken(state, *where_and_value):
 def test_what_would_break_later_is_refused_at_load(folder):
     """Numbers that are not finite or out of their range, wherever they stand, and classes without end: one line with the
     file's name when the file is read, not a failure when they are used."""
-    path = train(tiny_training())
+    path = trained_before()
     good = load_checkpoint(path)
     weights = good["model"]["conv_in.weight"].clone()
     weights[0, 0, 0, 0] = math.nan
@@ -311,7 +313,7 @@ def test_muons_momentum_is_checked_like_adams_moments(folder):
 
 def test_moments_in_double_precision_draw(folder):
     """A file may have been written by other hands: drawing computes in float32."""
-    path = train(tiny_training())
+    path = trained_before()
     state = load_checkpoint(path)
     moments = {name: value.double() for name, value in state["moments"].items()}
     torch.save({**state, "moments": moments}, path)

@@ -26,7 +26,7 @@ import numpy as np
 import prepared
 import pytest
 import torch
-from conftest import ROOT, TINY, TINY_FLAGS, cli, small_file_system, tiny_training
+from conftest import ROOT, TINY, TINY_FLAGS, cli, small_file_system, tiny_training, trained_before
 from PIL import Image
 
 import convert
@@ -46,7 +46,7 @@ TRAIN = ["--mode", "train", "--dataset", "digits", "--iterations", "2", "--batch
 @pytest.fixture
 def trained(folder):
     """A folder with one trained checkpoint in it; gives the checkpoint."""
-    return diffuser.train(tiny_training())
+    return trained_before()
 
 
 def fails(capsys, *arguments, code=2):
@@ -1007,11 +1007,11 @@ def test_generate_returns_uint8_images(trained):
 
 
 def test_mnist_end_to_end(real_data, folder):
-    """Real MNIST: 30 steps, interrupted, resumed, sampled and plotted through the command lines."""
+    """Real MNIST: ten steps, interrupted, resumed, sampled and plotted through the command lines."""
     flags = ["--mode", "train", "--dataset", "mnist", "--data_dir", real_data, "--batch_size", "32", "--log_every", "5",
-             "--checkpoint_rate", "10", *TINY_FLAGS, "--channel_mults", "1,2,2"]
-    assert cli(*flags, "--iterations", "10", cwd=folder).returncode == 0
-    done = cli(*flags, "--iterations", "30", cwd=folder)
+             "--checkpoint_rate", "5", *TINY_FLAGS, "--channel_mults", "1,2,2"]
+    assert cli(*flags, "--iterations", "5", cwd=folder).returncode == 0
+    done = cli(*flags, "--iterations", "10", cwd=folder)
     assert done.returncode == 0 and "resuming" in done.stdout and "28.49% of the signal" in done.stdout
     path = next(folder.rglob("*.pt"))
     assert cli("--mode", "inference", "--model_path", path, "--num_images", 10, "--steps", 3, "--save_dir", "out", cwd=folder).returncode == 0
@@ -1047,12 +1047,13 @@ def odd_command(chance, checkpoint):
     return [*flags, "--dry_run", "True"]
 
 
-def test_no_flag_and_no_answer_leads_to_a_traceback(trained, folder, image_folder, monkeypatch, capsys):
+@pytest.mark.parametrize("count", [80, pytest.param(500, marks=pytest.mark.slow)])
+def test_no_flag_and_no_answer_leads_to_a_traceback(count, trained, folder, image_folder, monkeypatch, capsys):
     """Random command lines with random answers: each ends with 0, or with 1 or 2 and a message of at most two lines."""
     (folder / "file").write_text("x")
     (folder / "empty").mkdir()
     chance, codes = random.Random(0), set()
-    for _ in range(200):
+    for _ in range(count):
         flags = odd_command(chance, str(trained))
         answers = "\n".join(chance.choice([*ODD, "", "", "", "q"]) for _ in range(40))
         monkeypatch.setattr("sys.stdin", io.StringIO(answers))

@@ -11,7 +11,7 @@ from typing import ClassVar
 
 import pytest
 import torch
-from conftest import TINY, cli, interrupted, tiny_training, tiny_unet
+from conftest import TINY, cli, interrupted, tiny_training, tiny_unet, trained_before
 from diffusers import (
     DDIMPipeline,
     DDIMScheduler,
@@ -117,7 +117,8 @@ def checkpoint(path, classes=3, **options):
     return path
 
 
-@pytest.mark.parametrize("name", FOREIGN)
+# The network for CIFAR-10 in its full width takes seconds.
+@pytest.mark.parametrize("name", [pytest.param(name, marks=pytest.mark.slow) if name == "cifar10" else name for name in FOREIGN])
 def test_foreign_networks_compute_the_same_here(name, folder):
     """A saved UNet2DModel, the public configs among them, read from its folder: outputs to 1e-5."""
     theirs = foreign(FOREIGN[name])
@@ -345,7 +346,7 @@ def test_a_flow_from_elsewhere_draws_as_there(folder):
 
 def test_ema_weights_are_written_unless_raw_ones_are_asked_for(folder):
     """By default what is drawn with here is what diffusers gets; --raw gives the weights being trained."""
-    path = diffuser.train(tiny_training())
+    path = trained_before()
     state = load_checkpoint(path)
     for raw, part in ((False, "ema"), (True, "model")):
         convert.to_diffusers(str(path), f"there{raw}", raw)
@@ -574,7 +575,7 @@ def test_a_foreign_schedule_is_checked_before_it_is_built(changes, words, folder
 
 def test_safetensors_of_other_hands_are_converted_or_refused(folder):
     """Tensors in double precision become float32; what is missing or does not fit is named, without a KeyError."""
-    path = str(diffuser.train(tiny_training()))
+    path = str(trained_before())
     convert.to_safetensors(path, "there.safetensors")
     with safe_open("there.safetensors", "pt") as file:
         metadata = file.metadata()
@@ -609,7 +610,7 @@ def test_safetensors_of_other_hands_are_converted_or_refused(folder):
 
 def test_a_damaged_export_says_which_file(folder):
     """diffuser.json and moments.safetensors beside a pipeline: a line that names the file, exit 2."""
-    convert.to_diffusers(str(diffuser.train(tiny_training())), "there")
+    convert.to_diffusers(str(trained_before()), "there")
     (folder / "there" / "moments.safetensors").unlink()
     with pytest.raises(UserError, match=r"moments\.safetensors is missing or damaged"):
         convert.from_diffusers("there", "here.pt")
@@ -631,7 +632,7 @@ def test_a_target_that_cannot_be_written_is_told_before_the_work(folder, capsys)
     RuntimeError("Error while serializing: I/O error: No space left on device (os error 28)"), OSError(28, "full", "there")])
 def test_a_full_disk_is_exit_1_and_names_the_target(folder, monkeypatch, capsys, error):
     """Whichever library meets it, and with whatever words."""
-    path = str(diffuser.train(tiny_training()))
+    path = str(trained_before())
     capsys.readouterr()
     monkeypatch.setattr(DDPMPipeline, "save_pretrained", lambda *a, **k: (_ for _ in ()).throw(error))
     assert convert.main(["to-diffusers", path, "there"]) == 1

@@ -7,7 +7,7 @@ import sys
 
 import pytest
 import torch
-from conftest import ROOT, STATUS, TINY_FLAGS, cli, tiny_training
+from conftest import ROOT, STATUS, TINY_FLAGS, cli, tiny_training, trained_before
 
 import diffuser
 from diffuser import ComputeConfig, Devices, Trainer, choose_compute, load_checkpoint, train
@@ -121,7 +121,7 @@ def test_a_cpu_splits_before_it_swaps(folder, monkeypatch, capsys):
 
 def test_the_stored_split_is_kept(folder, monkeypatch):
     """A resumed run on a machine with less free memory computes its steps in as many parts as before."""
-    path = train(tiny_training())
+    path = trained_before()
     monkeypatch.setattr(diffuser, "free_memory", lambda device: 2**22)
     assert Trainer(tiny_training(), Devices(tiny_training()), load_checkpoint(path)).compute.split == 1
     assert Trainer(tiny_training(batch_size=512), Devices(tiny_training())).compute.split > 1
@@ -143,15 +143,16 @@ def test_memory_estimate_is_near_the_truth(folder):
     """What --dry_run tells is within a factor of two of what the process takes for a step."""
     program = ("import sys; sys.path.insert(0, {!r}); import diffuser\n" + STATUS +
                "cfg = diffuser.configure(dataset='digits', base_channels=64, channel_mults=(1, 2), num_heads=4,\n"
-               "                         batch_size=1024, precision='fp32', device='cpu')\n"
+               "                         batch_size=256, precision='fp32', device='cpu')\n"
                "run = diffuser.Trainer(cfg, diffuser.Devices(cfg))\n"
                "before = status('VmHWM'); run.train_step(); print(status('VmHWM') - before)\n"
-               "print(diffuser.training_memory(cfg, (1, 8, 8), 10, 1024, 'fp32')[1] // 1024)")
+               "print(diffuser.training_memory(cfg, (1, 8, 8), 10, 256, 'fp32')[1] // 1024)")
     done = subprocess.run([sys.executable, "-c", program.format(str(ROOT))], capture_output=True, text=True, cwd=folder)
     taken, told = map(int, done.stdout.split())
     assert 0.5 < taken / told < 2, done.stdout
 
 
+@pytest.mark.slow
 def test_the_table_of_machines_in_the_guide(capsys):
     """Which batch and width fit into how much memory is what the lines beside the table print today."""
     guide = (ROOT / "docs/guide.md").read_text()
@@ -251,7 +252,7 @@ def test_training_and_drawing_use_that_rule(folder, monkeypatch):
     """Both a run and a model that draws settle their threads."""
     seen = []
     monkeypatch.setattr(diffuser, "use_threads", lambda cfg, shape, classes: seen.append((cfg.dataset, shape, classes)))
-    diffuser.load(diffuser.train(tiny_training()), device="cpu")
+    diffuser.load(trained_before(), device="cpu")
     assert seen == [("digits", (1, 8, 8), 10)] * 2
 
 

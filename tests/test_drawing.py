@@ -1,22 +1,21 @@
 """--mode inference with several processes or GPUs, whose files are those of one; and all pictures as one file."""
 
-import contextlib
 import dataclasses
 import json
 import os
 import shutil
 import signal
 import subprocess
-import sys
 import time
 import zipfile
 from pathlib import Path
 from typing import ClassVar
 
 import numpy as np
+import prepared
 import pytest
 import torch
-from conftest import ROOT, cli, heed_interrupts, small_file_system, tiny_training
+from conftest import ROOT, cli, small_file_system, tiny_training
 from PIL import Image
 
 import diffuser
@@ -24,52 +23,44 @@ import evaluate
 from diffuser import main
 from diffuser_lib import images
 
-COUNT = 1000
-needs_proc = pytest.mark.skipif(not Path("/proc/self/environ").exists(), reason="finds processes in /proc")
+COUNT = 240
 
 
 @pytest.fixture(scope="module")
 def home(tmp_path_factory):
-    """A folder with a checkpoint in it, and with what one process draws of it, `one`: a thousand digits, 50 at a time."""
+    """A folder with a checkpoint in it, and with what one process draws of it, `one`: COUNT digits, 12 at a time."""
     folder = tmp_path_factory.mktemp("drawing")
     with pytest.MonkeyPatch.context() as patched:
         patched.chdir(folder)
         diffuser.train(tiny_training()).rename("model.pt")
-        assert main(drawing("one", "--sample_batch_size", "50")) == 0
+        assert main(drawing("one", "--sample_batch_size", "12")) == 0
     return folder
 
 
 def drawing(place, *flags):
-    """A command line that draws a thousand digits."""
+    """A command line that draws COUNT digits."""
     return ["--mode", "inference", "--model_path", "model.pt", "--num_images", str(COUNT), "--device", "cpu",
             "--save_dir", place, *flags]
 
 
-def torchrun(processes, flags, cwd):
+def several(count, flags, cwd):
     """The command line in several processes, in the background."""
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", str(processes), "--rdzv_backend",
-               "c10d", "--rdzv_endpoint", "localhost:0", str(ROOT / "diffuser.py"), *map(str, flags)]
-    return subprocess.Popen(command, cwd=cwd, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
-                            env={**os.environ, "OMP_NUM_THREADS": "1"}, preexec_fn=heed_interrupts)
+    return prepared.start_ranks(count, ROOT / "diffuser.py", *flags, cwd=cwd)
 
 
-def result(process):
-    """(status, stdout, stderr), of which the last has one message of ours at most."""
-    out, errors = process.communicate(timeout=200)
+def result(processes):
+    """(status, stdout, stderr), of which the last has one message of ours at most. Where one fails the others are told to
+    end, as torchrun does."""
+    while any(process.poll() is None for process in processes):
+        if any(process.poll() for process in processes):
+            for process in processes:
+                process.send_signal(signal.SIGTERM)
+            break
+        time.sleep(0.05)
+    status, out, errors = prepared.result_of(processes)
     assert errors.count("diffuser:") <= 1, errors
     assert "unexpected" not in errors, errors
-    return process.returncode, out, errors
-
-
-def ranks(pid):
-    """{rank: process id} of the workers below a torchrun process."""
-    found = {}
-    for entry in Path("/proc").iterdir():
-        with contextlib.suppress(OSError, ValueError, KeyError, IndexError):
-            if int((entry / "stat").read_text().rsplit(")", 1)[1].split()[1]) == pid:
-                lines = (entry / "environ").read_text().split("\0")
-                found[int(dict(line.split("=", 1) for line in lines if "=" in line)["RANK"])] = int(entry.name)
-    return found
+    return status, out, errors
 
 
 def content(folder, *files):
@@ -87,38 +78,37 @@ def wait_for_pictures(folder, count):
 
 
 def test_three_processes_draw_the_files_of_one(home):
-    """A thousand pictures and the grid, byte for byte, and one set of lines, not three; samples.json says the same."""
-    status, out, errors = result(torchrun(3, drawing("three", "--sample_batch_size", "50"), home))
+    """All pictures and the grid, byte for byte, and one set of lines, not three; samples.json says the same."""
+    status, out, errors = result(several(3, drawing("three", "--sample_batch_size", "12"), home))
     assert status == 0, errors
     assert content(home / "three", "grid.png") == content(home / "one", "grid.png")
-    assert out.count("1000 images in three/images") == out.count("3 processes") == 1
+    assert out.count(f"{COUNT} images in three/images") == out.count("3 processes") == 1
     one, three = (json.loads((home / name / "samples.json").read_text()) for name in ("one", "three"))
     assert diffuser.drawing_request(one) == diffuser.drawing_request(three)
-    assert three["batch_size"] == 50
+    assert three["batch_size"] == 12
 
 
-@needs_proc
 def test_other_numbers_of_processes_go_on_with_a_drawing(home):
     """A process is killed, then Ctrl-C is pressed, each time with one message and only whole pictures; the same command
     goes on with others, in the batches that it began with, to the files of one process."""
-    process = torchrun(3, drawing("mixed", "--sample_batch_size", "50"), home)
-    wait_for_pictures(home / "mixed", 20)
-    os.kill(ranks(process.pid)[1], signal.SIGKILL)
-    status, _, errors = result(process)
+    processes = several(3, drawing("mixed", "--sample_batch_size", "12"), home)
+    wait_for_pictures(home / "mixed", 12)
+    processes[1].kill()
+    status, _, errors = result(processes)
     assert status != 0
-    assert "of 1000 images are there, whole; the same command goes on with the rest" in errors
+    assert f"of {COUNT} images are there, whole; the same command goes on with the rest" in errors
     kept = content(home / "mixed")
-    assert 20 < len(kept) < COUNT
+    assert 12 < len(kept) < COUNT
 
     # Pictures are missing in the middle of batches, too.
     one = content(home / "one", "grid.png")
     for name in sorted(kept)[3::7]:
         (home / "mixed/images" / name).unlink()
-    process = torchrun(2, drawing("mixed"), home)
+    processes = several(2, drawing("mixed"), home)
     wait_for_pictures(home / "mixed", len(kept))
-    for pid in (*ranks(process.pid).values(), process.pid):
-        os.kill(pid, signal.SIGINT)
-    status, out, errors = result(process)
+    for process in processes:
+        process.send_signal(signal.SIGINT)
+    status, out, errors = result(processes)
     assert status != 0
     assert "going on: " in out
     assert "stopped by SIGINT: " in errors
@@ -144,7 +134,7 @@ def test_what_several_processes_refuse(home, monkeypatch, capsys):
     assert "several has 2 checkpoints: name one with --model_path" in capsys.readouterr().err
     assert not Path("new").exists()
 
-    status, _, errors = result(torchrun(2, drawing("one", "--seed", "5"), home))
+    status, _, errors = result(several(2, drawing("one", "--seed", "5"), home))
     assert status != 0
     assert "one/images already holds images of another request" in errors
 
@@ -152,11 +142,11 @@ def test_what_several_processes_refuse(home, monkeypatch, capsys):
 def test_a_disk_that_is_full_while_several_draw(home, tmp_path):
     """One message with what is kept, by whichever process meets it; with room again the same command goes on."""
     with small_file_system(tmp_path / "out", "400k") as place:
-        flags = drawing(place, "--sample_batch_size", "50")
-        status, _, errors = result(torchrun(2, flags, home))
+        flags = drawing(place, "--sample_batch_size", "12")
+        status, _, errors = result(several(2, flags, home))
         assert status != 0
         assert "out/images: No space left on device; " in errors
-        assert "of 1000 images are there, whole" in errors
+        assert f"of {COUNT} images are there, whole" in errors
         subprocess.run(["mount", "-o", "remount,size=64m", str(place)], check=True)
         assert cli(*flags, cwd=home).returncode == 0
         assert content(place, "grid.png") == content(home / "one", "grid.png")

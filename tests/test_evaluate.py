@@ -69,17 +69,20 @@ def two_folders(tmp_path_factory):
     return folders
 
 
-def test_metrics_agree_with_torch_fidelity_and_pytorch_fid(random_inception, two_folders, monkeypatch, capsys):
-    """FID and KID on the same weights and images: torch-fidelity's own run over the folders and pytorch-fid's network
-    and formula, to 1e-3."""
-    from pytorch_fid import fid_score, inception
-    from torch_fidelity import calculate_metrics
-    from torch_fidelity.interpolate_compat_tensorflow import interpolate_bilinear_2d_like_tensorflow1x
-
+def printed_metrics(random_inception, two_folders, capsys):
+    """{metric: what evaluate.py prints for it}: FID and KID of the two folders, on 64 features."""
     code = evaluate.main([*map(str, two_folders[:1]), "--against", str(two_folders[1]), "--metrics", "fid,kid", "--features",
                           "64", "--weights", str(random_inception), "--kid_subset_size", "50"])
     printed = dict(line.rsplit(None, 1) for line in capsys.readouterr().out.splitlines())
     assert code == 0
+    return printed
+
+
+def test_metrics_agree_with_torch_fidelity(random_inception, two_folders, capsys):
+    """FID and KID on the same weights and images: torch-fidelity's own run over the folders, to 1e-3."""
+    from torch_fidelity import calculate_metrics
+
+    printed = printed_metrics(random_inception, two_folders, capsys)
     reference = calculate_metrics(
         input1=str(two_folders[0] / "images"), input2=str(two_folders[1] / "images"), fid=True, kid=True, kid_subset_size=50,
         feature_layer_fid="64", feature_layer_kid="64", feature_extractor_weights_path=str(random_inception), cuda=False,
@@ -88,6 +91,14 @@ def test_metrics_agree_with_torch_fidelity_and_pytorch_fid(random_inception, two
     kid = "kernel_inception_distance_mean"                                   # a small difference of kernels around 1
     assert float(printed[kid]) == pytest.approx(reference[kid], rel=1e-3, abs=1e-5)
 
+
+@pytest.mark.slow
+def test_fid_agrees_with_pytorch_fid(random_inception, two_folders, monkeypatch, capsys):
+    """FID on the same weights and images: pytorch-fid's network and formula, to 1e-3."""
+    from pytorch_fid import fid_score, inception
+    from torch_fidelity.interpolate_compat_tensorflow import interpolate_bilinear_2d_like_tensorflow1x
+
+    printed = printed_metrics(random_inception, two_folders, capsys)
     monkeypatch.setattr(inception, "load_state_dict_from_url", lambda *a, **k: torch.load(random_inception))
     network = inception.InceptionV3([0], resize_input=False, normalize_input=False).eval()
     features = []
@@ -118,6 +129,7 @@ def test_a_folder_that_is_not_there(folder):
     assert done.returncode == 2 and "nowhere is no folder or file with images in it" in done.stderr
 
 
+@pytest.mark.slow
 def test_inception_score_precision_and_recall(random_inception, two_folders, folder):
     """is and pr come from torch-fidelity: of a folder against itself, precision and recall are 1."""
     for name, there in zip(("a", "b"), two_folders):

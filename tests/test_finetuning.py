@@ -7,7 +7,7 @@ import time
 
 import pytest
 import torch
-from conftest import TINY_FLAGS, cli, tiny_training
+from conftest import TINY_FLAGS, cli, tiny_training, trained_before
 from diffusers import DDPMPipeline, DDPMScheduler, UNet2DModel
 
 import convert
@@ -177,7 +177,7 @@ def test_config_json_repeats_a_run(folder, monkeypatch):
 
 def test_config_json_repeats_a_run_from_python(folder):
     """train(configure(config=...)) begins anew where that run is finished."""
-    path = train(tiny_training())
+    path = trained_before()
     config, = folder.glob("samples/*/config.json")
     assert train(configure(config=str(config))) == path and list(folder.glob("checkpoints/*_old1.pt"))
     a, b = (load_checkpoint(p)["model"] for p in (path, *folder.glob("checkpoints/*_old1.pt")))

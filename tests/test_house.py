@@ -67,14 +67,31 @@ def test_arrows_point_down(module):
 
 
 @pytest.mark.parametrize("module, absent", [
-    (FILES, ("torch", "numpy", "PIL")), ("plot_loss", ("torch",)), ("report", ("torch",)),
-    ("diffuser_lib.cpu_kernels", ("diffuser", FILES, "PIL")), ("diffuser_lib.images", ("diffuser",)),
-    ("diffuser_lib.machine", ("diffuser", "PIL")), ("diffuser_lib.spellings", ("diffuser", "torch")), ("diffuser_lib.processes", ("diffuser",)), ("diffuser_lib.metrics", ("diffuser", "wandb", "tensorboard"))])
+    (FILES, ("torch", "numpy", "PIL")), ("plot_loss", ("torch",)), ("report", ("torch",)), ("diffuser_lib.spellings", ("diffuser", "torch"))])
 def test_importing_brings_no_more_than_needed(tmp_path, module, absent):
     """The ground floor and the small scripts load alone, without torch where they need none, and write nothing."""
     code = f"import sys; sys.path.insert(0, {str(ROOT)!r}); import {module}; print([m for m in {absent} if m in sys.modules])"
     done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]" and not list(tmp_path.iterdir())
+
+
+# What needs torch and what it must not bring.
+WITH_TORCH = {
+    "diffuser_lib.cpu_kernels": ("diffuser", FILES, "PIL"), "diffuser_lib.images": ("diffuser",), "diffuser_lib.machine": ("diffuser", "PIL"),
+    "diffuser_lib.processes": ("diffuser",), "diffuser_lib.metrics": ("diffuser", "wandb", "tensorboard")}
+
+
+def test_importing_brings_no_more_than_torch(tmp_path):
+    """The same of what needs torch, which takes seconds: it is imported once, and each file in a fork of that process."""
+    code = (f"import importlib, os, sys, torch; sys.path.insert(0, {str(ROOT)!r})\n"
+            f"for module, absent in {WITH_TORCH}.items():\n"
+            "    if os.fork() == 0:\n"
+            "        importlib.import_module(module)\n"
+            "        print(module, [name for name in absent if name in sys.modules], flush=True)\n"
+            "        os._exit(0)\n"
+            "    os.wait()")
+    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, check=True)
+    assert done.stdout.splitlines() == [f"{module} []" for module in WITH_TORCH] and not list(tmp_path.iterdir())
 
 
 def test_chapters_of_the_lecture_know_no_settings():

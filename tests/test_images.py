@@ -7,17 +7,15 @@ import json
 import os
 import socket
 import struct
-import subprocess
-import sys
 import time
 import zipfile
 import zlib
 from pathlib import Path
 
 import numpy as np
+import prepared
 import pytest
 import torch
-from conftest import ROOT
 from PIL import Image, ImageOps
 
 from diffuser_lib import images
@@ -644,7 +642,7 @@ def test_workers_that_fail_are_told(tmp_path, monkeypatch):
 
 # Loads numbered pictures; prints whether this process built the cache, and the images.
 LOADER = """
-import sys
+import sys, time
 from pathlib import Path
 from diffuser_lib import images
 
@@ -655,8 +653,9 @@ def build(*arguments):
 images.build_cache = build
 
 source = images.ImageFiles(sys.argv[1], "--images")
-print("ready", flush=True)
-sys.stdin.readline()
+Path(sys.argv[4]).touch()                                        # ready
+while not Path(sys.argv[3]).exists():
+    time.sleep(0.001)
 data = images.cached_images(source, (1, 8, 8), [], folder=Path(sys.argv[2]), name="x", key=source.fingerprint())
 print(data.images[:, 0, 0, 0].tolist())
 """
@@ -665,15 +664,13 @@ print(data.images[:, 0, 0, 0].tolist())
 def test_two_processes_at_once_make_one_cache(tmp_path):
     """Started together they do not disturb each other: one decodes, both have all images."""
     numbered_zip(tmp_path / "some.zip", 400)
-    arguments = [sys.executable, "-c", LOADER, str(tmp_path / "some.zip"), str(tmp_path / "cache")]
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-    pair = [subprocess.Popen(arguments, env=environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE,
-                             stderr=subprocess.PIPE, text=True) for _ in range(2)]
-    for process in pair:
-        assert process.stdout.readline() == "ready\n"
-    for process in pair:
-        process.stdin.write("\n")
-        process.stdin.flush()
+    go = tmp_path / "go"
+    pair = [prepared.start("-c", LOADER, tmp_path / "some.zip", tmp_path / "cache", go, f"{go}_{i}", cwd=tmp_path) for i in range(2)]
+    deadline = time.monotonic() + 120
+    while len(list(tmp_path.glob("go_*"))) < 2:
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+    go.touch()
     results = [process.communicate(timeout=300) for process in pair]
 
     assert [process.returncode for process in pair] == [0, 0], results

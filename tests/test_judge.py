@@ -58,7 +58,7 @@ def coloured(n, seed, side=8):
 
 def test_the_colour_judge_learns_and_scores(folder):
     """It knows held-out pictures; real ones are near the floor, precise and recalled, noise is not; it is kept."""
-    reference = judge.Reference("stripes", coloured(1500, 0, 4), coloured(300, 1, 4), own_test=True)
+    reference = judge.Reference("stripes", coloured(255, 0, 4), coloured(300, 1, 4), own_test=True)
     stats = judge.ReferenceStats(reference, str(folder), torch.device("cpu"))
     assert stats.accuracy > 0.95
     real = stats.scores(reference.test.images, reference.test.labels)

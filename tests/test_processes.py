@@ -445,7 +445,23 @@ leave()
 
 
 def test_restarted_processes_meet_anew(tmp_path):
-    """After a failure torchrun starts them again: they meet, and what the dead ones had noted does not count."""
+    """After a failure they are started again: they meet, and what the dead ones had noted does not count."""
+    store = prepared.torchrun_store()
+    (tmp_path / "program.py").write_text(START + RESTART)
+    for count in "01":
+        ranks = prepared.start_ranks(2, tmp_path / "program.py", cwd=tmp_path, store=store,
+                                     env=dict(TORCHELASTIC_RESTART_COUNT=count))
+        status, _, errors = prepared.result_of(ranks)
+        assert status == 1 - int(count), errors[-3000:]
+    zero, one = notes_of_both(tmp_path)
+    assert sorted((tmp_path / f"first{rank}").read_text() for rank in range(2)) == ["False", "True"]
+    assert sorted([zero["speaks"], one["speaks"]]) == [False, True]
+    assert [zero["number"], one["number"]] == [5, 5]
+
+
+@pytest.mark.slow
+def test_processes_that_torchrun_restarts_meet_anew(tmp_path):
+    """The same under torchrun itself."""
     _, zero, one = torchrun(RESTART, tmp_path, "--max-restarts", "1")
     assert sorted((tmp_path / f"first{rank}").read_text() for rank in range(2)) == ["False", "True"]
     assert sorted([zero["speaks"], one["speaks"]]) == [False, True]

@@ -6,11 +6,13 @@ import signal
 import subprocess
 import sys
 import time
+import types
 import zipfile
 
+import prepared
 import pytest
 import torch
-from conftest import TINY_FLAGS, tiny_training
+from conftest import TINY_FLAGS, tiny_training, trained_before
 from PIL import Image
 
 import diffuser
@@ -24,7 +26,7 @@ PLACES = Places()
 def trained(name, **more):
     """A run of a few steps by that name; returns it as its folder shows it."""
     cfg = tiny_training(experiment_name=name, **more)
-    diffuser.train(cfg)
+    trained_before(experiment_name=name, **more)
     return runs.find_run(PLACES, diffuser.samples_path(cfg).name)
 
 
@@ -33,7 +35,7 @@ def wait_for(what, seconds=60):
     end = time.monotonic() + seconds
     while not what():
         assert time.monotonic() < end, "it took too long"
-        time.sleep(0.1)
+        time.sleep(0.02)
 
 
 @pytest.fixture
@@ -118,13 +120,27 @@ def test_keys_are_looked_up(folder):
 # ---- Starting and stopping ---------------------------------------------------------------------
 
 
+@pytest.fixture
+def forked(folder, monkeypatch):
+    """Runs are started from the process that has torch imported."""
+    def start(command, stdout, **rest):
+        return prepared.background(command[1:], folder, stdout=stdout, stderr=stdout)
+
+    def run(command, **rest):
+        return prepared.run(*command[1:], cwd=folder)
+
+    known = ("DEVNULL", "STDOUT", "TimeoutExpired")
+    stand_in = types.SimpleNamespace(Popen=start, run=run, **{name: getattr(subprocess, name) for name in known})
+    monkeypatch.setattr(runs, "subprocess", stand_in)
+
+
 def words(name, *more):
     """A command line that trains tiny digits."""
     return runs.to_words(dict(mode="train", dataset="digits", experiment_name=name, **PLACES.options())) + [
         *TINY_FLAGS, *more]
 
 
-def test_a_run_is_started_stopped_and_resumed(folder, children):
+def test_a_run_is_started_stopped_and_resumed(folder, forked, children):
     """Started as a process of its own; Ctrl-C from outside saves; it goes on from there and ends at its last step."""
     key = runs.start_run(words("first", "--iterations", "100000", "--log_every", "5"))
     assert runs.find_run(PLACES, key).status == "starting"
@@ -172,7 +188,7 @@ def test_a_run_outlives_what_started_it(folder):
     wait_for(lambda: runs.find_run(PLACES, key).process is None)
 
 
-def test_what_a_run_dies_of_is_kept(folder, children):
+def test_what_a_run_dies_of_is_kept(folder, forked, children):
     """The last words of a run that cannot start are those of the command, without a traceback."""
     key = runs.start_run(runs.to_words(dict(mode="train", path_to_data=str(folder / "nothing"), experiment_name="bad",
                                             **PLACES.options())))
@@ -199,7 +215,7 @@ def test_no_path_is_taken_from_a_page(option):
         runs.parse_further(option)
 
 
-def test_a_dry_run_tells_what_it_will_take(folder):
+def test_a_dry_run_tells_what_it_will_take(folder, forked):
     """Parameters, steps, memory and time before a run begins; what is wrong with it instead, where something is."""
     text = runs.dry_run(words("first", "--iterations", "50"))
     for part in ("parameters", "50 steps", "GiB", "time "):
@@ -284,7 +300,7 @@ def test_deleting_takes_one_run_alone(folder):
 def test_a_checkpoint_of_two_runs_is_not_deleted_with_one(folder):
     """Runs without names that differ in their schedule share the name of a checkpoint: it stays with the one it is of."""
     first = trained("", schedule_type="cosine")
-    trained("", schedule_type="linear", resume="never")
+    diffuser.train(tiny_training(schedule_type="linear", resume="never"))
     runs.delete_run(PLACES, first)
     [kept] = (folder / "checkpoints").glob("diffusion_checkpoint_digits_20_8_attention.pt")
     assert not first.folder.exists() and diffuser.load_checkpoint(kept)["config"]["schedule_type"] == "linear"

@@ -205,7 +205,7 @@ def test_a_mixture_is_sampled_with_its_mean_and_covariance(sampler, options):
         return torch.randn(20_000, 2, dtype=torch.float64, generator=random)
 
     table = alpha_bar_table(configure(timesteps=1000, schedule_type="cosine"))
-    steps = 1000 if options else 100
+    steps = 300 if options else 100
     x = last(sampler(mixture_denoiser(table), draw(), trailing(1000, steps), table, draw, **options))
     mean = SHARES @ CENTRES
     cov = SPREAD**2 * torch.eye(2) + (CENTRES - mean).T @ (SHARES[:, None] * (CENTRES - mean))

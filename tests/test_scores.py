@@ -6,10 +6,12 @@ import shutil
 
 import pytest
 import torch
-from conftest import TINY_FLAGS, cli, same, some_digits, tiny_training
+from conftest import TINY_FLAGS, same, some_digits, tiny_training
 
 import diffuser
+import evaluate
 from diffuser import UserError, load_checkpoint
+from diffuser_lib import judge
 from diffuser_lib.images import ImageData, to_pil
 
 FLAGS = ("--mode", "train", "--dataset", "digits", "--timesteps", "20", "--batch_size", "256", "--log_every", "3", *TINY_FLAGS)
@@ -52,11 +54,15 @@ def settings(**more):
     return tiny_training(**{**dict(batch_size=28, epochs=3, iterations=0, score_every=1, log_every=2, steps=2), **more})
 
 
-def test_scores_stand_in_metrics_csv_and_report_and_evaluate_has_the_same_judge(folder):
-    """The real command line: accuracy and distance in the first row after two epochs and at the end; the report draws
-    them; evaluate.py finds the judge that was trained here."""
-    done = cli(*[f for f in FLAGS if f != "--no-report"], "--epochs", "3", "--score_every", "2", cwd=folder)
-    assert done.returncode == 0, done.stderr
+def test_scores_stand_in_metrics_csv_and_report_and_evaluate_has_the_same_judge(folder, monkeypatch, capsys):
+    """The command line: accuracy and distance in the first row after two epochs and at the end; the report draws them;
+    evaluate.py finds the judge that was trained here."""
+    def learn_nothing(data, *rest):
+        """A judge as it is before its training, which takes long."""
+        return judge.Classifier(tuple(data.images.shape[1:]), len(data.class_names)).eval()
+
+    monkeypatch.setattr(judge, "train_classifier", learn_nothing)
+    assert diffuser.main([*[f for f in FLAGS if f != "--no-report"], "--epochs", "3", "--score_every", "2"]) == 0
     rows = table(folder)
     scored = [row for row in rows if row["distance"]]
     assert [math.ceil(float(row["epoch"])) for row in scored] == [2, 3] and scored[-1] is rows[-1] and len(rows) > 4
@@ -66,14 +72,16 @@ def test_scores_stand_in_metrics_csv_and_report_and_evaluate_has_the_same_judge(
     assert "Distance of drawn images to real ones" in page and "class accuracy" in page and "(highest" in page
     [kept] = (folder / "data").glob("judge_digits_*.pt")
     time = kept.stat().st_mtime_ns
-    out = cli("--mode", "inference", "--dataset", "digits", "--num_images", "20", "--save_dir", "out", cwd=folder)
-    assert out.returncode == 0, out.stderr
-    judged = cli("out", "--against", "digits", script="evaluate.py", cwd=folder)
-    assert judged.returncode == 0 and "training the judge" not in judged.stderr
+    images = torch.zeros(20, 1, 8, 8, dtype=torch.uint8)
+    (folder / "out" / "images").mkdir(parents=True)
+    for i, image in enumerate(images):
+        to_pil(image).save(folder / "out" / "images" / f"{i:06}_{i % 10}.png")
+    monkeypatch.setattr(judge, "train_classifier", lambda *a: pytest.fail("the judge was trained anew"))
+    assert evaluate.main(["out", "--against", "digits"]) == 0 and "accuracy" in capsys.readouterr().out
     assert [kept] == list((folder / "data").glob("judge_*")) and kept.stat().st_mtime_ns == time
 
 
-@pytest.mark.parametrize("name", ["", "mine"])
+@pytest.mark.parametrize("name", ["", pytest.param("mine", marks=pytest.mark.slow)])
 def test_the_best_checkpoint_is_kept_beside_the_last(folder, fake_judge, name):
     """The one with the smallest distance, not the last; it is whole, can be drawn from, and resuming ignores it."""
     judge = fake_judge(7.0, 3.0, 5.0)

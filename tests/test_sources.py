@@ -5,7 +5,6 @@ import json
 import os
 import pickle
 import shutil
-import subprocess
 import sys
 import tarfile
 import tracemalloc
@@ -13,8 +12,9 @@ import zipfile
 from pathlib import Path
 
 import numpy as np
+import prepared
 import pytest
-from conftest import ROOT
+from conftest import cli
 from PIL import Image
 
 import diffuser
@@ -487,15 +487,15 @@ def test_an_entry_above_the_limit_is_not_read(tmp_path, pixels, monkeypatch):
 # ---- The Hugging Face Hub ----------------------------------------------------------------------
 
 
-# For a child process: read somebody/birds from the cache, and leave what was read.
+# For a child process: read somebody/birds from the cache, with either column, and leave what was read.
 READ_HUB = """
-import sys
 import numpy as np
 from diffuser_lib.sources import open_images
 
-source = open_images(sys.argv[1], "--path_to_data", sys.argv[2])
-images = np.stack([np.asarray(source[i][0]) for i in range(len(source))])
-np.savez("read.npz", images=images, labels=source.labels, names=source.class_names)
+for name, column in (("hf:somebody/birds", ""), ("hf:somebody/birds:default", "words")):
+    source = open_images(name, "--path_to_data", column)
+    images = np.stack([np.asarray(source[i][0]) for i in range(len(source))])
+    np.savez(f"read_{column}.npz", images=images, labels=source.labels, names=source.class_names)
 """
 
 
@@ -513,24 +513,20 @@ def write_hub_cache(home, pixels):
     for part in info["splits"].values():
         part["dataset_name"] = "birds"
     (place / "dataset_info.json").write_text(json.dumps(info))
-    return {**os.environ, "HF_DATASETS_CACHE": str(home / "hub"), "HF_HUB_OFFLINE": "1", "PYTHONPATH": str(ROOT)}
+    return {"HF_DATASETS_CACHE": str(home / "hub"), "HF_HUB_OFFLINE": "1"}
 
 
 def test_a_data_set_of_the_hub_from_its_cache(folder, pixels):
     """hf:OWNER/NAME without a network: pixels, labels and names; another column; one line for a set that is not there."""
     env = write_hub_cache(folder, pixels)
 
-    def read(name, column=""):
-        return subprocess.run([sys.executable, "-c", READ_HUB, name, column], env=env, capture_output=True, text=True, timeout=120)
-
-    for name, column, names in (("hf:somebody/birds", "", ["cat", "dog", "emu"]), ("hf:somebody/birds:default", "words", ["cat", "dog", "emu"])):
-        done = read(name, column)
-        assert done.returncode == 0, done.stderr
-        with np.load("read.npz") as file:
-            assert np.array_equal(file["images"], pixels) and file["labels"].tolist() == LABELS and file["names"].tolist() == names
-        os.unlink("read.npz")
-    done = subprocess.run([sys.executable, ROOT / "diffuser.py", "--mode", "train", "--path_to_data", "hf:somebody/bees"], env=env,
-                          capture_output=True, text=True, timeout=120)
+    done = prepared.run("-c", READ_HUB, cwd=folder, env=env)
+    assert done.returncode == 0, done.stderr
+    for column in ("", "words"):
+        with np.load(f"read_{column}.npz") as file:
+            assert np.array_equal(file["images"], pixels) and file["labels"].tolist() == LABELS
+            assert file["names"].tolist() == ["cat", "dog", "emu"]
+    done = cli("--mode", "train", "--path_to_data", "hf:somebody/bees", cwd=folder, env=env)
     assert done.returncode == 1 and "hf:somebody/bees is neither in the cache nor to be had from the Hub" in done.stderr
     assert "Traceback" not in done.stderr
 

@@ -70,9 +70,8 @@ def test_a_resumed_run_equals_an_undisturbed_one_bit_for_bit(folder, options):
     """Stopped in the middle of an epoch and run again, everything ends as if it had not been."""
     data = None if options.get("random_crop") else some_digits(400)
     settings = {**dict(iterations=16, batch_size=32, val_fraction=0.1, log_every=3), **options}  # 11 steps an epoch
-    whole = weights(train(tiny_training(experiment_name="whole", **settings), data=data))
     parts = tiny_training(experiment_name="parts", checkpoint_rate=8, num_keep_checkpoints=9, **settings)
-    train(parts, data=data)
+    whole = weights(train(parts, data=data))
     train(dataclasses.replace(parts, resume_from_checkpoint="checkpoint_8"), data=data)
     resumed = weights(diffuser.checkpoint_path(parts, 16))
     for part in ("model", "ema", "optimizer", "step", "lr_schedule"):
@@ -413,10 +412,10 @@ def test_rows_and_grids_have_the_means_that_they_say(folder, monkeypatch):
 def test_time_before_a_checkpoint_is_in_its_row(folder, monkeypatch):
     """Saving and drawing are no training; the steps before them, in the same row, are."""
     monkeypatch.setattr(Trainer, "train_step", lambda run, step=Trainer.train_step: step(run) or time.sleep(0.05))
-    monkeypatch.setattr(diffuser.Monitor, "show_grid", lambda monitor, loss: time.sleep(2))
+    monkeypatch.setattr(diffuser.Monitor, "show_grid", lambda monitor, loss: time.sleep(1))
     train(tiny_training(iterations=8, log_every=8, checkpoint_rate=3))
     (row,) = rows()
-    assert 0.4 <= float(row["seconds"]) < 6                                  # three grids took six seconds
+    assert 0.4 <= float(row["seconds"]) < 3                                  # three grids took three seconds
     assert float(row["images_per_second"]) * float(row["seconds"]) == pytest.approx(128, rel=1e-4)
 
 
@@ -500,7 +499,7 @@ def test_grids_and_strips_come_at_the_cadence_asked_for(folder):
 @pytest.mark.parametrize("number, code", [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
 def test_a_signal_saves_and_the_same_command_goes_on(folder, number, code):
     """Interrupted while training: exit 130 or 143 after saving; run again, it ends as if undisturbed."""
-    flags = ["--mode", "train", "--dataset", "digits", "--batch_size", "16", "--iterations", "80", "--log_every", "5",
+    flags = ["--mode", "train", "--dataset", "digits", "--batch_size", "16", "--iterations", "40", "--log_every", "2",
              "--timesteps", "50", *TINY_FLAGS]
     with open("errors", "w") as errors:
         process = prepared.background([ROOT / "diffuser.py", *flags], folder, stderr=errors)
@@ -512,11 +511,11 @@ def test_a_signal_saves_and_the_same_command_goes_on(folder, number, code):
     errors = (folder / "errors").read_text()
     assert "the same command goes on" in errors and "Traceback" not in errors
     path = next(folder.rglob("*.pt"))
-    assert 0 < load_checkpoint(path)["step"] < 80
+    assert 0 < load_checkpoint(path)["step"] < 40
     assert diffuser.main(flags) == 0
     resumed = weights(path)
     assert diffuser.main([*flags, "--experiment_name", "whole"]) == 0
-    whole = weights(folder / "checkpoints/whole/checkpoint_80/model.pt")
+    whole = weights(folder / "checkpoints/whole/checkpoint_40/model.pt")
     assert all(same(whole[part], resumed[part]) for part in ("model", "ema", "optimizer", "loss_history"))
     assert [r["step"] for r in rows(next(folder.glob("samples/samples_digits_*")))] == sorted(
         {r["step"] for r in rows(next(folder.glob("samples/samples_digits_*")))}, key=int)
@@ -695,9 +694,9 @@ def accuracy(path, n=500):
 
 
 def test_a_short_run_draws_recognisable_digits(folder):
-    """Less than half of the demo's steps already give digits of the class asked for, most of the time."""
-    path = diffuser.train(diffuser.configure(dataset="digits", iterations=220, preview_steps=5, sample_every=100, report=False))
-    assert accuracy(path, 200) > 0.85
+    """A quarter of the demo's steps already gives digits of the class asked for, most of the time."""
+    path = diffuser.train(diffuser.configure(dataset="digits", iterations=60, preview_steps=5, sample_every=100, report=False))
+    assert accuracy(path, 100) > 0.7
 
 
 @pytest.mark.slow
