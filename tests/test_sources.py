@@ -21,7 +21,8 @@ import diffuser
 from diffuser_lib import sources
 from diffuser_lib.files import UserError
 from diffuser_lib.images import cached_images
-from diffuser_lib.sources import check_images, number_classes, open_images
+from diffuser_lib.listing import Labels
+from diffuser_lib.sources import check_images, open_images
 
 COUNT = 20
 LABELS = [i % 3 for i in range(COUNT)]
@@ -70,7 +71,8 @@ def check_same(data, pixels, class_names, labels=LABELS):
     ([], (), ([], []))])
 def test_labels_become_numbers_from_0_on(values, names, expected):
     """Numbers in their order, words in that of the alphabet; what is no label is -1; one class alone is none."""
-    assert number_classes(values, names) == expected
+    labels, class_names = Labels(values).settle(names)
+    assert (labels.tolist(), class_names) == expected
 
 
 # ---- A folder with a table ---------------------------------------------------------------------
