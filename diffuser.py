@@ -2258,7 +2258,7 @@ def image_moments(data: ImageData, indices: Tensor, flip: bool, limit: int = 20_
 
     # Sums of x and of x squared, by class.
     sums = torch.zeros(2, max(num_classes, 1), channels, *size, dtype=torch.float64)
-    for chunk in indices.split(1000):
+    for chunk in indices.split(max(1, min(1000, 2**20 // math.prod(data.images.shape[1:])))):
         x = from_uint8(data.images[chunk])
         powers = [F.adaptive_avg_pool2d(power, size).double() for power in (x, x**2)]
         sums.index_add_(1, data.labels[chunk], torch.stack(powers))
