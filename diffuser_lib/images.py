@@ -203,6 +203,10 @@ class ImageSource(Dataset):
         """All that the images are read from."""
         raise NotImplementedError
 
+    def test_part(self) -> ImageSource | None:
+        """The images for testing that stand beside these, with their classes; None where there are none."""
+        return None
+
     def __len__(self) -> int:
         return len(self.labels)
 

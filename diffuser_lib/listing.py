@@ -142,12 +142,20 @@ class Labels:
         new.numbers = array("i", np.array(kinds, np.int32)[np.asarray(self.numbers)].tobytes())
         return new
 
-    def settle(self, names: Sequence[str] = ()) -> tuple[np.ndarray, list[str]]:
+    def settle(self, names: Sequence[str] = (), classes: Sequence[str] | None = None) -> tuple[np.ndarray, list[str]]:
         """int64 [N] from 0 on, -1 where there is none, and the names of the classes, none unless there are two.
 
         names: of the numbers, where a file has them; without them numbers are sorted as such, words by the alphabet.
+        classes: those of another set that these images belong to, where there is one; what is none of them is -1.
         """
-        if names:
+        given = classes is not None
+        if given:
+            classes = list(classes)
+            number = {name: i for i, name in enumerate(classes)}
+            words = dict(enumerate(map(str, names)))
+            texts = [words.get(int(text), "") if names and is_int else text for is_int, text in self.kinds]
+            new = [number.get(text, -1) for text in texts]
+        elif names:
             classes = list(map(str, names))
             new = [int(text) if is_int and 0 <= int(text) < len(classes) else -1 for is_int, text in self.kinds]
         else:
@@ -156,7 +164,7 @@ class Labels:
                 classes.sort(key=int)
             number = {name: i for i, name in enumerate(classes)}
             new = [number.get(text, -1) for _, text in self.kinds]
-        if len(classes) < 2 or max(new, default=-1) < 0:
+        if len(classes) < 2 or (max(new, default=-1) < 0 and not given):
             return np.zeros(len(self), np.int64), []
         return np.array(new, np.int64)[np.asarray(self.numbers)], classes
 

@@ -3,7 +3,8 @@
 open_images     picks the kind: a folder or ZIP file, with metadata.csv or without, .npz, .tar, .parquet, hf:OWNER/NAME
 check_images    whether there is something at the path, and what it takes to read it, before any work
 
-Every kind is an ImageSource: item i is (PIL image, label). Pictures are decoded by open_image alone, arrays are read
+Every kind is an ImageSource: item i is (PIL image, label). Where a set is stored in parts these are the images to train
+on; test_part() has those to test with. Pictures are decoded by open_image alone, arrays are read
 without pickle, nothing is unpacked onto the disk, and no entry above MAX_UNPACKED bytes is read. What cannot be read
 raises, item by item; DecodedImages makes reasons of it.
 
@@ -124,9 +125,9 @@ def choose_column(columns: Iterable[str], label_column: str, what: str) -> str:
     return label_column or next((name for name in LABEL_COLUMNS if name in columns), "")
 
 
-def training_files(paths: list[Path]) -> list[Path]:
-    """Those whose names begin with train, where there are any, else all: the Hub keeps the parts of a set together."""
-    return sorted(path for path in paths if path.name.lower().startswith("train")) or sorted(paths)
+def files_of_part(paths: list[Path], part: str) -> list[Path]:
+    """Those whose names begin with train, or test, sorted: the Hub keeps the parts of a set together."""
+    return sorted(path for path in paths if path.name.lower().startswith(part))
 
 
 # ---- A folder with a table ---------------------------------------------------------------------
@@ -219,17 +220,39 @@ def read_json_lines(text: str) -> Iterator[dict]:
 class PackedImages(ImageSource):
     """Images in one file or several, of which each process keeps one open at a time.
 
-    paths: the files; what: flag and path, for messages.
+    paths: the files; what: flag and path, for messages; whole: the images to train on, where these are to test with.
     """
 
-    def __init__(self, path: str, flag: str, ending: str):
+    def __init__(self, path: str, flag: str, label_column: str, whole: PackedImages | None = None):
+        self.request = (path, flag, label_column)
         self.what = f"{flag} {path}"
+        self.whole = whole
         self.path = Path(path)
         self.paths = [self.path]
+        self.test_paths = []
         if self.path.is_dir():
-            names = [name for name in list_files(self.path, flag) if name.lower().endswith(ending)]
-            self.paths = training_files([self.path / name for name in names if ImageFiles.is_shown(name)])
+            names = [name for name in list_files(self.path, flag) if name.lower().endswith(self.ending)]
+            shown = [self.path / name for name in names if ImageFiles.is_shown(name)]
+            training = files_of_part(shown, "train")
+            self.test_paths = files_of_part(shown, "test") if training else []
+            self.paths = training or sorted(shown)
+        if whole:
+            self.paths = whole.test_paths or self.paths
         self.opened = None
+
+    def settle_labels(self, labels: Labels, names: Sequence[str] = ()) -> None:
+        """See Labels.settle; images to test with have the classes of those to train on."""
+        classes = self.whole.class_names if self.whole else None
+        self.labels, self.class_names = labels.settle(names, classes)
+
+    def has_test_part(self) -> bool:
+        return bool(self.test_paths)
+
+    def test_part(self) -> PackedImages | None:
+        return type(self)(*self.request, whole=self) if not self.whole and self.has_test_part() else None
+
+    def fingerprint(self) -> tuple:
+        return (*super().fingerprint(), "test") if self.whole else super().fingerprint()
 
     def open_once(self, path: Path):
         """The file as open_file has it, kept until another one is needed: a handle cannot be shared by processes."""
@@ -259,8 +282,8 @@ def picture_of(content: bytes | None) -> Image.Image:
 
 # Arrays of numpy: images and labels.
 ARRAYS = (
-    ("train_images", "train_labels"),                            # MedMNIST
-    ("x_train", "y_train"),                                      # Keras
+    ("train_images", "train_labels"),                            # MedMNIST; beside them test_images and so on
+    ("x_train", "y_train"),                                      # Keras; beside them x_test, y_test
     ("images", "labels"),
     ("arr_0", "arr_1"),                                          # ADM, and numpy without names
 )
@@ -272,8 +295,10 @@ class NpzImages(PackedImages):
     The array of images is never unpacked as a whole.
     """
 
-    def __init__(self, path: str, flag: str, label_column: str):
-        super().__init__(path, flag, ".npz")
+    ending = ".npz"
+
+    def __init__(self, path: str, flag: str, label_column: str, whole: NpzImages | None = None):
+        super().__init__(path, flag, label_column, whole)
         if self.path.is_dir():
             raise UserError(f"{self.what} holds no images but .npz files: give one of them, such as {self.paths[0]}")
         try:
@@ -296,6 +321,9 @@ class NpzImages(PackedImages):
         if pair is None:
             raise UserError(f"{self.what} has no array of images: {', '.join(pair[0] for pair in ARRAYS)}, but "
                             f"{', '.join(entries)[:500] or 'nothing'}")
+        if self.whole:
+            pair = tuple(name.replace("train", "test") for name in pair)
+            label_column = label_column.replace("train", "test")
 
         # The images.
         self.entry = entries[pair[0]].filename
@@ -315,6 +343,8 @@ class NpzImages(PackedImages):
         # The labels.
         others = [name for name in entries if name != pair[0]]
         key = label_column or (pair[1] if pair[1] in entries else "")
+        test_names = {name.replace("train", "test") for name in (pair[0], key) if name}
+        self.has_test = "train" in pair[0] and (not key or "train" in key) and test_names <= set(entries)
         choose_column(others, label_column, str(self.path))
         labels = self.read_labels(archive, entries[key], shape[0], key == label_column) if key else None
         if labels is None:
@@ -323,7 +353,10 @@ class NpzImages(PackedImages):
         names = self.read_names(archive, entries)
         if names and labels.are_below(len(names)):
             labels = labels.renamed(names)
-        self.labels, self.class_names = labels.settle()
+        self.settle_labels(labels)
+
+    def has_test_part(self) -> bool:
+        return self.has_test
 
     def read_names(self, archive: zipfile.ZipFile, entries: dict[str, zipfile.ZipInfo]) -> Sequence[str]:
         """What the numbers of classes stand for, as --save_format npz writes it; nothing elsewhere."""
@@ -414,8 +447,10 @@ class ParquetImages(PackedImages):
     Rows are read forward, a few at a time. Of a folder, files called train... are taken where there are any.
     """
 
-    def __init__(self, path: str, flag: str, label_column: str):
-        super().__init__(path, flag, ".parquet")
+    ending = ".parquet"
+
+    def __init__(self, path: str, flag: str, label_column: str, whole: ParquetImages | None = None):
+        super().__init__(path, flag, label_column, whole)
         import_package("pyarrow.parquet", "15.0", self.what)
         self.column = ""
         self.starts = []                                         # the number of each file's first row
@@ -430,7 +465,7 @@ class ParquetImages(PackedImages):
                 raise UserError(f"{self.what}: {file.name} is no whole Parquet file ({first_line(error)})") from error
         if not len(labels):
             raise UserError(f"{self.what} holds no rows")
-        self.labels, self.class_names = labels.settle(self.names_of_numbers)
+        self.settle_labels(labels, self.names_of_numbers)
 
     def read_index(self, path: Path, label_column: str) -> Iterable:
         """Check one file, and return its labels. Raises UserError, and what pyarrow raises."""
@@ -575,8 +610,10 @@ class TarImages(PackedImages):
     Files are read in place.
     """
 
-    def __init__(self, path: str, flag: str, label_column: str):
-        super().__init__(path, flag, ".tar")
+    ending = ".tar"
+
+    def __init__(self, path: str, flag: str, label_column: str, whole: TarImages | None = None):
+        super().__init__(path, flag, label_column, whole)
         self.names = Names()
         self.file_numbers = array("i")
         self.offsets = array("q")
@@ -599,7 +636,9 @@ class TarImages(PackedImages):
         if label_column and not labels.any():
             raise UserError(f"--label_column {label_column}: no .json in {path} has a number or text of that name")
         if labels.any():
-            self.labels, self.class_names = labels.settle()
+            self.settle_labels(labels)
+        elif self.whole:
+            self.settle_labels(Labels(PurePosixPath(name).parent.name for name in self.names))
         else:
             self.labels, self.class_names = ImageFiles.classes_of_folders(self.names)
 
@@ -665,8 +704,10 @@ class HubImages(PackedImages):
     The library downloads it, or takes it from its cache where it is there.
     """
 
-    def __init__(self, path: str, flag: str, label_column: str):
+    def __init__(self, path: str, flag: str, label_column: str, whole: HubImages | None = None):
+        self.request = (path, flag, label_column)
         self.what = f"{flag} {path}"
+        self.whole = whole
         self.opened = None
         datasets = import_package("datasets", "4.0", self.what)
         name, _, config = path.removeprefix(HUB).partition(":")
@@ -675,7 +716,9 @@ class HubImages(PackedImages):
         self.path = Path(name)
         try:
             parts = datasets.load_dataset(name, config or None)
-            table = parts["train"] if "train" in parts else next(iter(parts.values()))
+            self.has_test = "train" in parts and "test" in parts
+            first = "train" if "train" in parts else next(iter(parts))
+            table = parts["test" if whole else first]
         except Exception as error:                               # the library raises many kinds
             raise UserError(f"{self.what} is neither in the cache nor to be had from the Hub ({first_line(error)})",
                             code=1) from error
@@ -697,7 +740,12 @@ class HubImages(PackedImages):
         for batch in table.select_columns([label]).iter(1000) if label else ():
             labels.extend(batch[label])
         names = features[label].names if label and isinstance(features[label], datasets.ClassLabel) else ()
-        self.labels, self.class_names = labels.settle(names) if label else (np.zeros(len(table), np.int64), [])
+        self.labels, self.class_names = np.zeros(len(table), np.int64), []
+        if label:
+            self.settle_labels(labels, names)
+
+    def has_test_part(self) -> bool:
+        return self.has_test
 
     def open_item(self, i: int) -> Image.Image:
         entry = self.table[i][self.column]
@@ -712,9 +760,9 @@ class HubImages(PackedImages):
     def files(self) -> Iterable[Path]:
         return []
 
-    def fingerprint(self) -> tuple[str, str]:
-        _, digest = super().fingerprint()
-        return str(self.path), f"{self.print} {digest}"
+    def fingerprint(self) -> tuple:
+        _, digest, *part = super().fingerprint()
+        return str(self.path), f"{self.print} {digest}", *part
 
 
 READERS = {".parquet": ParquetImages, ".tar": TarImages, ".npz": NpzImages}

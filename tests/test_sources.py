@@ -14,10 +14,12 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from conftest import ROOT
 from PIL import Image
 
 import diffuser
+import evaluate
 from diffuser_lib import sources
 from diffuser_lib.files import UserError
 from diffuser_lib.images import cached_images
@@ -178,6 +180,57 @@ def test_arrays_of_numpy(tmp_path, pixels, save, names):
     check_same(load(tmp_path / "set.npz", tmp_path), pixels, ["0", "1", "2"])
 
 
+def test_parts_to_test_with(tmp_path, pixels):
+    """MedMNIST's and Keras' arrays come with others to test with, which have the classes of those to train on, and a cache
+    of their own; without labels of theirs, or under other names, there are none."""
+    few = np.array([2, 0, 2], np.uint8)
+    for train, test in ((("train_images", "train_labels"), ("test_images", "test_labels")), (("x_train", "y_train"), ("x_test", "y_test"))):
+        path = tmp_path / f"{train[0]}.npz"
+        np.savez(path, **{train[0]: pixels, train[1]: LABELS, test[0]: pixels[5:8], test[1]: few})
+        source = open_images(str(path), "--images")
+        part = source.test_part()
+        assert part.labels.tolist() == [2, 0, 2] and part.class_names == ["0", "1", "2"] and part.test_part() is None
+        assert np.array_equal(np.asarray(part[1][0]), pixels[6]) and part[1][1] == 0
+        assert part.fingerprint() != source.fingerprint()
+        assert open_images(str(path), "--images", train[1]).test_part().labels.tolist() == [2, 0, 2]
+        np.savez(path, **{train[0]: pixels, train[1]: LABELS, test[0]: pixels[5:8]})
+        assert open_images(str(path), "--images").test_part() is None
+    np.savez(path, images=pixels, labels=LABELS, test_images=pixels)
+    assert open_images(str(path), "--images").test_part() is None
+
+
+def test_what_medmnist_reads_is_what_we_read(tmp_path, pixels, monkeypatch):
+    """A file in its layout, of which its own class reads training, validation and test images: so do we, the first to train
+    on and the last to test with."""
+    monkeypatch.setenv("HOME", str(tmp_path))                                # it makes a folder there
+    medmnist = pytest.importorskip("medmnist.dataset", reason="medmnist is not installed", exc_type=ImportError)
+    images = np.random.default_rng(1).integers(0, 256, (60, 28, 28, 3), np.uint8)
+    labels = np.arange(60, dtype=np.uint8)[:, None] % 8
+    parts = dict(train=slice(0, 32), val=slice(32, 40), test=slice(40, 60))
+    arrays = {f"{part}_{kind}": array[place] for part, place in parts.items() for kind, array in (("images", images), ("labels", labels))}
+    np.savez_compressed(tmp_path / "bloodmnist.npz", **arrays)
+    ours = open_images(str(tmp_path / "bloodmnist.npz"), "--path_to_data")
+    for part, source in (("train", ours), ("test", ours.test_part())):
+        theirs = medmnist.BloodMNIST(part, root=str(tmp_path))
+        assert len(source) == len(theirs.imgs)
+        for i in range(len(source)):
+            picture, target = theirs[i]
+            assert np.array_equal(np.asarray(source[i][0]), np.asarray(picture))
+            assert source.class_names[source[i][1]] == str(target.item()) and str(target.item()) in theirs.info["label"]
+
+
+def test_drawn_images_are_judged_by_the_test_part(tmp_path, pixels):
+    """What --score_every and evaluate.py hold them against: all training images, and the test part of the same file."""
+    np.savez(tmp_path / "set.npz", train_images=pixels, train_labels=LABELS, test_images=pixels[::-1][:6], test_labels=LABELS[::-1][:6])
+    cfg = diffuser.configure(dataset="folder", path_to_data=str(tmp_path / "set.npz"), data_dir=str(tmp_path), img_size=(12, 12),
+                             channel_mults=(1,), patch_size=1, num_workers=0)
+    data = diffuser.load_data(cfg)
+    for reference in (diffuser.real_images(cfg, data), evaluate.load_reference(str(tmp_path / "set.npz"), str(tmp_path), (3, 12, 12))):
+        assert reference.own_test and torch.equal(reference.train.images, data.images)
+        assert torch.equal(reference.test.images, data.images.flip(0)[:6])
+        assert torch.equal(reference.test.labels, data.labels.flip(0)[:6]) and reference.test.class_names == ["0", "1", "2"]
+
+
 def test_an_array_is_never_unpacked_as_a_whole(tmp_path):
     """40 MB of images in a small file: opening it and reading the last one takes less than a twentieth of that."""
     path = tmp_path / "set.npz"
@@ -292,6 +345,8 @@ def test_parquet_as_the_hub_has_it(tmp_path, pixels, group):
     write_parquet(tmp_path / "set" / "data" / "test-00000-of-00001.parquet", pixels)
     check_same(load(tmp_path / "set", tmp_path), pixels, ["cat", "dog", "emu"])
     source = open_images(str(tmp_path / "set"), "--images")
+    part = source.test_part()
+    assert len(part) == COUNT and part.class_names == source.class_names and part.labels.tolist() == LABELS
     for i in (19, 3, 11, 10, 0, 9):
         assert np.array_equal(np.asarray(source[i][0]), pixels[i])
 
