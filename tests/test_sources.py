@@ -4,18 +4,17 @@ import io
 import json
 import os
 import pickle
-import shutil
 import subprocess
 import sys
 import tarfile
 import tracemalloc
 import zipfile
-from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from conftest import ROOT
+from fake_hub import fake_hub
 from PIL import Image
 
 import diffuser
@@ -544,52 +543,57 @@ def test_an_entry_above_the_limit_is_not_read(tmp_path, pixels, monkeypatch):
 # ---- The Hugging Face Hub ----------------------------------------------------------------------
 
 
-# For a child process: read somebody/birds from the cache, and leave what was read.
+# For a child process: read data sets and their test parts, leave what was read, and try to train on one that is not there.
 READ_HUB = """
 import sys
 import numpy as np
+import diffuser
 from diffuser_lib.sources import open_images
 
-source = open_images(sys.argv[1], "--path_to_data", sys.argv[2])
-images = np.stack([np.asarray(source[i][0]) for i in range(len(source))])
-np.savez("read.npz", images=images, labels=source.labels, names=source.class_names)
+for request in sys.argv[1:]:
+    name, _, column = request.partition(" ")
+    source = open_images(name, "--path_to_data", column)
+    for part, images in (("train", source), ("test", source.test_part())):
+        pixels = np.stack([np.asarray(images[i][0]) for i in range(len(images))])
+        np.savez(part + column, images=pixels, labels=images.labels, names=images.class_names, key=repr(images.fingerprint()))
+sys.exit(diffuser.main(["--mode", "train", "--path_to_data", "hf:somebody/bees"]))
 """
 
-
-def write_hub_cache(home, pixels):
-    """A cache of the Hub's library as it is after somebody/birds was downloaded."""
-    datasets = pytest.importorskip("datasets")
-    write_parquet(home / "made.parquet", pixels, words=WORDS)
-    made = datasets.load_dataset("parquet", data_files=str(home / "made.parquet"), cache_dir=str(home / "made"), split="train")
-    arrow = Path(made.cache_files[0]["filename"])
-    place = home / "hub" / "somebody___birds" / "default" / "0.0.0" / "0123456789abcdef"
-    place.mkdir(parents=True)
-    shutil.copyfile(arrow, place / "birds-train.arrow")
-    info = json.loads((arrow.parent / "dataset_info.json").read_text())
-    info.update(dataset_name="birds", config_name="default")
-    for part in info["splits"].values():
-        part["dataset_name"] = "birds"
-    (place / "dataset_info.json").write_text(json.dumps(info))
-    return {**os.environ, "HF_DATASETS_CACHE": str(home / "hub"), "HF_HUB_OFFLINE": "1", "PYTHONPATH": str(ROOT)}
+# What says where the Hub and its cache are.
+HUB_VARIABLES = ("HF_HUB_OFFLINE", "HF_DATASETS_OFFLINE", "HF_DATASETS_CACHE", "HF_HUB_CACHE", "HF_TOKEN", "HF_ENDPOINT")
 
 
-def test_a_data_set_of_the_hub_from_its_cache(folder, pixels):
-    """hf:OWNER/NAME without a network: pixels, labels and names; another column; one line for a set that is not there."""
-    env = write_hub_cache(folder, pixels)
+def test_a_data_set_of_the_hub(folder, pixels):
+    """hf:OWNER/NAME as its own client downloads it from a server, once, and again without one from the cache that it left:
+    pixels, labels, names, the test part; another column; one line for a set that is not there."""
+    pytest.importorskip("datasets")
+    write_parquet(folder / "birds" / "data" / "train-00000-of-00001.parquet", pixels, words=WORDS)
+    write_parquet(folder / "birds" / "data" / "test-00000-of-00001.parquet", pixels[::-1], LABELS[::-1], rows=slice(5), words=WORDS[::-1])
+    (folder / "birds" / "README.md").write_text("---\npretty_name: Birds\n---\n")
+    env = {name: value for name, value in os.environ.items() if name not in HUB_VARIABLES and not name.lower().endswith("_proxy")}
+    env |= dict(HF_HOME=str(folder / "home"), HF_HUB_DISABLE_XET="1", HF_HUB_DISABLE_TELEMETRY="1")
+    env["PYTHONPATH"] = os.pathsep.join([str(ROOT), env.get("PYTHONPATH", "")])
 
-    def read(name, column=""):
-        return subprocess.run([sys.executable, "-c", READ_HUB, name, column], env=env, capture_output=True, text=True, timeout=120)
+    def read(*requests, **more):
+        done = subprocess.run([sys.executable, "-c", READ_HUB, *requests], env={**env, **more}, capture_output=True, text=True, timeout=200)
+        assert done.returncode == 1 and "hf:somebody/bees is neither in the cache nor to be had from the Hub" in done.stderr
+        assert "Traceback" not in done.stderr
+        keys = []
+        for column in (request.partition(" ")[2] for request in requests):
+            for part, wanted, labels in (("train", pixels, LABELS), ("test", pixels[::-1][:5], LABELS[::-1][:5])):
+                with np.load(f"{part}{column}.npz") as file:
+                    assert np.array_equal(file["images"], wanted) and file["labels"].tolist() == labels
+                    assert file["names"].tolist() == ["cat", "dog", "emu"]
+                    keys.append(str(file["key"]))
+                os.unlink(f"{part}{column}.npz")
+        return keys
 
-    for name, column, names in (("hf:somebody/birds", "", ["cat", "dog", "emu"]), ("hf:somebody/birds:default", "words", ["cat", "dog", "emu"])):
-        done = read(name, column)
-        assert done.returncode == 0, done.stderr
-        with np.load("read.npz") as file:
-            assert np.array_equal(file["images"], pixels) and file["labels"].tolist() == LABELS and file["names"].tolist() == names
-        os.unlink("read.npz")
-    done = subprocess.run([sys.executable, ROOT / "diffuser.py", "--mode", "train", "--path_to_data", "hf:somebody/bees"], env=env,
-                          capture_output=True, text=True, timeout=120)
-    assert done.returncode == 1 and "hf:somebody/bees is neither in the cache nor to be had from the Hub" in done.stderr
-    assert "Traceback" not in done.stderr
+    with fake_hub("somebody/birds", folder / "birds") as (address, asked):
+        online = read("hf:somebody/birds", HF_ENDPOINT=address)
+    assert sum(request.startswith("GET") and "train-00000-of-00001.parquet" in request for request in asked) == 1
+    assert len(set(online)) == 2                                             # each part has a cache of decoded images of its own
+    offline = read("hf:somebody/birds", "hf:somebody/birds:default words", HF_HUB_OFFLINE="1")
+    assert offline[:2] == online
 
 
 @pytest.mark.parametrize("name", ["hf:", "hf:../../etc", "hf:a/b/c", "hf:http://x"])
