@@ -15,9 +15,10 @@ import zlib
 from pathlib import Path
 
 import numpy as np
+import prepared
 import pytest
 import torch
-from conftest import ROOT
+from conftest import ROOT, STATUS
 from PIL import Image, ImageOps
 
 from diffuser_lib import images
@@ -339,6 +340,34 @@ def test_honest_zip_files_do_not_overlap(tmp_path):
             archive.writestr(f"{i}.png", png(Image.new("L", (8, 8), i)))
     (tmp_path / "b.zip").write_bytes(stream.getvalue())
     assert len(ImageFiles(str(tmp_path / "b.zip"), "--images")) == 3
+
+
+# For a child process: open sets as training does, and tell how many KiB the last one took at most beyond the others.
+OPEN = STATUS + """
+import sys
+from diffuser_lib.sources import open_images
+
+for path in sys.argv[1:]:
+    before = status("VmHWM")
+    source = open_images(path, "--path_to_data")
+    source.fingerprint()
+    found = len(source), source.guess_channels(), len(source.class_names)
+print(*found, status("VmHWM") - before)
+"""
+
+
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="needs /proc")
+def test_memory_hardly_grows_with_the_entries_of_a_zip_file(tmp_path):
+    """20,000 pictures in one: 10 MiB at most, where zipfile's own list of them alone takes 16."""
+    some = [png(Image.new("RGB", (8, 8), (i, 0, 0))) for i in range(10)]
+    for name, count in (("few.zip", 100), ("many.zip", 20_000)):
+        with zipfile.ZipFile(tmp_path / name, "w") as archive:
+            for i in range(count):
+                archive.writestr(f"class{i % 10}/{i:08}.png", some[i % 10])
+    done = prepared.run("-c", OPEN, tmp_path / "few.zip", tmp_path / "many.zip", cwd=tmp_path)
+    count, channels, classes, kilobytes = map(int, done.stdout.split())
+    assert (count, channels, classes) == (20_000, 3, 10)
+    assert kilobytes < 10 * 2**10
 
 
 def test_a_name_that_is_there_twice_counts_once(tmp_path):
