@@ -646,6 +646,15 @@ def test_a_cache_is_made_once_and_follows_its_source(image_folder, tmp_path, mon
     assert not list(tmp_path.rglob("*.tmp"))
 
 
+def test_caching_says_how_long_it_takes(image_folder, tmp_path, monkeypatch, capsys):
+    """Without a terminal, which would show a bar: a line now and then, with the time left; none for what is done soon."""
+    load(image_folder, tmp_path)
+    assert "caching" not in capsys.readouterr().out
+    monkeypatch.setattr(images, "PATIENCE", 1e-9)
+    load(image_folder, tmp_path / "again")
+    assert "caching images: 1 of 12, about 0.1 minutes left" in capsys.readouterr().out
+
+
 def test_worker_processes_decode_the_same(tmp_path):
     """A set large enough for worker processes comes out complete and in order."""
     numbered_zip(tmp_path / "many.zip", 1100)
