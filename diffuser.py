@@ -1997,7 +1997,14 @@ def names_of_classes(raw, count: int) -> list[str]:
 def load_folder(cfg: Config, train: bool) -> ImageData:
     """Images of one's own, of any kind that open_images knows; most often the folder that holds them is the class."""
     source = open_images(cfg.path_to_data, "--path_to_data", cfg.label_column)
+    if not train:
+        source = source.test_part() or source
     return cached(cfg, source, image_shape(cfg, source), ("folder", *source.fingerprint()), source.class_names)
+
+
+def has_test_part(cfg: Config) -> bool:
+    """Whether images of one's own come with others to test with."""
+    return open_images(cfg.path_to_data, "--path_to_data", cfg.label_column).test_part() is not None
 
 
 def in_shape(cfg: Config, images: Tensor, labels: list[int], train: bool = True,
@@ -2185,8 +2192,12 @@ def real_images(cfg: Config, data: ImageData) -> Reference:
     spec = DATASETS[cfg.dataset]
     if spec.has_test and tuple(data.images.shape[1:]) == spec.shape:
         return Reference(cfg.dataset, data, load_data(cfg, train=False), own_test=True)
-    train, test = divide(data)
-    return Reference(Path(cfg.path_to_data).stem or cfg.dataset, train, test)
+    name = Path(cfg.path_to_data).stem or cfg.dataset
+    if cfg.dataset == "folder" and has_test_part(cfg):
+        channels, *size = data.images.shape[1:]
+        alike = dataclasses.replace(cfg, channels=channels, img_size=tuple(size))
+        return Reference(name, data, load_data(alike, train=False), own_test=True)
+    return Reference(name, *divide(data))
 
 
 def settle_dataset(cfg: Config, data: ImageData | None = None) -> Config:
@@ -2260,7 +2271,7 @@ def image_moments(data: ImageData, indices: Tensor, flip: bool, limit: int = 20_
 
     # Sums of x and of x squared, by class.
     sums = torch.zeros(2, max(num_classes, 1), channels, *size, dtype=torch.float64)
-    for chunk in indices.split(1000):
+    for chunk in indices.split(max(1, min(1000, 2**20 // math.prod(data.images.shape[1:])))):
         x = from_uint8(data.images[chunk])
         powers = [F.adaptive_avg_pool2d(power, size).double() for power in (x, x**2)]
         sums.index_add_(1, data.labels[chunk], torch.stack(powers))

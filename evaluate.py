@@ -101,7 +101,11 @@ def read_images(path: str, shape: Shape | None = None) -> ImageData:
     default the first image's own. Raises UserError, also for a single image that cannot be read: figures without it
     would be wrong.
     """
-    files = find_images(path)
+    return read_all(find_images(path), path, shape)
+
+
+def read_all(files: ImageSource, path: str, shape: Shape | None = None) -> ImageData:
+    """See read_images; files: what is at the path. Raises UserError."""
     if shape is None:
         try:
             shape = shape_of_first(files)
@@ -138,7 +142,11 @@ def load_reference(against: str, data_dir: str, shape: Shape, test: str = "") ->
     if test:
         return load_both(against, data_dir, shape, test)
     if against not in diffuser.DATASETS or against == "folder":
-        data = read_images(against, shape)
+        files = find_images(against)
+        data = read_all(files, against, shape)
+        test_files = files.test_part()
+        if test_files:
+            return Reference(Path(against).stem, data, read_all(test_files, against, shape), own_test=True)
         if len(data.class_names) > len(data.images) / 2:         # IMG_0001.jpg: numbers, no classes
             data = ImageData(data.images)
         train, held_out = divide(data)

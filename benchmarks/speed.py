@@ -5,6 +5,7 @@
     python benchmarks/speed.py --networks ho2020 --batches 16,64
     python benchmarks/speed.py --curves size,batch,width,dataset  time against one thing at a time, for diffuser alone
     python benchmarks/speed.py --jpegs 20000                     what a folder of JPEGs costs: caching, loading, memory
+    python benchmarks/speed.py --sets 10000,1000000           what sets of many images cost: caching, first step, memory
     python benchmarks/speed.py --start                           from the command to the first step
 
 Every measurement is a process of its own, contestants take turns, and medians over the rounds are shown, so that a
@@ -25,6 +26,7 @@ if __name__ == "__main__" and _signal.getsignal(_signal.SIGINT) is _signal.defau
 
 import argparse
 import dataclasses
+import io
 import json
 import math
 import os
@@ -33,9 +35,13 @@ import resource
 import statistics
 import subprocess
 import sys
+import tarfile
 import tempfile
+import threading
 import time
+import zipfile
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
@@ -45,6 +51,7 @@ from torch import Tensor, nn
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import diffuser
+import diffuser_lib.images
 from benchmarks.quality import leave_out_missing, machine, table
 from diffuser_lib.files import (
     Parser,
@@ -534,6 +541,168 @@ def jpegs(args: argparse.Namespace) -> list[dict]:
     return rows
 
 
+# ---- Sets of many images -----------------------------------------------------------------------
+
+SET_CLASSES = 10
+
+
+def picture(i: int, side: int) -> Image.Image:
+    """One of a hundred pictures in one colour each, of a shade that tells its number."""
+    return Image.new("RGB", (side, side), (i % 100, 10 * (i % 10), 255 - i % 100))
+
+
+def png(i: int, side: int) -> bytes:
+    """The same as the bytes of a PNG file."""
+    file = io.BytesIO()
+    picture(i, side).save(file, "PNG")
+    return file.getvalue()
+
+
+def write_folder(path: Path, count: int, side: int) -> None:
+    """Image i as CLASS/i.png in a folder."""
+    some = [png(i, side) for i in range(min(count, 100))]
+    for name in range(SET_CLASSES):
+        Path(path, f"class{name}").mkdir(parents=True)
+    for i in range(count):
+        Path(path, f"class{i % SET_CLASSES}", f"{i:08}.png").write_bytes(some[i % 100])
+
+
+def write_zip(path: Path, count: int, side: int) -> None:
+    """Image i as CLASS/i.png in a ZIP file."""
+    some = [png(i, side) for i in range(min(count, 100))]
+    with zipfile.ZipFile(path, "w") as archive:
+        for i in range(count):
+            archive.writestr(f"class{i % SET_CLASSES}/{i:08}.png", some[i % 100])
+
+
+def write_tar(path: Path, count: int, side: int) -> None:
+    """Image i as i.png beside i.cls in a tar file."""
+    some = [png(i, side) for i in range(min(count, 100))]
+    with tarfile.open(path, "w") as archive:
+        for i in range(count):
+            for ending, content in (("png", some[i % 100]), ("cls", str(i % SET_CLASSES).encode())):
+                entry = tarfile.TarInfo(f"{i:08}.{ending}")
+                entry.size = len(content)
+                archive.addfile(entry, io.BytesIO(content))
+                archive.members.clear()                          # it would keep all of them
+
+
+def write_parquet(path: Path, count: int, side: int) -> None:
+    """Image i as row i, in groups of 1,000 rows."""
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    some = [png(i, side) for i in range(min(count, 1000))]
+    schema = pa.schema([("image", pa.binary()), ("label", pa.int64())])
+    with pq.ParquetWriter(path, schema, use_dictionary=False) as writer:
+        for first in range(0, count, 1000):
+            numbers = range(first, min(first + 1000, count))
+            rows = dict(image=[some[i % 1000] for i in numbers], label=[i % SET_CLASSES for i in numbers])
+            writer.write_table(pa.table(rows, schema))
+
+
+def write_npz(path: Path, count: int, side: int) -> None:
+    """Image i as entry i of an array that is not packed."""
+    some = [np.asarray(picture(i, side)).tobytes() for i in range(min(count, 100))]
+    labels = np.arange(count) % SET_CLASSES
+    header = dict(descr="|u1", fortran_order=False, shape=(count, side, side, 3))
+    with zipfile.ZipFile(path, "w") as archive:
+        with archive.open("images.npy", "w", force_zip64=True) as file:
+            np.lib.format.write_array_header_1_0(file, header)
+            for i in range(count):
+                file.write(some[i % 100])
+        with archive.open("labels.npy", "w") as file:
+            np.lib.format.write_array(file, labels)
+
+
+SET_KINDS = {"folder": write_folder, "zip": write_zip, "tar": write_tar, "parquet": write_parquet, "npz": write_npz}
+
+
+class AnonymousMemory:
+    """A context manager that looks at this process's anonymous memory all the time: what no file on disk stands behind.
+
+    peak: MiB, the most that was seen; nan where there is no /proc.
+    """
+
+    def __init__(self):
+        self.peak = math.nan
+        self.ended = threading.Event()
+        self.thread = threading.Thread(target=self.watch, daemon=True)
+
+    def look(self) -> None:
+        with suppress(OSError):
+            status = Path("/proc/self/status").read_text()
+            now = int(re.search(r"RssAnon:\s+(\d+)", status)[1]) / 2**10
+            self.peak = now if math.isnan(self.peak) else max(self.peak, now)
+
+    def watch(self) -> None:
+        while not self.ended.wait(0.01):
+            self.look()
+
+    def __enter__(self) -> AnonymousMemory:
+        self.look()
+        self.thread.start()
+        return self
+
+    def __exit__(self, *error) -> None:
+        self.ended.set()
+        self.thread.join()
+        self.look()
+
+
+def write_black_cache(index: Path, decoded: diffuser_lib.images.DecodedImages, workers: int) -> None:
+    """In place of build_cache: no picture is decoded, all are black, in a file that takes no room on the disk."""
+    labels = decoded.source.labels
+    with open(index.with_suffix(".bin"), "wb") as file:
+        file.truncate(len(labels) * math.prod(decoded.shape))
+    labels.tofile(index.with_suffix(".labels"))
+    write_json(index, dict(images=len(labels), unreadable=0))
+
+
+def set_point(args: argparse.Namespace) -> dict:
+    """In a process of its own: seconds until a set is open, until a first step is done, and the memory."""
+    cfg = diffuser.configure(dataset="folder", path_to_data=args.opened, data_dir=args.data_dir, device="cpu",
+                             img_size=(args.side, args.side), patch_size=max(1, args.side // 8), base_channels=8,
+                             channel_mults=(1, 2), emb_dim=8, batch_size=16, iterations=10**6, num_workers=args.workers)
+    if args.black:
+        diffuser_lib.images.build_cache = write_black_cache
+    start = time.perf_counter()
+    with AnonymousMemory() as memory:
+        at_start = memory.peak
+        run = diffuser.Trainer(cfg, diffuser.Devices(cfg))
+        opened = time.perf_counter() - start
+        run.train_step()
+        first = time.perf_counter() - start
+        run.batches.shuffle(1)
+        run.train_step()
+    return dict(images=len(run.data.images), opened=opened, first=first, memory=memory.peak, at_start=at_start)
+
+
+def sets(args: argparse.Namespace) -> list[dict]:
+    """Sets of those sizes, made of a few pictures: the time to cache them and to the first step, and the memory."""
+    rows = []
+    for count in map(int, args.sets.split(",")):
+        with tempfile.TemporaryDirectory(dir=args.data_dir) as place:
+            path = Path(place, f"set.{args.kind}" if args.kind != "folder" else "set")
+            SET_KINDS[args.kind](path, count, args.side)
+            flags = ["--measure", "--opened", path, "--data_dir", place, "--side", args.side, "--workers", args.workers]
+            flags += ["--black"] * args.black
+            built = in_process(*flags)
+            cached = in_process(*flags)
+        row = {
+            "": args.kind,
+            "images": built["images"],
+            "size": f"{args.side}x{args.side}",
+            "opening (s)" if args.black else "caching (s)": round(built["opened"], 1),
+            "MiB then": round(built["memory"]),
+            "cached: to the first step (s)": round(cached["first"], 2),
+            "MiB": round(cached["memory"]),
+            "at the start": round(cached["at_start"]),
+        }
+        tell(row, rows, args)
+    return rows
+
+
 # ---- The first step ----------------------------------------------------------------------------
 
 # Trains up to the end of the first step, then prints when torch was imported, the rest was, and the step was done.
@@ -592,8 +761,14 @@ def build_parser() -> Parser:
     add("--steps", type=int, default=50, help="sampling steps [50]")
     add("--curves", default="", metavar="NAME,NAME", help=f"cost curves instead: {', '.join(CURVES)}")
     add("--jpegs", type=int, default=0, help="instead: a folder of so many JPEGs")
+    add("--sets", default="", metavar="N,N", help="instead: sets of so many images, made of a few pictures")
+    add("--kind", default="zip", choices=sorted(SET_KINDS), help="how --sets stores them [zip]")
+    add("--side", type=int, default=64, help="pixels of their width and height, a multiple of 8 [64]")
+    add("--workers", type=int, default=0, help="processes that decode them [0]")
+    add("--black", action="store_true", help="do not decode them: for sizes that take too long, or too much room")
     add("--start", nargs="?", const="digits", default="", help="instead: time to a first step [digits]")
-    add("--data_dir", default="data", metavar="PATH", help="where --start finds its datasets [data]")
+    add("--data_dir", default="data", metavar="PATH",
+        help="where --start finds its datasets and --sets has room [data]")
     add("--json", default="", metavar="PATH", help="also write the rows to this file")
     add_debug(parser)
 
@@ -601,6 +776,7 @@ def build_parser() -> Parser:
     add("--measure", action="store_true", help=argparse.SUPPRESS)
     add("--rate", action="store_true", help=argparse.SUPPRESS)
     add("--point", type=int, default=0, help=argparse.SUPPRESS)
+    add("--opened", default="", help=argparse.SUPPRESS)
     return parser
 
 
@@ -620,12 +796,20 @@ def check(args: argparse.Namespace) -> None:
         raise UserError("--batches wants numbers such as 16,64, --rounds at least 1, --images at least 0")
     if args.steps < 1 or args.jpegs < 0 or not 0 <= args.seconds < 10**6:
         raise UserError("--steps wants at least 1, --jpegs at least 0, --seconds at least 0")
+    if args.sets and not all(count.isdecimal() and int(count) >= 100 for count in args.sets.split(",")):
+        raise UserError("--sets wants numbers of at least 100, such as 10000,100000")
+    if args.side < 8 or args.side % 8 or args.workers < 0:
+        raise UserError("--side wants a multiple of 8, --workers at least 0")
+    if args.sets and not Path(args.data_dir).is_dir():
+        raise UserError(f"--data_dir {args.data_dir}: there is no such folder, and --sets takes room in it")
 
 
 def measure_one(args: argparse.Namespace) -> dict:
     """What a process of in_process measures."""
     if args.rate:
         return dict(rate=matrix_rate())
+    if args.opened:
+        return set_point(args)
     if args.curves:
         return curve_point(args)
     return measure(args)
@@ -641,7 +825,7 @@ def work(args: argparse.Namespace) -> None:
 
     if args.json:
         require_writable(args.json, "--json")
-    if not (args.curves or args.jpegs or args.start):
+    if not (args.curves or args.jpegs or args.sets or args.start):
         args.contestants = leave_out_missing(args.contestants, lambda name: PACKAGES[CONTESTANTS[name][0]])
 
     print(machine(), flush=True)
@@ -649,6 +833,8 @@ def work(args: argparse.Namespace) -> None:
         rows = curves(args)
     elif args.jpegs:
         rows = jpegs(args)
+    elif args.sets:
+        rows = sets(args)
     elif args.start:
         rows = start(args)
     else:

@@ -19,11 +19,13 @@ import math
 import os
 import re
 import shutil
+import time
 import unicodedata
 import warnings
 import zipfile
+from array import array
 from collections import Counter, deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, replace
@@ -39,6 +41,7 @@ from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
 from diffuser_lib.files import UserError, first_line, hold_lock, warn, write_atomically, write_json
+from diffuser_lib.listing import Names, OverlapError, ZipIndex
 
 Shape = tuple[int, int, int]                                     # (C, H, W)
 
@@ -106,23 +109,6 @@ def open_image(file: str | Path | BinaryIO) -> Image.Image:
         raise ValueError(f"its content is no {', '.join(FORMATS)} picture") from None
 
 
-@lru_cache(maxsize=1)
-def open_zip(path: Path, process: int) -> zipfile.ZipFile:
-    """The ZIP file, opened once in each process: a handle cannot be shared."""
-    return zipfile.ZipFile(path)
-
-
-def entries_overlap(entries: list[zipfile.ZipInfo]) -> bool:
-    """Whether entries of a ZIP file share bytes: a small file could then unpack to any size."""
-    end = 0
-    for entry in sorted(entries, key=lambda entry: entry.header_offset):
-        if entry.header_offset < end:
-            return True
-        header = zipfile.sizeFileHeader + len(entry.orig_filename)           # at least
-        end = entry.header_offset + header + entry.compress_size
-    return False
-
-
 def require_images(path: str, flag: str) -> None:
     """Raise UserError unless there is something at the path; `flag` is the option that gave it."""
     if not path:
@@ -167,22 +153,26 @@ def warn_once(text: str) -> None:
     warn(text)
 
 
-def list_files(path: Path, flag: str) -> list[str]:
-    """All files of a folder or ZIP file, as paths inside it. flag: gave the path. Raises UserError."""
+def list_files(path: Path, flag: str) -> Names:
+    """All files of a folder or ZIP file, as sorted paths inside it. flag: gave the path. Raises UserError."""
     if path.is_dir():
-        found = []
-        for folder, names in walk_once(path):
-            found += [Path(folder, name) for name in names]
-        return [file.relative_to(path).as_posix() for file in found if os.path.exists(file)]
+        return Names(walk_files(path)).sorted()
     try:
-        with zipfile.ZipFile(path) as archive:
-            entries = archive.infolist()
-    except Exception as error:                                   # zipfile raises many kinds here
-        raise UserError(f"{flag} {path} is no whole ZIP file ({first_line(error)})") from error
-    if entries_overlap(entries):
+        return ZipIndex(path)
+    except OverlapError:
         raise UserError(f"{flag} {path} is refused: its entries overlap, as in a ZIP file made to fill the memory. "
-                        "Pack the images anew")
-    return list({entry.filename for entry in entries})           # a name that is there twice means the last one
+                        "Pack the images anew") from None
+    except Exception as error:                                   # damage of many kinds
+        raise UserError(f"{flag} {path} is no whole ZIP file ({first_line(error)})") from error
+
+
+def walk_files(root: Path) -> Iterator[str]:
+    """All files below a folder, as paths inside it; links that lead nowhere are left out."""
+    for folder, names in walk_once(root):
+        inside = Path(folder).relative_to(root).as_posix()
+        for name in names:
+            if os.path.exists(os.path.join(folder, name)):
+                yield name if inside == "." else f"{inside}/{name}"
 
 
 def stat_of(path: Path) -> tuple[int, int]:
@@ -194,10 +184,10 @@ def stat_of(path: Path) -> tuple[int, int]:
 class ImageSource(Dataset):
     """Images with labels, read on demand: item i is (PIL image, label). Reading a broken one raises, in many kinds.
 
-    labels: a number for each, -1 where there is none; class_names: may be empty; path: where they are.
+    labels: int64 [N], -1 where there is none; class_names: may be empty; path: where they are.
     """
 
-    labels: list[int]
+    labels: np.ndarray
     class_names: list[str]
     path: Path
 
@@ -209,9 +199,13 @@ class ImageSource(Dataset):
         """What picture i is called where it cannot be read."""
         raise NotImplementedError
 
-    def files(self) -> list[Path]:
+    def files(self) -> Iterable[Path]:
         """All that the images are read from."""
         raise NotImplementedError
+
+    def test_part(self) -> ImageSource | None:
+        """The images for testing that stand beside these, with their classes; None where there are none."""
+        return None
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -219,7 +213,7 @@ class ImageSource(Dataset):
     def __getitem__(self, i: int) -> tuple[Image.Image, int]:
         if self.labels[i] < 0:
             raise ValueError("it has no label")
-        return self.open_item(i), self.labels[i]
+        return self.open_item(i), int(self.labels[i])
 
     def guess_channels(self, looks: int = 32) -> int:
         """1 if all of a few images spread over the set are grey, else 3."""
@@ -235,7 +229,7 @@ class ImageSource(Dataset):
 
     def fingerprint(self) -> tuple[str, str]:
         """Changes when a file is added, removed, renamed or rewritten, and with the labels."""
-        digest = hashlib.sha256(np.array(self.labels, np.int64).tobytes())
+        digest = hashlib.sha256(self.labels)
         for file in self.files():
             name = str(file)[len(str(self.path)) :]
             digest.update(repr((name, stat_of(file))).encode(errors="replace"))
@@ -250,24 +244,28 @@ class ImageFiles(ImageSource):
     image.
     """
 
-    def __init__(self, path: str, flag: str, names: list[str] | None = None):
+    def __init__(self, path: str, flag: str, names: Names | None = None):
         require_images(path, flag)
         self.path = Path(path)
         if names is None:
             names = list_files(self.path, flag)
-        self.names = sorted(name for name in names if self.is_image(name))
+        self.archive = names if isinstance(names, ZipIndex) else None
+        self.names = names if all(map(self.is_image, names)) else Names(filter(self.is_image, names))
         if not self.names:
             kinds = ", ".join(ending[1:].upper() for ending in ENDINGS)
             raise UserError(f"{flag} {path} holds no {kinds} image")
         self.labels, self.class_names = self.classes_of_folders(self.names)
 
     @classmethod
-    def classes_of_folders(cls, names: list[str]) -> tuple[list[int], list[str]]:
-        """The number of each image's class, and the names of the classes."""
-        folders = [name.rpartition("/")[0] for name in names]
-        classes = sorted(set(folders))
-        number = {folder: i for i, folder in enumerate(classes)}
-        return [number[folder] for folder in folders], cls.name_classes(classes)
+    def classes_of_folders(cls, names: Names) -> tuple[np.ndarray, list[str]]:
+        """The number of each image's class, int64 [N], and the names of the classes."""
+        found = {}
+        folders = (name.rpartition("/")[0] for name in names)
+        labels = np.fromiter((found.setdefault(folder, len(found)) for folder in folders), np.int64, len(names))
+        classes = sorted(found)
+        number = np.empty(len(found), np.int64)
+        number[[found[folder] for folder in classes]] = np.arange(len(found))
+        return number[labels], cls.name_classes(classes)
 
     @staticmethod
     def is_shown(name: str) -> bool:
@@ -307,15 +305,15 @@ class ImageFiles(ImageSource):
 
     def read_bytes(self, name: str) -> bytes:
         """All of a file, from the folder or ZIP file. Raises ValueError for a very large one."""
-        path = self.regular_file(name) if self.path.is_dir() else None
-        archive = open_zip(self.path, os.getpid()) if path is None else None
-        size = path.stat().st_size if path else archive.getinfo(name).file_size
-        if size > MAX_UNPACKED:
+        if self.archive is not None:
+            return self.archive.read(name, MAX_UNPACKED)
+        path = self.regular_file(name)
+        if path.stat().st_size > MAX_UNPACKED:
             raise ValueError("it unpacks to more than 256 MiB")
-        return path.read_bytes() if path else archive.read(name)
+        return path.read_bytes()
 
-    def files(self) -> list[Path]:
-        return [self.path] if self.path.is_file() else [self.path / name for name in self.names]
+    def files(self) -> Iterable[Path]:
+        return [self.path] if self.path.is_file() else (self.path / name for name in self.names)
 
 
 @dataclass
@@ -382,17 +380,18 @@ def cached_images(source: Dataset | list, shape: Shape, class_names: list[str], 
             if not cache_is_whole(index, shape):
                 build_cache(index, DecodedImages(source, shape), workers)
 
-    labels = json.loads(index.read_text())["labels"]
+    labels = torch.from_numpy(np.fromfile(index.with_suffix(".labels"), np.int64))
     size = (len(labels), *shape)
     images = torch.from_file(str(index.with_suffix(".bin")), size=math.prod(size), dtype=torch.uint8)
-    return ImageData(images.view(size), torch.tensor(labels), class_names)
+    return ImageData(images.view(size), labels, class_names)
 
 
 def cache_is_whole(index: Path, shape: Shape) -> bool:
     """Whether a cache is there, and as large as its index says."""
     try:
-        count = len(json.loads(index.read_text())["labels"])
-        return count * math.prod(shape) == os.path.getsize(index.with_suffix(".bin"))
+        count = json.loads(index.read_text())["images"]
+        sizes = [os.path.getsize(index.with_suffix(ending)) for ending in (".bin", ".labels")]
+        return sizes == [count * math.prod(shape), count * np.dtype(np.int64).itemsize]
     except (OSError, ValueError, KeyError, TypeError, RecursionError):
         return False
 
@@ -411,24 +410,28 @@ def build_cache(index: Path, decoded: DecodedImages, workers: int) -> None:
         labels, unreadable = decode_into(temporary, decoded, workers)
         report_unreadable(index.with_suffix(".unreadable.txt"), unreadable, len(decoded))
         os.replace(temporary, index.with_suffix(".bin"))
-        write_json(index, dict(labels=labels, unreadable=len(unreadable)))
+        write_atomically(index.with_suffix(".labels"), lambda file: file.write(labels.tobytes()))
+        write_json(index, dict(images=len(labels), unreadable=len(unreadable)))
     except RuntimeError as error:                                # of the workers
         raise UserError(f"reading images failed ({first_line(error)}): try --num_workers 0", code=1) from error
     finally:
         temporary.unlink(missing_ok=True)
 
 
-def decode_into(path: Path, decoded: DecodedImages, workers: int) -> tuple[list[int], list[str]]:
-    """Write the bytes of all images into a file; returns their labels, and a line for each that cannot be read."""
+def decode_into(path: Path, decoded: DecodedImages, workers: int) -> tuple[array, list[str]]:
+    """Write the bytes of all images into a file; returns their labels, and a line for each that cannot be read.
+
+    How long it takes is told: by a bar on a terminal, elsewhere by a line now and then.
+    """
     name_of = getattr(decoded.source, "name_of", str)
     if len(decoded) < 1000:                                      # starting workers takes longer
         workers = 0
     loader = DataLoader(decoded, batch_size=64, num_workers=workers, collate_fn=list)
 
-    labels = []
+    labels = array("q")
     unreadable = []
     with open(path, "wb") as file:
-        items = tqdm(itertools.chain.from_iterable(loader), "caching images", len(decoded), leave=False, disable=None)
+        items = tell_time(itertools.chain.from_iterable(loader), "caching images", len(decoded))
         for i, item in enumerate(items):
             if isinstance(item, str):
                 unreadable.append(f"{name_of(i)}: {item}")
@@ -437,6 +440,29 @@ def decode_into(path: Path, decoded: DecodedImages, workers: int) -> tuple[list[
             file.write(pixels.tobytes())
             labels.append(int(label))
     return labels, unreadable
+
+
+PATIENCE = 30                                                    # seconds before the first line of tell_time
+
+
+def tell_time(items: Iterable, what: str, total: int) -> Iterator:
+    """The items as they come, with a bar and the time left; where there is no terminal, a line now and then.
+
+    what: is being done; total: how many items there are.
+    """
+    bar = tqdm(items, what, total, leave=False, disable=None)
+    if not bar.disable:
+        yield from bar
+        return
+    start = time.perf_counter()
+    due = PATIENCE
+    for i, item in enumerate(items):
+        yield item
+        passed = time.perf_counter() - start
+        if passed > due:
+            left = passed * (total - i - 1) / (i + 1)
+            print(f"{what}: {i + 1:,} of {total:,}, about {max(left / 60, 0.1):.1f} minutes left", flush=True)
+            due *= 2
 
 
 def report_unreadable(listing: Path, unreadable: list[str], total: int) -> None:

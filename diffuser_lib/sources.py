@@ -3,7 +3,8 @@
 open_images     picks the kind: a folder or ZIP file, with metadata.csv or without, .npz, .tar, .parquet, hf:OWNER/NAME
 check_images    whether there is something at the path, and what it takes to read it, before any work
 
-Every kind is an ImageSource: item i is (PIL image, label). Pictures are decoded by open_image alone, arrays are read
+Every kind is an ImageSource: item i is (PIL image, label). Where a set is stored in parts these are the images to train
+on; test_part() has those to test with. Pictures are decoded by open_image alone, arrays are read
 without pickle, nothing is unpacked onto the disk, and no entry above MAX_UNPACKED bytes is read. What cannot be read
 raises, item by item; DecodedImages makes reasons of it.
 
@@ -37,12 +38,12 @@ from diffuser_lib.images import (
     MAX_UNPACKED,
     ImageFiles,
     ImageSource,
-    entries_overlap,
     list_files,
     open_image,
     require_images,
     warn_once,
 )
+from diffuser_lib.listing import LOCAL, Labels, Names, spans_overlap
 
 # What columns are called, the first one that is there counts.
 LABEL_COLUMNS = ("label", "labels", "class", "cls", "category", "target", "fine_label", "y")
@@ -116,35 +117,6 @@ def import_package(module: str, version: str, what: str) -> ModuleType:
 # ---- Labels ------------------------------------------------------------------------------------
 
 
-def number_classes(values: list, names: Sequence[str] = ()) -> tuple[list[int], list[str]]:
-    """Labels from 0 on, -1 where there is none, and the names of the classes, none unless there are two.
-
-    values: a number or text for each image; names: of the numbers, where a file has them. Numbers are sorted as such.
-    """
-    if names:
-        labels = [value if type(value) is int and 0 <= value < len(names) else -1 for value in values]
-        classes = list(map(str, names))
-    else:
-        texts = [class_text(value) for value in values]
-        classes = sorted(set(texts) - {""})
-        if all(re.fullmatch(r"-?\d{1,18}", name) for name in classes):
-            classes.sort(key=int)
-        number = {name: i for i, name in enumerate(classes)}
-        labels = [number.get(text, -1) for text in texts]
-    if len(classes) < 2 or max(labels, default=-1) < 0:
-        return [0] * len(values), []
-    return labels, classes
-
-
-def class_text(value: object) -> str:
-    """A label as text; empty for what is no label."""
-    if isinstance(value, float) and value.is_integer():
-        value = int(value)
-    if not isinstance(value, (int, str)):
-        return ""
-    return str(value).strip()
-
-
 def choose_column(columns: Iterable[str], label_column: str, what: str) -> str:
     """The column with the labels, empty where there is none. Raises UserError where one is asked for and missing."""
     columns = list(columns)
@@ -153,9 +125,9 @@ def choose_column(columns: Iterable[str], label_column: str, what: str) -> str:
     return label_column or next((name for name in LABEL_COLUMNS if name in columns), "")
 
 
-def training_files(paths: list[Path]) -> list[Path]:
-    """Those whose names begin with train, where there are any, else all: the Hub keeps the parts of a set together."""
-    return sorted(path for path in paths if path.name.lower().startswith("train")) or sorted(paths)
+def files_of_part(paths: list[Path], part: str) -> list[Path]:
+    """Those whose names begin with train, or test, sorted: the Hub keeps the parts of a set together."""
+    return sorted(path for path in paths if path.name.lower().startswith(part))
 
 
 # ---- A folder with a table ---------------------------------------------------------------------
@@ -169,27 +141,27 @@ class ListedFiles(ImageFiles):
     What is listed and not there is a broken entry.
     """
 
-    def __init__(self, path: str, flag: str, names: list[str], labels: dict[str, object]):
+    def __init__(self, path: str, flag: str, names: Names, labels: dict[str, object]):
         super().__init__(path, flag, names)
-        unlisted = len(set(self.names) - set(labels))
+        unlisted = sum(name not in labels for name in self.names)
         if unlisted:
             warn_once(f"left out: {unlisted} images in {path} that its metadata does not list")
-        self.there = frozenset(self.names)
-        self.names = sorted(labels)
-        self.labels, self.class_names = number_classes([labels[name] for name in self.names])
+        self.there = self.names
+        self.names = Names(labels).sorted()
+        self.labels, self.class_names = Labels(labels[name] for name in self.names).settle()
 
     def open_item(self, i: int) -> Image.Image:
-        if self.names[i] not in self.there:                      # a name that leads elsewhere is none of them
+        if self.there.find(self.names[i]) < 0:                   # a name that leads elsewhere is none of them
             raise ValueError("it is listed in the metadata, but not there")
         return super().open_item(i)
 
-    def files(self) -> list[Path]:
+    def files(self) -> Iterable[Path]:
         if self.path.is_file():
             return [self.path]
-        return [self.path / name for name in self.names if name in self.there]
+        return (self.path / name for name in self.names if self.there.find(name) >= 0)
 
 
-def open_files(path: str, flag: str, label_column: str, names: list[str]) -> ImageFiles:
+def open_files(path: str, flag: str, label_column: str, names: Names) -> ImageFiles:
     """Image files with the labels of a table beside them, if it has any, else with those of their folders."""
     labels = {}
     plain = ImageFiles(path, flag, names)
@@ -210,18 +182,22 @@ def read_table(files: ImageFiles, table: str, what: str, label_column: str) -> d
     """
     try:
         text = files.read_bytes(table).decode("utf-8-sig")
-        rows = list(csv.DictReader(io.StringIO(text)) if table.endswith(".csv") else read_json_lines(text))
+        columns = dict.fromkeys(column for row in read_rows(table, text) for column in row if isinstance(column, str))
     except Exception as error:                                   # csv, json and zipfile raise many kinds
         raise UserError(f"{what} cannot be read ({first_line(error)})") from None
 
-    columns = dict.fromkeys(column for row in rows for column in row if isinstance(column, str))
     if "file_name" not in columns:
         return {}
     column = choose_column(columns, label_column, what.removeprefix("--path_to_data "))
     if not column:
         return {}
     folder = PurePosixPath(table).parent
-    return {str(folder / str(row.get("file_name"))): row.get(column) for row in rows}
+    return {str(folder / str(row.get("file_name"))): row.get(column) for row in read_rows(table, text)}
+
+
+def read_rows(table: str, text: str) -> Iterator[dict]:
+    """The rows of metadata.csv or .jsonl, one at a time. Raises what csv raises, ValueError."""
+    return csv.DictReader(io.StringIO(text)) if table.endswith(".csv") else read_json_lines(text)
 
 
 def read_json_lines(text: str) -> Iterator[dict]:
@@ -244,17 +220,39 @@ def read_json_lines(text: str) -> Iterator[dict]:
 class PackedImages(ImageSource):
     """Images in one file or several, of which each process keeps one open at a time.
 
-    paths: the files; what: flag and path, for messages.
+    paths: the files; what: flag and path, for messages; whole: the images to train on, where these are to test with.
     """
 
-    def __init__(self, path: str, flag: str, ending: str):
+    def __init__(self, path: str, flag: str, label_column: str, whole: PackedImages | None = None):
+        self.request = (path, flag, label_column)
         self.what = f"{flag} {path}"
+        self.whole = whole
         self.path = Path(path)
         self.paths = [self.path]
+        self.test_paths = []
         if self.path.is_dir():
-            names = [name for name in list_files(self.path, flag) if name.lower().endswith(ending)]
-            self.paths = training_files([self.path / name for name in names if ImageFiles.is_shown(name)])
+            names = [name for name in list_files(self.path, flag) if name.lower().endswith(self.ending)]
+            shown = [self.path / name for name in names if ImageFiles.is_shown(name)]
+            training = files_of_part(shown, "train")
+            self.test_paths = files_of_part(shown, "test") if training else []
+            self.paths = training or sorted(shown)
+        if whole:
+            self.paths = whole.test_paths or self.paths
         self.opened = None
+
+    def settle_labels(self, labels: Labels, names: Sequence[str] = ()) -> None:
+        """See Labels.settle; images to test with have the classes of those to train on."""
+        classes = self.whole.class_names if self.whole else None
+        self.labels, self.class_names = labels.settle(names, classes)
+
+    def has_test_part(self) -> bool:
+        return bool(self.test_paths)
+
+    def test_part(self) -> PackedImages | None:
+        return type(self)(*self.request, whole=self) if not self.whole and self.has_test_part() else None
+
+    def fingerprint(self) -> tuple:
+        return (*super().fingerprint(), "test") if self.whole else super().fingerprint()
 
     def open_once(self, path: Path):
         """The file as open_file has it, kept until another one is needed: a handle cannot be shared by processes."""
@@ -269,7 +267,7 @@ class PackedImages(ImageSource):
     def __getstate__(self) -> dict:
         return {**self.__dict__, "opened": None}                 # on its way to another process
 
-    def files(self) -> list[Path]:
+    def files(self) -> Iterable[Path]:
         return self.paths
 
 
@@ -284,8 +282,8 @@ def picture_of(content: bytes | None) -> Image.Image:
 
 # Arrays of numpy: images and labels.
 ARRAYS = (
-    ("train_images", "train_labels"),                            # MedMNIST
-    ("x_train", "y_train"),                                      # Keras
+    ("train_images", "train_labels"),                            # MedMNIST; beside them test_images and so on
+    ("x_train", "y_train"),                                      # Keras; beside them x_test, y_test
     ("images", "labels"),
     ("arr_0", "arr_1"),                                          # ADM, and numpy without names
 )
@@ -297,8 +295,10 @@ class NpzImages(PackedImages):
     The array of images is never unpacked as a whole.
     """
 
-    def __init__(self, path: str, flag: str, label_column: str):
-        super().__init__(path, flag, ".npz")
+    ending = ".npz"
+
+    def __init__(self, path: str, flag: str, label_column: str, whole: NpzImages | None = None):
+        super().__init__(path, flag, label_column, whole)
         if self.path.is_dir():
             raise UserError(f"{self.what} holds no images but .npz files: give one of them, such as {self.paths[0]}")
         try:
@@ -312,12 +312,18 @@ class NpzImages(PackedImages):
     def read_index(self, archive: zipfile.ZipFile, label_column: str) -> None:
         """Find the arrays, see where the images begin, read the labels. Raises UserError, and what numpy raises."""
         entries = {entry.filename.removesuffix(".npy"): entry for entry in archive.infolist()}
-        if entries_overlap(archive.infolist()):
+        listed = archive.infolist()
+        starts = np.array([entry.header_offset for entry in listed], np.int64)
+        sizes = np.array([LOCAL.size + len(entry.filename) + entry.compress_size for entry in listed], np.int64)
+        if spans_overlap(starts, starts + sizes):
             raise UserError(f"{self.what} is refused: its entries overlap, as in a file made to fill the memory")
         pair = next((pair for pair in ARRAYS if pair[0] in entries), None)
         if pair is None:
             raise UserError(f"{self.what} has no array of images: {', '.join(pair[0] for pair in ARRAYS)}, but "
                             f"{', '.join(entries)[:500] or 'nothing'}")
+        if self.whole:
+            pair = tuple(name.replace("train", "test") for name in pair)
+            label_column = label_column.replace("train", "test")
 
         # The images.
         self.entry = entries[pair[0]].filename
@@ -337,12 +343,20 @@ class NpzImages(PackedImages):
         # The labels.
         others = [name for name in entries if name != pair[0]]
         key = label_column or (pair[1] if pair[1] in entries else "")
+        test_names = {name.replace("train", "test") for name in (pair[0], key) if name}
+        self.has_test = "train" in pair[0] and (not key or "train" in key) and test_names <= set(entries)
         choose_column(others, label_column, str(self.path))
-        values = self.read_labels(archive, entries[key], shape[0], key == label_column) if key else None
-        names = self.read_names(archive, entries) if values else ()
-        if names and all(type(value) is int and 0 <= value < len(names) for value in values):
-            values = [names[value] for value in values]
-        self.labels, self.class_names = number_classes(values or [None] * shape[0])
+        labels = self.read_labels(archive, entries[key], shape[0], key == label_column) if key else None
+        if labels is None:
+            self.labels, self.class_names = np.zeros(shape[0], np.int64), []
+            return
+        names = self.read_names(archive, entries)
+        if names and labels.are_below(len(names)):
+            labels = labels.renamed(names)
+        self.settle_labels(labels)
+
+    def has_test_part(self) -> bool:
+        return self.has_test
 
     def read_names(self, archive: zipfile.ZipFile, entries: dict[str, zipfile.ZipInfo]) -> Sequence[str]:
         """What the numbers of classes stand for, as --save_format npz writes it; nothing elsewhere."""
@@ -353,8 +367,8 @@ class NpzImages(PackedImages):
             names = np.lib.format.read_array(file, allow_pickle=False)
         return names.tolist() if names.ndim == 1 and names.dtype.kind == "U" else ()
 
-    def read_labels(self, archive: zipfile.ZipFile, entry: zipfile.ZipInfo, count: int, asked: bool) -> list | None:
-        """An array of labels as a list; None where it holds no single number or word for each image, unless `asked`."""
+    def read_labels(self, archive: zipfile.ZipFile, entry: zipfile.ZipInfo, count: int, asked: bool) -> Labels | None:
+        """An array of labels; None where it holds no single number or word for each image, unless `asked`."""
         if entry.file_size > MAX_UNPACKED:
             raise UserError(f"{self.what}: {entry.filename} unpacks to more than 256 MiB")
         with archive.open(entry) as file:
@@ -373,7 +387,10 @@ class NpzImages(PackedImages):
             return None
         if len(values) != count:
             raise UserError(f"{self.what}: {count} images, but {len(values)} in {name}")
-        return values.tolist()
+        labels = Labels()
+        for i in range(0, count, 10_000):
+            labels.extend(values[i : i + 10_000].tolist())
+        return labels
 
     def open_file(self, path: Path):
         return zipfile.ZipFile(path).open(self.entry)
@@ -430,25 +447,27 @@ class ParquetImages(PackedImages):
     Rows are read forward, a few at a time. Of a folder, files called train... are taken where there are any.
     """
 
-    def __init__(self, path: str, flag: str, label_column: str):
-        super().__init__(path, flag, ".parquet")
+    ending = ".parquet"
+
+    def __init__(self, path: str, flag: str, label_column: str, whole: ParquetImages | None = None):
+        super().__init__(path, flag, label_column, whole)
         import_package("pyarrow.parquet", "15.0", self.what)
         self.column = ""
         self.starts = []                                         # the number of each file's first row
-        values = []
+        labels = Labels()
         for file in self.paths:
-            self.starts.append(len(values))
+            self.starts.append(len(labels))
             try:
-                values += self.read_index(file, label_column)
+                labels.extend(self.read_index(file, label_column))
             except UserError:
                 raise
             except Exception as error:                           # pyarrow raises many kinds
                 raise UserError(f"{self.what}: {file.name} is no whole Parquet file ({first_line(error)})") from error
-        if not values:
+        if not len(labels):
             raise UserError(f"{self.what} holds no rows")
-        self.labels, self.class_names = number_classes(values, self.names_of_numbers)
+        self.settle_labels(labels, self.names_of_numbers)
 
-    def read_index(self, path: Path, label_column: str) -> list:
+    def read_index(self, path: Path, label_column: str) -> Iterable:
         """Check one file, and return its labels. Raises UserError, and what pyarrow raises."""
         reader = ParquetReader(path)
         schema = reader.file.schema_arrow
@@ -475,7 +494,7 @@ class ParquetImages(PackedImages):
         reader.refuse_bombs(column, self.what)
         if label:
             return reader.read_labels(label)
-        return [None] * reader.file.metadata.num_rows
+        return itertools.repeat(None, reader.file.metadata.num_rows)
 
     def open_file(self, path: Path) -> ParquetReader:
         return ParquetReader(path, self.column)
@@ -552,12 +571,10 @@ class ParquetReader:
         tests = (types.is_integer, types.is_boolean, types.is_string, types.is_large_string)
         return any(test(kind) for test in tests)
 
-    def read_labels(self, column: str) -> list:
+    def read_labels(self, column: str) -> Iterator:
         """All labels, as numbers, text or None."""
-        values = []
         for batch in self.file.iter_batches(1024, columns=[column], use_threads=False):
-            values += batch.column(0).to_pylist()
-        return values
+            yield from batch.column(0).to_pylist()
 
 
 def image_column(schema) -> str:
@@ -593,13 +610,15 @@ class TarImages(PackedImages):
     Files are read in place.
     """
 
-    def __init__(self, path: str, flag: str, label_column: str):
-        super().__init__(path, flag, ".tar")
-        self.names = []
+    ending = ".tar"
+
+    def __init__(self, path: str, flag: str, label_column: str, whole: TarImages | None = None):
+        super().__init__(path, flag, label_column, whole)
+        self.names = Names()
         self.file_numbers = array("i")
         self.offsets = array("q")
         self.sizes = array("q")
-        values = []
+        labels = Labels()
         for number, file in enumerate(self.paths):
             try:
                 with tarfile.open(file, "r:") as archive:
@@ -608,17 +627,18 @@ class TarImages(PackedImages):
                         self.file_numbers.append(number)
                         self.offsets.append(image.offset_data)
                         self.sizes.append(image.size)
-                        values.append(label)
+                        labels.append(label)
             except Exception as error:                           # tarfile raises many kinds
                 raise UserError(f"{self.what}: {file.name} is no whole .tar file ({first_line(error)})") from error
 
         if not self.names:
             raise UserError(f"{self.what} holds no {', '.join(ending[1:].upper() for ending in ENDINGS)} image")
-        labelled = any(class_text(value) for value in values)
-        if label_column and not labelled:
+        if label_column and not labels.any():
             raise UserError(f"--label_column {label_column}: no .json in {path} has a number or text of that name")
-        if labelled:
-            self.labels, self.class_names = number_classes(values)
+        if labels.any():
+            self.settle_labels(labels)
+        elif self.whole:
+            self.settle_labels(Labels(PurePosixPath(name).parent.name for name in self.names))
         else:
             self.labels, self.class_names = ImageFiles.classes_of_folders(self.names)
 
@@ -684,8 +704,10 @@ class HubImages(PackedImages):
     The library downloads it, or takes it from its cache where it is there.
     """
 
-    def __init__(self, path: str, flag: str, label_column: str):
+    def __init__(self, path: str, flag: str, label_column: str, whole: HubImages | None = None):
+        self.request = (path, flag, label_column)
         self.what = f"{flag} {path}"
+        self.whole = whole
         self.opened = None
         datasets = import_package("datasets", "4.0", self.what)
         name, _, config = path.removeprefix(HUB).partition(":")
@@ -694,7 +716,9 @@ class HubImages(PackedImages):
         self.path = Path(name)
         try:
             parts = datasets.load_dataset(name, config or None)
-            table = parts["train"] if "train" in parts else next(iter(parts.values()))
+            self.has_test = "train" in parts and "test" in parts
+            first = "train" if "train" in parts else next(iter(parts))
+            table = parts["test" if whole else first]
         except Exception as error:                               # the library raises many kinds
             raise UserError(f"{self.what} is neither in the cache nor to be had from the Hub ({first_line(error)})",
                             code=1) from error
@@ -712,9 +736,16 @@ class HubImages(PackedImages):
         # Its pictures stay bytes, because the library would open any format.
         self.print = table._fingerprint
         self.table = table.select_columns([self.column]).cast_column(self.column, datasets.Image(decode=False))
-        values = list(table.select_columns([label])[:][label]) if label else [None] * len(table)
+        labels = Labels()
+        for batch in table.select_columns([label]).iter(1000) if label else ():
+            labels.extend(batch[label])
         names = features[label].names if label and isinstance(features[label], datasets.ClassLabel) else ()
-        self.labels, self.class_names = number_classes(values, names)
+        self.labels, self.class_names = np.zeros(len(table), np.int64), []
+        if label:
+            self.settle_labels(labels, names)
+
+    def has_test_part(self) -> bool:
+        return self.has_test
 
     def open_item(self, i: int) -> Image.Image:
         entry = self.table[i][self.column]
@@ -726,12 +757,12 @@ class HubImages(PackedImages):
     def name_of(self, i: int) -> str:
         return f"row {i}"
 
-    def files(self) -> list[Path]:
+    def files(self) -> Iterable[Path]:
         return []
 
-    def fingerprint(self) -> tuple[str, str]:
-        _, digest = super().fingerprint()
-        return str(self.path), f"{self.print} {digest}"
+    def fingerprint(self) -> tuple:
+        _, digest, *part = super().fingerprint()
+        return str(self.path), f"{self.print} {digest}", *part
 
 
 READERS = {".parquet": ParquetImages, ".tar": TarImages, ".npz": NpzImages}

@@ -160,6 +160,29 @@ def test_loading_jpegs_is_a_small_part_of_a_step(folder):
     assert again["ready after (s)"] < first["ready after (s)"] and again["loading (ms)"] < 0.03 * again["step (ms)"]
 
 
+def test_sets_of_many_images_are_measured(folder):
+    """--sets: a row per size with the time to cache it, the time to a first step once it is cached, and the memory."""
+    (folder / "data").mkdir()
+    done = cli("--sets", "100,300", "--kind", "npz", "--side", "8", "--json", "sets.json", script="benchmarks/speed.py", cwd=folder)
+    assert done.returncode == 0, done.stderr
+    rows = json.loads((folder / "sets.json").read_text())["rows"]
+    assert [row["images"] for row in rows] == [100, 300] and not list((folder / "data").iterdir())
+    for row in rows:
+        assert row["caching (s)"] > 0 and row["cached: to the first step (s)"] > 0 and 50 < row["at the start"] <= row["MiB"] < 2000
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["zip", "folder", "tar", "parquet", "npz"])
+def test_memory_hardly_grows_with_the_set(folder, kind):
+    """200,000 images take a few megabytes more of this process's own memory than 2,000, while they are cached and later."""
+    (folder / "data").mkdir()
+    done = cli("--sets", "2000,200000", "--kind", kind, "--side", "8", "--json", "sets.json", script="benchmarks/speed.py", cwd=folder,
+               timeout=1800)
+    assert done.returncode == 0, done.stderr
+    few, many = json.loads((folder / "sets.json").read_text())["rows"]
+    assert many["MiB"] - few["MiB"] < 40 and many["MiB then"] - few["MiB then"] < 40
+
+
 @pytest.mark.slow
 def test_the_first_step_is_timed(folder):
     """--start: import and the way to the first step add up to the whole."""
@@ -171,7 +194,8 @@ def test_the_first_step_is_timed(folder):
 
 @pytest.mark.parametrize("flags, words", [
     (["--networks", "nothing"], "unknown: nothing"), (["--contestants", "nobody"], "unknown: nobody"),
-    (["--batches", "0"], "--batches"), (["--curves", "none"], "unknown: none")])
+    (["--batches", "0"], "--batches"), (["--curves", "none"], "unknown: none"), (["--sets", "10,x"], "--sets"),
+    (["--sets", "100", "--side", "9"], "--side"), (["--sets", "100", "--data_dir", "gone"], "--data_dir gone")])
 def test_speed_refuses_bad_input(folder, flags, words):
     """One line and exit 2, before anything is measured."""
     done = cli(*flags, script="benchmarks/speed.py", cwd=folder)

@@ -20,6 +20,7 @@ from sklearn.datasets import load_digits
 
 import diffuser
 from diffuser import Batches, ImageData, UserError, configure, load_data
+from diffuser_lib.images import from_uint8
 
 SHIPPED = ROOT / "data" / "digits.npz"
 
@@ -462,6 +463,19 @@ def test_moments_stay_small_and_sound():
     moments = diffuser.image_moments(many, torch.arange(600), False)
     assert len(moments.mean) == 201 and moments.mean.numel() <= 2**20 and moments.mean.shape[-1] > 16
     assert torch.equal(moments.mean[7], moments.mean[-1]) and torch.equal(moments.var[7], moments.var[-1])
+
+
+def test_moments_of_large_images_are_taken_a_few_at_a_time(monkeypatch):
+    """A thousand images of 256x256 as floats would take gigabytes; the sums are the same however many are taken at once."""
+    data = ImageData(torch.randint(0, 256, (30, 3, 256, 256), dtype=torch.uint8), torch.arange(30) % 2, ["a", "b"])
+    whole = diffuser.image_moments(ImageData(data.images[:, :, :64, :64], data.labels, data.class_names), torch.arange(30), False)
+    sizes = []
+    monkeypatch.setattr(diffuser, "from_uint8", lambda images: sizes.append(images.numel()) or from_uint8(images))
+    diffuser.image_moments(data, torch.arange(30), False)
+    assert max(sizes) <= 2**20 and len(sizes) == 6
+    x = from_uint8(data.images[:, :, :64, :64]).double()
+    for row, chosen in enumerate((data.labels == 0, data.labels == 1, data.labels >= 0)):
+        assert torch.allclose(whole.mean[row], x[chosen].mean(0).float(), atol=1e-6)
 
 
 def test_held_out_images_are_not_trained_on():

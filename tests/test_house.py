@@ -14,13 +14,14 @@ import edit
 
 # What each file may import of the project; everything else of it stands above.
 FILES = "diffuser_lib.files"
-GROUND_FLOOR = {f"diffuser_lib.{name}" for name in ("files", "images", "sources", "cpu_kernels", "machine", "processes", "spellings", "metrics", "tensors", "judge", "copies")}
+GROUND_FLOOR = {f"diffuser_lib.{name}" for name in ("files", "images", "sources", "cpu_kernels", "machine", "processes", "spellings", "metrics", "tensors", "judge", "copies", "listing")}
 BELOW = {
     "diffuser_lib": set(),
     FILES: set(),
     "diffuser_lib.cpu_kernels": set(),
-    "diffuser_lib.images": {FILES},
-    "diffuser_lib.sources": {FILES, "diffuser_lib.images"},
+    "diffuser_lib.listing": set(),
+    "diffuser_lib.images": {FILES, "diffuser_lib.listing"},
+    "diffuser_lib.sources": {FILES, "diffuser_lib.images", "diffuser_lib.listing"},
     "diffuser_lib.processes": {FILES},
     "diffuser_lib.machine": set(),
     "diffuser_lib.spellings": {FILES},
@@ -67,7 +68,8 @@ def test_arrows_point_down(module):
 
 
 @pytest.mark.parametrize("module, absent", [
-    (FILES, ("torch", "numpy", "PIL")), ("plot_loss", ("torch",)), ("report", ("torch",)), ("diffuser_lib.spellings", ("diffuser", "torch"))])
+    (FILES, ("torch", "numpy", "PIL")), ("plot_loss", ("torch",)), ("report", ("torch",)), ("diffuser_lib.spellings", ("diffuser", "torch")),
+    ("diffuser_lib.listing", ("torch", "PIL"))])
 def test_importing_brings_no_more_than_needed(tmp_path, module, absent):
     """The ground floor and the small scripts load alone, without torch where they need none, and write nothing."""
     code = f"import sys; sys.path.insert(0, {str(ROOT)!r}); import {module}; print([m for m in {absent} if m in sys.modules])"

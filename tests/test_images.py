@@ -16,6 +16,7 @@ import numpy as np
 import prepared
 import pytest
 import torch
+from conftest import STATUS
 from PIL import Image, ImageOps
 
 from diffuser_lib import images
@@ -33,6 +34,7 @@ from diffuser_lib.images import (
     to_pil,
     to_uint8,
 )
+from diffuser_lib.listing import spans_overlap
 
 
 def load(path, data_dir, shape=(3, 16, 16), workers=0):
@@ -234,7 +236,7 @@ def test_folders_behind_links_are_classes_too(image_folder, tmp_path, names):
         (tmp_path / "links" / name).symlink_to(image_folder / Path(name).name)
     source = ImageFiles(str(tmp_path / "links"), "--images")
     assert source.class_names == ["cat", "dog"]
-    assert source.labels == [0] * 6 + [1] * 6
+    assert source.labels.tolist() == [0] * 6 + [1] * 6
     assert torch.equal(load(tmp_path / "links", tmp_path).images, load(image_folder, tmp_path).images)
 
 
@@ -313,13 +315,8 @@ def test_a_zip_file_whose_entries_overlap_is_refused(tmp_path):
 
 def test_entries_one_inside_another_overlap(tmp_path):
     """Not only those that begin at the same place."""
-    inner = zipfile.ZipInfo("a.png")
-    outer = zipfile.ZipInfo("b.png")
-    outer.header_offset, outer.compress_size = 0, 1000
-    inner.header_offset, inner.compress_size = 500, 10
-    assert images.entries_overlap([inner, outer])
-    inner.header_offset = 1000 + 30 + len("b.png")
-    assert not images.entries_overlap([inner, outer])
+    assert spans_overlap(np.array([500, 0]), np.array([510, 1000]))
+    assert not spans_overlap(np.array([1000, 0]), np.array([1010, 1000]))
 
 
 def test_honest_zip_files_do_not_overlap(tmp_path):
@@ -341,6 +338,34 @@ def test_honest_zip_files_do_not_overlap(tmp_path):
             archive.writestr(f"{i}.png", png(Image.new("L", (8, 8), i)))
     (tmp_path / "b.zip").write_bytes(stream.getvalue())
     assert len(ImageFiles(str(tmp_path / "b.zip"), "--images")) == 3
+
+
+# For a child process: open sets as training does, and tell how many KiB the last one took at most beyond the others.
+OPEN = STATUS + """
+import sys
+from diffuser_lib.sources import open_images
+
+for path in sys.argv[1:]:
+    before = status("VmHWM")
+    source = open_images(path, "--path_to_data")
+    source.fingerprint()
+    found = len(source), source.guess_channels(), len(source.class_names)
+print(*found, status("VmHWM") - before)
+"""
+
+
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="needs /proc")
+def test_memory_hardly_grows_with_the_entries_of_a_zip_file(tmp_path):
+    """20,000 pictures in one: 10 MiB at most, where zipfile's own list of them alone takes 16."""
+    some = [png(Image.new("RGB", (8, 8), (i, 0, 0))) for i in range(10)]
+    for name, count in (("few.zip", 100), ("many.zip", 20_000)):
+        with zipfile.ZipFile(tmp_path / name, "w") as archive:
+            for i in range(count):
+                archive.writestr(f"class{i % 10}/{i:08}.png", some[i % 10])
+    done = prepared.run("-c", OPEN, tmp_path / "few.zip", tmp_path / "many.zip", cwd=tmp_path)
+    count, channels, classes, kilobytes = map(int, done.stdout.split())
+    assert (count, channels, classes) == (20_000, 3, 10)
+    assert kilobytes < 10 * 2**10
 
 
 def test_a_name_that_is_there_twice_counts_once(tmp_path):
@@ -619,6 +644,15 @@ def test_a_cache_is_made_once_and_follows_its_source(image_folder, tmp_path, mon
     assert not list(tmp_path.rglob("*.tmp"))
 
 
+def test_caching_says_how_long_it_takes(image_folder, tmp_path, monkeypatch, capsys):
+    """Without a terminal, which would show a bar: a line now and then, with the time left; none for what is done soon."""
+    load(image_folder, tmp_path)
+    assert "caching" not in capsys.readouterr().out
+    monkeypatch.setattr(images, "PATIENCE", 1e-9)
+    load(image_folder, tmp_path / "again")
+    assert "caching images: 1 of 12, about 0.1 minutes left" in capsys.readouterr().out
+
+
 def test_worker_processes_decode_the_same(tmp_path):
     """A set large enough for worker processes comes out complete and in order."""
     numbered_zip(tmp_path / "many.zip", 1100)
@@ -691,9 +725,11 @@ def cut(path):
     lambda pixels: pixels.with_suffix(".json").unlink(),
     lambda pixels: pixels.with_suffix(".json").write_text("{"),
     lambda pixels: pixels.with_suffix(".json").write_text("[]"),
-    lambda pixels: pixels.with_suffix(".json").write_text('{"labels": 3}'),
+    lambda pixels: pixels.with_suffix(".json").write_text('{"images": "3"}'),
+    lambda pixels: pixels.with_suffix(".labels").unlink(),
+    lambda pixels: cut(pixels.with_suffix(".labels")),
     lambda pixels: pixels.with_suffix(".json").write_bytes(b"\xff\0"),
-], ids=["emptied", "gone", "cut", "no index", "half an index", "no table", "no list", "no text"])
+], ids=["emptied", "gone", "cut", "no index", "half an index", "no table", "no number", "no labels", "half the labels", "no text"])
 def test_a_damaged_cache_is_made_anew(image_folder, tmp_path, damage):
     """A cache that is not as large as its index says, or whose index cannot be read, is built again."""
     first = load(image_folder, tmp_path).images.clone()
@@ -749,7 +785,7 @@ def test_every_key_and_shape_has_a_cache_of_its_own(tmp_path):
         data = cached_images(source, (1, 4, 4), [], folder=tmp_path, name="set", key=key)
         assert data.images.unique().tolist() == [brightness]
     assert len(list(tmp_path.glob("set_*.bin"))) == 2
-    assert json.loads(next(tmp_path.glob("set_*.json")).read_text()) == dict(labels=[0, 0, 0], unreadable=0)
+    assert json.loads(next(tmp_path.glob("set_*.json")).read_text()) == dict(images=3, unreadable=0)
 
 
 # ---- Out ---------------------------------------------------------------------------------------

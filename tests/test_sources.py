@@ -4,24 +4,26 @@ import io
 import json
 import os
 import pickle
-import shutil
+import subprocess
 import sys
 import tarfile
 import tracemalloc
 import zipfile
-from pathlib import Path
 
 import numpy as np
-import prepared
 import pytest
-from conftest import cli
+import torch
+from conftest import ROOT
+from fake_hub import fake_hub
 from PIL import Image
 
 import diffuser
+import evaluate
 from diffuser_lib import sources
 from diffuser_lib.files import UserError
 from diffuser_lib.images import cached_images
-from diffuser_lib.sources import check_images, number_classes, open_images
+from diffuser_lib.listing import Labels
+from diffuser_lib.sources import check_images, open_images
 
 COUNT = 20
 LABELS = [i % 3 for i in range(COUNT)]
@@ -70,7 +72,8 @@ def check_same(data, pixels, class_names, labels=LABELS):
     ([], (), ([], []))])
 def test_labels_become_numbers_from_0_on(values, names, expected):
     """Numbers in their order, words in that of the alphabet; what is no label is -1; one class alone is none."""
-    assert number_classes(values, names) == expected
+    labels, class_names = Labels(values).settle(names)
+    assert (labels.tolist(), class_names) == expected
 
 
 # ---- A folder with a table ---------------------------------------------------------------------
@@ -174,6 +177,57 @@ def test_arrays_of_numpy(tmp_path, pixels, save, names):
     save(tmp_path / "set.npz", **{names[0]: pixels, names[1]: labels[:, None] if names[0].startswith("train") else labels,
                                   "test_images": pixels[:3]})
     check_same(load(tmp_path / "set.npz", tmp_path), pixels, ["0", "1", "2"])
+
+
+def test_parts_to_test_with(tmp_path, pixels):
+    """MedMNIST's and Keras' arrays come with others to test with, which have the classes of those to train on, and a cache
+    of their own; without labels of theirs, or under other names, there are none."""
+    few = np.array([2, 0, 2], np.uint8)
+    for train, test in ((("train_images", "train_labels"), ("test_images", "test_labels")), (("x_train", "y_train"), ("x_test", "y_test"))):
+        path = tmp_path / f"{train[0]}.npz"
+        np.savez(path, **{train[0]: pixels, train[1]: LABELS, test[0]: pixels[5:8], test[1]: few})
+        source = open_images(str(path), "--images")
+        part = source.test_part()
+        assert part.labels.tolist() == [2, 0, 2] and part.class_names == ["0", "1", "2"] and part.test_part() is None
+        assert np.array_equal(np.asarray(part[1][0]), pixels[6]) and part[1][1] == 0
+        assert part.fingerprint() != source.fingerprint()
+        assert open_images(str(path), "--images", train[1]).test_part().labels.tolist() == [2, 0, 2]
+        np.savez(path, **{train[0]: pixels, train[1]: LABELS, test[0]: pixels[5:8]})
+        assert open_images(str(path), "--images").test_part() is None
+    np.savez(path, images=pixels, labels=LABELS, test_images=pixels)
+    assert open_images(str(path), "--images").test_part() is None
+
+
+def test_what_medmnist_reads_is_what_we_read(tmp_path, pixels, monkeypatch):
+    """A file in its layout, of which its own class reads training, validation and test images: so do we, the first to train
+    on and the last to test with."""
+    monkeypatch.setenv("HOME", str(tmp_path))                                # it makes a folder there
+    medmnist = pytest.importorskip("medmnist.dataset", reason="medmnist is not installed", exc_type=ImportError)
+    images = np.random.default_rng(1).integers(0, 256, (60, 28, 28, 3), np.uint8)
+    labels = np.arange(60, dtype=np.uint8)[:, None] % 8
+    parts = dict(train=slice(0, 32), val=slice(32, 40), test=slice(40, 60))
+    arrays = {f"{part}_{kind}": array[place] for part, place in parts.items() for kind, array in (("images", images), ("labels", labels))}
+    np.savez_compressed(tmp_path / "bloodmnist.npz", **arrays)
+    ours = open_images(str(tmp_path / "bloodmnist.npz"), "--path_to_data")
+    for part, source in (("train", ours), ("test", ours.test_part())):
+        theirs = medmnist.BloodMNIST(part, root=str(tmp_path))
+        assert len(source) == len(theirs.imgs)
+        for i in range(len(source)):
+            picture, target = theirs[i]
+            assert np.array_equal(np.asarray(source[i][0]), np.asarray(picture))
+            assert source.class_names[source[i][1]] == str(target.item()) and str(target.item()) in theirs.info["label"]
+
+
+def test_drawn_images_are_judged_by_the_test_part(tmp_path, pixels):
+    """What --score_every and evaluate.py hold them against: all training images, and the test part of the same file."""
+    np.savez(tmp_path / "set.npz", train_images=pixels, train_labels=LABELS, test_images=pixels[::-1][:6], test_labels=LABELS[::-1][:6])
+    cfg = diffuser.configure(dataset="folder", path_to_data=str(tmp_path / "set.npz"), data_dir=str(tmp_path), img_size=(12, 12),
+                             channel_mults=(1,), patch_size=1, num_workers=0)
+    data = diffuser.load_data(cfg)
+    for reference in (diffuser.real_images(cfg, data), evaluate.load_reference(str(tmp_path / "set.npz"), str(tmp_path), (3, 12, 12))):
+        assert reference.own_test and torch.equal(reference.train.images, data.images)
+        assert torch.equal(reference.test.images, data.images.flip(0)[:6])
+        assert torch.equal(reference.test.labels, data.labels.flip(0)[:6]) and reference.test.class_names == ["0", "1", "2"]
 
 
 def test_an_array_is_never_unpacked_as_a_whole(tmp_path):
@@ -290,6 +344,8 @@ def test_parquet_as_the_hub_has_it(tmp_path, pixels, group):
     write_parquet(tmp_path / "set" / "data" / "test-00000-of-00001.parquet", pixels)
     check_same(load(tmp_path / "set", tmp_path), pixels, ["cat", "dog", "emu"])
     source = open_images(str(tmp_path / "set"), "--images")
+    part = source.test_part()
+    assert len(part) == COUNT and part.class_names == source.class_names and part.labels.tolist() == LABELS
     for i in (19, 3, 11, 10, 0, 9):
         assert np.array_equal(np.asarray(source[i][0]), pixels[i])
 
@@ -487,48 +543,56 @@ def test_an_entry_above_the_limit_is_not_read(tmp_path, pixels, monkeypatch):
 # ---- The Hugging Face Hub ----------------------------------------------------------------------
 
 
-# For a child process: read somebody/birds from the cache, with either column, and leave what was read.
+# For a child process: read data sets and their test parts, leave what was read, and try to train on one that is not there.
 READ_HUB = """
 import numpy as np
+import diffuser
 from diffuser_lib.sources import open_images
 
-for name, column in (("hf:somebody/birds", ""), ("hf:somebody/birds:default", "words")):
+for request in sys.argv[1:]:
+    name, _, column = request.partition(" ")
     source = open_images(name, "--path_to_data", column)
-    images = np.stack([np.asarray(source[i][0]) for i in range(len(source))])
-    np.savez(f"read_{column}.npz", images=images, labels=source.labels, names=source.class_names)
+    for part, images in (("train", source), ("test", source.test_part())):
+        pixels = np.stack([np.asarray(images[i][0]) for i in range(len(images))])
+        np.savez(part + column, images=pixels, labels=images.labels, names=images.class_names, key=repr(images.fingerprint()))
+sys.exit(diffuser.main(["--mode", "train", "--path_to_data", "hf:somebody/bees"]))
 """
 
-
-def write_hub_cache(home, pixels):
-    """A cache of the Hub's library as it is after somebody/birds was downloaded."""
-    datasets = pytest.importorskip("datasets")
-    write_parquet(home / "made.parquet", pixels, words=WORDS)
-    made = datasets.load_dataset("parquet", data_files=str(home / "made.parquet"), cache_dir=str(home / "made"), split="train")
-    arrow = Path(made.cache_files[0]["filename"])
-    place = home / "hub" / "somebody___birds" / "default" / "0.0.0" / "0123456789abcdef"
-    place.mkdir(parents=True)
-    shutil.copyfile(arrow, place / "birds-train.arrow")
-    info = json.loads((arrow.parent / "dataset_info.json").read_text())
-    info.update(dataset_name="birds", config_name="default")
-    for part in info["splits"].values():
-        part["dataset_name"] = "birds"
-    (place / "dataset_info.json").write_text(json.dumps(info))
-    return {"HF_DATASETS_CACHE": str(home / "hub"), "HF_HUB_OFFLINE": "1"}
+# What says where the Hub and its cache are.
+HUB_VARIABLES = ("HF_HUB_OFFLINE", "HF_DATASETS_OFFLINE", "HF_DATASETS_CACHE", "HF_HUB_CACHE", "HF_TOKEN", "HF_ENDPOINT")
 
 
-def test_a_data_set_of_the_hub_from_its_cache(folder, pixels):
-    """hf:OWNER/NAME without a network: pixels, labels and names; another column; one line for a set that is not there."""
-    env = write_hub_cache(folder, pixels)
+def test_a_data_set_of_the_hub(folder, pixels):
+    """hf:OWNER/NAME as its own client downloads it from a server, once, and again without one from the cache that it left:
+    pixels, labels, names, the test part; another column; one line for a set that is not there."""
+    pytest.importorskip("datasets")
+    write_parquet(folder / "birds" / "data" / "train-00000-of-00001.parquet", pixels, words=WORDS)
+    write_parquet(folder / "birds" / "data" / "test-00000-of-00001.parquet", pixels[::-1], LABELS[::-1], rows=slice(5), words=WORDS[::-1])
+    (folder / "birds" / "README.md").write_text("---\npretty_name: Birds\n---\n")
+    env = {name: value for name, value in os.environ.items() if name not in HUB_VARIABLES and not name.lower().endswith("_proxy")}
+    env |= dict(HF_HOME=str(folder / "home"), HF_HUB_DISABLE_XET="1", HF_HUB_DISABLE_TELEMETRY="1")
+    env["PYTHONPATH"] = os.pathsep.join([str(ROOT), env.get("PYTHONPATH", "")])
 
-    done = prepared.run("-c", READ_HUB, cwd=folder, env=env)
-    assert done.returncode == 0, done.stderr
-    for column in ("", "words"):
-        with np.load(f"read_{column}.npz") as file:
-            assert np.array_equal(file["images"], pixels) and file["labels"].tolist() == LABELS
-            assert file["names"].tolist() == ["cat", "dog", "emu"]
-    done = cli("--mode", "train", "--path_to_data", "hf:somebody/bees", cwd=folder, env=env)
-    assert done.returncode == 1 and "hf:somebody/bees is neither in the cache nor to be had from the Hub" in done.stderr
-    assert "Traceback" not in done.stderr
+    def read(*requests, **more):
+        done = subprocess.run([sys.executable, "-c", READ_HUB, *requests], env={**env, **more}, capture_output=True, text=True, timeout=200)
+        assert done.returncode == 1 and "hf:somebody/bees is neither in the cache nor to be had from the Hub" in done.stderr
+        assert "Traceback" not in done.stderr
+        keys = []
+        for column in (request.partition(" ")[2] for request in requests):
+            for part, wanted, labels in (("train", pixels, LABELS), ("test", pixels[::-1][:5], LABELS[::-1][:5])):
+                with np.load(f"{part}{column}.npz") as file:
+                    assert np.array_equal(file["images"], wanted) and file["labels"].tolist() == labels
+                    assert file["names"].tolist() == ["cat", "dog", "emu"]
+                    keys.append(str(file["key"]))
+                os.unlink(f"{part}{column}.npz")
+        return keys
+
+    with fake_hub("somebody/birds", folder / "birds") as (address, asked):
+        online = read("hf:somebody/birds", HF_ENDPOINT=address)
+    assert sum(request.startswith("GET") and "train-00000-of-00001.parquet" in request for request in asked) == 1
+    assert len(set(online)) == 2                                             # each part has a cache of decoded images of its own
+    offline = read("hf:somebody/birds", "hf:somebody/birds:default words", HF_HUB_OFFLINE="1")
+    assert offline[:2] == online
 
 
 @pytest.mark.parametrize("name", ["hf:", "hf:../../etc", "hf:a/b/c", "hf:http://x"])
