@@ -545,6 +545,7 @@ def test_an_entry_above_the_limit_is_not_read(tmp_path, pixels, monkeypatch):
 
 # For a child process: read data sets and their test parts, leave what was read, and try to train on one that is not there.
 READ_HUB = """
+import sys
 import numpy as np
 import diffuser
 from diffuser_lib.sources import open_images
