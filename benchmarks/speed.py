@@ -5,7 +5,8 @@
     python benchmarks/speed.py --networks ho2020 --batches 16,64
     python benchmarks/speed.py --curves size,batch,width,dataset  time against one thing at a time, for diffuser alone
     python benchmarks/speed.py --jpegs 20000                     what a folder of JPEGs costs: caching, loading, memory
-    python benchmarks/speed.py --sets 10000,1000000           what sets of many images cost: caching, first step, memory
+    python benchmarks/speed.py --sets 10000,1000000              what sets of many images cost
+    python benchmarks/speed.py --processes 1,2                  how well processes share a batch
     python benchmarks/speed.py --start                           from the command to the first step
 
 Every measurement is a process of its own, contestants take turns, and medians over the rounds are shown, so that a
@@ -350,10 +351,17 @@ def measure(args: argparse.Namespace) -> dict:
     return dict(parameters=parameters, step=step, memory=memory, drawing=drawing, flops=work)
 
 
-def in_process(*flags: object) -> dict:
-    """The JSON that this script prints last when it is run with the flags. Raises UserError where it fails."""
+def in_process(*flags: object, processes: int = 0) -> dict:
+    """The JSON that this script prints last when it is run with the flags. Raises UserError where it fails.
+
+    processes: so many of them under torchrun, with a thread each.
+    """
     command = [sys.executable, __file__, *map(str, flags)]
-    done = subprocess.run(command, capture_output=True, text=True)
+    env = os.environ
+    if processes:
+        command[1:1] = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes)]
+        env = {**env, "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, capture_output=True, text=True, env=env)
     lines = done.stdout.strip().splitlines()
     if done.returncode or not lines:
         raise UserError(reason(done.stderr), code=1)
@@ -744,6 +752,48 @@ def start(args: argparse.Namespace) -> list[dict]:
     return rows
 
 
+# ---- Processes that share a batch --------------------------------------------------------------
+
+
+def shared_step(args: argparse.Namespace) -> dict:
+    """In each of several processes: seconds of a step, and those in which the exchange of gradients is under way."""
+    cfg = settings(args.networks, int(args.batches))
+    run = diffuser.Trainer(cfg, diffuser.Devices(cfg))
+    step = seconds(run.train_step, 0, least=args.steps)          # as many on each, or they would wait for one another
+
+    with torch.profiler.profile() as profile:
+        for _ in range(5):
+            run.train_step()
+    exchanges = [event for event in profile.key_averages() if re.match("(gloo|nccl):all_?reduce", event.key)]
+    exchange = sum(event.cpu_time_total for event in exchanges)
+    return dict(step=step, exchange=exchange / 5e6, gradients=4 * diffuser.count_parameters(run.network))
+
+
+def processes(args: argparse.Namespace) -> list[dict]:
+    """Each number of processes in turn, on the same batch: of one thread each, where they are CPU processes."""
+    counts = [int(count) for count in args.processes.split(",")]
+    shared = ["--measure", "--shared", "--networks", args.networks, "--batches", args.batches, "--steps", args.steps]
+    found: dict[int, list[dict]] = {count: [] for count in counts}
+    for _ in range(args.rounds):
+        for count in counts:
+            found[count].append(in_process(*shared, processes=count))
+
+    rows = []
+    alone = None
+    for count, results in found.items():
+        middle = medians(results)
+        alone = alone or count * middle["step"]
+        rows.append({
+            "": f"{args.networks}, batch {args.batches}",
+            "processes": count,
+            "step (ms)": round(1000 * middle["step"], 1),
+            "images/s": round(int(args.batches) / middle["step"], 1),
+            "efficiency": f"{alone / (count * middle['step']):.0%}",
+            "exchange under way": f"{middle['exchange'] / middle['step']:.0%}",
+            "gradients (MB)": round(middle["gradients"] / 1e6, 1)})
+    return rows
+
+
 # ---- Command line ------------------------------------------------------------------------------
 
 
@@ -766,6 +816,7 @@ def build_parser() -> Parser:
     add("--side", type=int, default=64, help="pixels of their width and height, a multiple of 8 [64]")
     add("--workers", type=int, default=0, help="processes that decode them [0]")
     add("--black", action="store_true", help="do not decode them: for sizes that take too long, or too much room")
+    add("--processes", default="", metavar="N,N", help="instead: so many processes that share a batch")
     add("--start", nargs="?", const="digits", default="", help="instead: time to a first step [digits]")
     add("--data_dir", default="data", metavar="PATH",
         help="where --start finds its datasets and --sets has room [data]")
@@ -775,6 +826,7 @@ def build_parser() -> Parser:
     # What in_process runs.
     add("--measure", action="store_true", help=argparse.SUPPRESS)
     add("--rate", action="store_true", help=argparse.SUPPRESS)
+    add("--shared", action="store_true", help=argparse.SUPPRESS)
     add("--point", type=int, default=0, help=argparse.SUPPRESS)
     add("--opened", default="", help=argparse.SUPPRESS)
     return parser
@@ -798,6 +850,8 @@ def check(args: argparse.Namespace) -> None:
         raise UserError("--steps wants at least 1, --jpegs at least 0, --seconds at least 0")
     if args.sets and not all(count.isdecimal() and int(count) >= 100 for count in args.sets.split(",")):
         raise UserError("--sets wants numbers of at least 100, such as 10000,100000")
+    if args.processes and not all(count.isdecimal() and int(count) for count in args.processes.split(",")):
+        raise UserError("--processes wants numbers such as 1,2")
     if args.side < 8 or args.side % 8 or args.workers < 0:
         raise UserError("--side wants a multiple of 8, --workers at least 0")
     if args.sets and not Path(args.data_dir).is_dir():
@@ -808,6 +862,8 @@ def measure_one(args: argparse.Namespace) -> dict:
     """What a process of in_process measures."""
     if args.rate:
         return dict(rate=matrix_rate())
+    if args.shared:
+        return shared_step(args)
     if args.opened:
         return set_point(args)
     if args.curves:
@@ -820,12 +876,14 @@ def work(args: argparse.Namespace) -> None:
     check(args)
     offer_noise()
     if args.rate or args.measure:
-        print("\n" + json.dumps(measure_one(args)))
+        measured = measure_one(args)
+        if os.environ.get("RANK", "0") == "0":
+            print("\n" + json.dumps(measured))
         return
 
     if args.json:
         require_writable(args.json, "--json")
-    if not (args.curves or args.jpegs or args.sets or args.start):
+    if not (args.curves or args.jpegs or args.sets or args.processes or args.start):
         args.contestants = leave_out_missing(args.contestants, lambda name: PACKAGES[CONTESTANTS[name][0]])
 
     print(machine(), flush=True)
@@ -835,6 +893,8 @@ def work(args: argparse.Namespace) -> None:
         rows = jpegs(args)
     elif args.sets:
         rows = sets(args)
+    elif args.processes:
+        rows = processes(args)
     elif args.start:
         rows = start(args)
     else:

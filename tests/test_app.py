@@ -300,6 +300,7 @@ def test_a_picture_of_ones_own_is_varied(window, picture):
     assert all(left < right for left, right in halves)
 
 
+@pytest.mark.slow
 def test_a_painted_part_is_drawn_anew(window, picture):
     """What is painted over in the page is drawn anew, and every pixel that is not stays as it was."""
     window.tab("Edit")
@@ -605,7 +606,7 @@ def test_it_listens_on_this_machine_alone(server):
 # ---- For everyone ------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("scheme", ["light", "dark"])
+@pytest.mark.parametrize("scheme", ["light", pytest.param("dark", marks=pytest.mark.slow)])
 def test_phone(browser, server, scheme):
     """On 390 pixels nothing sticks out, in either scheme, and words can be read on what they stand on."""
     window = Window(browser, server.address, viewport=dict(width=390, height=844), color_scheme=scheme)

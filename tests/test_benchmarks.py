@@ -163,10 +163,10 @@ def test_loading_jpegs_is_a_small_part_of_a_step(folder):
 def test_sets_of_many_images_are_measured(folder):
     """--sets: a row per size with the time to cache it, the time to a first step once it is cached, and the memory."""
     (folder / "data").mkdir()
-    done = cli("--sets", "100,300", "--kind", "npz", "--side", "8", "--json", "sets.json", script="benchmarks/speed.py", cwd=folder)
+    done = cli("--sets", "100", "--kind", "npz", "--side", "8", "--json", "sets.json", script="benchmarks/speed.py", cwd=folder)
     assert done.returncode == 0, done.stderr
     rows = json.loads((folder / "sets.json").read_text())["rows"]
-    assert [row["images"] for row in rows] == [100, 300] and not list((folder / "data").iterdir())
+    assert [row["images"] for row in rows] == [100] and not list((folder / "data").iterdir())
     for row in rows:
         assert row["caching (s)"] > 0 and row["cached: to the first step (s)"] > 0 and 50 < row["at the start"] <= row["MiB"] < 2000
 
@@ -181,6 +181,18 @@ def test_memory_hardly_grows_with_the_set(folder, kind):
     assert done.returncode == 0, done.stderr
     few, many = json.loads((folder / "sets.json").read_text())["rows"]
     assert many["MiB"] - few["MiB"] < 40 and many["MiB then"] - few["MiB then"] < 40
+
+
+@pytest.mark.slow
+def test_processes_that_share_a_batch_are_measured(folder):
+    """--processes: a row for each number of them under torchrun, of which only several exchange gradients."""
+    done = cli("--processes", "1,2", "--networks", "digits", "--batches", "32", "--rounds", "1", "--steps", "3", "--json", "shared.json",
+               script="benchmarks/speed.py", cwd=folder)
+    assert done.returncode == 0, done.stderr
+    one, two = json.loads((folder / "shared.json").read_text())["rows"]
+    assert (one["processes"], two["processes"]) == (1, 2)
+    assert one["exchange under way"] == "0%" != two["exchange under way"]
+    assert one["efficiency"] == "100%" and two["images/s"] > 0
 
 
 @pytest.mark.slow

@@ -250,9 +250,11 @@ def test_small_networks_run_on_one_thread(monkeypatch):
 
 def test_training_and_drawing_use_that_rule(folder, monkeypatch):
     """Both a run and a model that draws settle their threads."""
+    path = trained_before()
     seen = []
     monkeypatch.setattr(diffuser, "use_threads", lambda cfg, shape, classes: seen.append((cfg.dataset, shape, classes)))
-    diffuser.load(trained_before(), device="cpu")
+    diffuser.Trainer(tiny_training())
+    diffuser.load(path, device="cpu")
     assert seen == [("digits", (1, 8, 8), 10)] * 2
 
 

@@ -124,7 +124,7 @@ def test_two_machines_train_as_one(machines, tmp_path):
     assert machines.checkpoints(0) == [15]
     assert machines.checkpoints(1) == []
     there = {path.name for path in machines.folders[1].rglob("*") if path.is_file() and path.suffix != ".png"}
-    assert {name.partition(".")[2] for name in there} == {"bin", "json", "lock"}, there
+    assert {name.partition(".")[2] for name in there} == {"bin", "json", "labels", "lock"}, there
 
     alone = prepared.run(ROOT / "diffuser.py", *flags, "15", cwd=tmp_path / "alone")
     assert alone.returncode == 0, alone.stderr

@@ -12,7 +12,7 @@ import zipfile
 import prepared
 import pytest
 import torch
-from conftest import TINY_FLAGS, tiny_training, trained_before
+from conftest import TINY_FLAGS, heed_interrupts, tiny_training, trained_before
 from PIL import Image
 
 import diffuser
@@ -177,7 +177,8 @@ def test_a_run_outlives_what_started_it(folder):
             f"print(runs.start_run({words('first', '--iterations', '100000', '--log_every', '2')!r}), flush=True)\n"
             "time.sleep(60)")
     starter = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True, cwd=folder,
-                               env={"PYTHONPATH": str(runs.ROOT), "OMP_NUM_THREADS": "1"}, start_new_session=True)
+                               env={"PYTHONPATH": str(runs.ROOT), "OMP_NUM_THREADS": "1"}, start_new_session=True,
+                               preexec_fn=heed_interrupts)
     key = starter.stdout.readline().strip()
     wait_for(lambda: runs.find_run(PLACES, key).step >= 2)
     starter.send_signal(signal.SIGINT)
