@@ -186,7 +186,7 @@ def test_memory_hardly_grows_with_the_set(folder, kind):
 @pytest.mark.slow
 def test_processes_that_share_a_batch_are_measured(folder):
     """--processes: a row for each number of them under torchrun, of which only several exchange gradients."""
-    done = cli("--processes", "1,2", "--networks", "digits", "--batches", "32", "--rounds", "1", "--steps", "3", "--json", "shared.json",
+    done = cli("--processes", "1,2", "--networks", "tiny", "--batches", "32", "--rounds", "1", "--steps", "3", "--json", "shared.json",
                script="benchmarks/speed.py", cwd=folder)
     assert done.returncode == 0, done.stderr
     one, two = json.loads((folder / "shared.json").read_text())["rows"]
