@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -358,6 +359,72 @@ def test_two_processes_work_as_one(tmp_path):
     assert out.count("a line from") == 1
     assert "a line from 0" in out
     assert sum([*zero["speaks"], *one["speaks"]]) == 1
+
+
+SENT = """
+from diffuser_lib.files import UserError
+from diffuser_lib.processes import name_meeting
+
+made = []
+def make():
+    made.append(rank)
+    torch.manual_seed(0)
+    return dict(weights=[torch.randn(300, 7), torch.randn(5).bfloat16(), torch.tensor(2**40), torch.zeros(0, 3), torch.ones(2, 2).t()],
+                truth=torch.tensor([True, False]), step=7, name="x", nothing=None, pair=(1, torch.arange(3)), path=Path("a"))
+
+value = processes.from_main(make)
+expected = make()
+made.pop()
+tensors = [*value["weights"], value["truth"], value["pair"][1]]
+same = all(a.dtype == b.dtype and torch.equal(a, b) for a, b in zip(tensors, [*expected["weights"], expected["truth"], expected["pair"][1]]))
+
+def refuse():
+    raise UserError("there is no such file", code=7)
+
+try:
+    processes.from_main(refuse)
+except UserError as error:
+    refused = [str(error), error.code]
+
+gathered = processes.gather(dict(rank=rank))
+processes.require_same({"a": "1"}, "never told")
+try:
+    processes.require_same({"a": "1", "b": str(rank), **({"c": "3"} if rank else {})}, "do this.")
+except UserError as error:
+    differs = str(error)
+
+# A second meeting finds what the first one left in the store, and that of a process that was never there.
+store = dist.distributed_c10d._get_default_store()
+if rank == 0:
+    store.set("proposal", "old words")
+    store.set("begun", "old words")
+    store.set("here 1", "a dead one")
+processes.barrier()
+names = []
+for _ in range(2):
+    names.append(name_meeting(store, rank, 2))
+    processes.barrier()
+note(made=made, same=same, others=[value["step"], value["name"], value["nothing"], value["pair"][0], str(value["path"])],
+     refused=refused, gathered=gathered, differs=differs, names=names)
+leave()
+"""
+
+
+def test_what_one_process_has_and_what_all_must_agree_on(tmp_path):
+    """What rank 0 reads, tensors and all, and its failure, is every rank's; what differs is named once, with both values; a
+    meeting has a name of its own, whatever is left in the store of an earlier one."""
+    _, zero, one = two(SENT, tmp_path)
+    assert [zero.pop("made"), one.pop("made")] == [[0], []]
+    assert zero == one
+    assert zero["same"]
+    assert zero["others"] == [7, "x", None, 1, "a"]
+    assert zero["refused"] == ["there is no such file", 7]
+    assert zero["gathered"] == [{"rank": 0}, {"rank": 1}]
+    first, *lines, advice = zero["differs"].splitlines()
+    assert first == "the processes do not agree:" and advice == "do this."
+    assert [re.sub(r" on \S+ \(rank", " on X (rank", line) for line in lines] == [
+        "b: 1 on X (rank 1), 0 on X (rank 0)", "c: 3 on X (rank 1), not given on X (rank 0)"]
+    assert len(set(zero["names"])) == 2
 
 
 SIGNALS = """
