@@ -2043,6 +2043,8 @@ def torchvision_dataset(name: str, cfg: Config, files: str, place: str, **option
     root = Path(cfg.data_dir)
     try:
         root.mkdir(parents=True, exist_ok=True)
+        with suppress(RuntimeError):                             # not there, or not whole
+            return getattr(torchvision.datasets, name)(root, download=False, **options)
         with FileLock(root / f".{name}.lock"):                   # another run, or machine, may be downloading it
             return getattr(torchvision.datasets, name)(root, download=True, **options)
     except ModuleNotFoundError as error:                         # scipy, for some
@@ -4810,7 +4812,8 @@ def train(cfg: Config, devices: Devices | None = None, data: ImageData | None = 
     devices = devices or Devices(cfg)
     processes = devices.processes
     signals = Signals(processes)
-    with signals.catch(*save_signals()), run_lock(cfg) if processes.is_main else nullcontext():
+    with (signals.catch(*save_signals()), run_lock(cfg) if processes.is_main else nullcontext(),
+          processes.watched()):
         processes.barrier()                                      # until rank 0 holds the lock
         path = train_locked(cfg, devices, signals, data)
         processes.barrier()                                      # until rank 0 has saved its last checkpoint
@@ -5734,7 +5737,8 @@ def save_images(model: Model, cfg: Config, numbers: list[int], count: int, sourc
     signals = Signals(processes)
     go_on = how_to_go_on(cfg, folder, numbers, count, first)
     hold = pictures.hold if processes.is_main else pictures.explain_failures
-    with signals.catch(*stop_signals()) if processes.world > 1 else nullcontext(), hold(go_on):
+    with (signals.catch(*stop_signals()) if processes.world > 1 else nullcontext(), hold(go_on),
+          processes.watched()):
         processes.barrier()
 
         # The images, each by its number and class.

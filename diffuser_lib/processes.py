@@ -21,7 +21,7 @@ import threading
 import time
 import uuid
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from datetime import timedelta
 from typing import TypeVar
 
@@ -44,6 +44,7 @@ T = TypeVar("T")
 # Names in the store that processes share. All come to the same places in the same order, so numbers name them.
 MEETINGS = itertools.count()
 COUNTS = itertools.count()
+WATCHES = itertools.count()                                      # only first processes of machines have them
 
 
 def world_size() -> int:
@@ -82,6 +83,10 @@ class Processes:
         """Wait for all ranks."""
         if self.world > 1:
             dist.barrier()
+
+    def watched(self) -> AbstractContextManager:
+        """For a block in which processes wait for one another: a machine that falls silent ends the others."""
+        return watch(dist.distributed_c10d._get_default_store()) if self.world > 1 else nullcontext()
 
     def wait_for_all(self, look: Callable[[], object]) -> None:
         """Wait for all ranks as in `barrier`, and call look() meanwhile; what it raises ends the waiting.
@@ -234,18 +239,15 @@ def with_tensors(value: object, tensors: list[Tensor]) -> object:
 
 # ---- Meeting -----------------------------------------------------------------------------------
 
-WATCHES: list[Watch] = []                                        # at most one
-
 
 def join(backend: str) -> None:
     """Meet the other processes of the run. Raises UserError where their machines cannot reach each other."""
     store, rank, world = next(dist.rendezvous("env://"))
     store.set_timeout(PATIENCE)
     store = dist.PrefixStore(name_meeting(store, rank, world), store)
-    if machines() > 1 and is_first_here():
-        WATCHES.append(Watch(store))
     try:
-        dist.init_process_group(backend, store=store, rank=rank, world_size=world, timeout=PATIENCE)
+        with watch(store):
+            dist.init_process_group(backend, store=store, rank=rank, world_size=world, timeout=PATIENCE)
     except RuntimeError as error:
         if machines() == 1:
             raise
@@ -255,8 +257,6 @@ def join(backend: str) -> None:
 
 def leave() -> None:
     """Part from the other processes at the end of a run."""
-    while WATCHES:
-        WATCHES.pop().end()
     if dist.is_available() and dist.is_initialized():
         dist.destroy_process_group()
 
@@ -297,26 +297,38 @@ class Watch:
 
     Where only a process dies, its system closes the connections, and the others fail at once. Here nobody would: an
     exchange waits, and the store may, too. So one thread gives signs of life and looks for those of others, and another
-    one watches the clock.
+    one watches the clock. A context manager, for the first process of each machine; one that ends with an error says
+    no goodbye, and the others follow.
     """
 
     GONE_WELL = 2**40                                            # a count of beats that is not reached otherwise
 
     def __init__(self, store: dist.Store):
-        self.store = store.clone()                               # a connection of its own: others wait in theirs
+        """store: what all processes share, from which this one gets a connection of its own: others wait in theirs."""
+        self.store = store.clone()
+        self.name = f"beats {next(WATCHES)}"
         self.over = threading.Event()
         self.heard = [time.monotonic()] * machines()             # when each was heard last
         self.counts = [0] * machines()
+
+    def __enter__(self) -> Watch:
         for work in (self.beat, self.look):
             threading.Thread(target=work, daemon=True).start()
+        return self
+
+    def __exit__(self, kind: type | None, *error) -> None:
+        self.over.set()
+        if kind is None:
+            with suppress(Exception):
+                self.store.add(f"{self.name} of {machine()}", self.GONE_WELL)
 
     def beat(self) -> None:
         """Give signs of life, and read those of the others."""
         while not self.over.is_set():
             with suppress(Exception):                            # the store is gone: look() will tell
-                self.store.add(f"beats {machine()}", 1)
+                self.store.add(f"{self.name} of {machine()}", 1)
                 for other in range(machines()):
-                    count = self.store.add(f"beats {other}", 0)
+                    count = self.store.add(f"{self.name} of {other}", 0)
                     if count != self.counts[other]:
                         self.heard[other] = time.monotonic()
                     if count >= self.GONE_WELL:
@@ -334,11 +346,10 @@ class Watch:
                      "again, which goes on from the last checkpoint")
                 os._exit(1)
 
-    def end(self) -> None:
-        """This machine leaves, and need not be heard of again."""
-        self.over.set()
-        with suppress(Exception):
-            self.store.add(f"beats {machine()}", self.GONE_WELL)
+
+def watch(store: dist.Store) -> AbstractContextManager:
+    """A Watch where there are several machines, for the first process of each; else nothing."""
+    return Watch(store) if machines() > 1 and is_first_here() else nullcontext()
 
 
 def add_to_store(name: str, number: int) -> int:

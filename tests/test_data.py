@@ -563,3 +563,25 @@ def test_digits_are_those_of_scikit_learn():
 def test_digits_file_is_small():
     """The repository stays light: the shipped data set takes less than 100 kB."""
     assert SHIPPED.stat().st_size < 100_000
+
+
+def test_what_is_there_is_not_downloaded_again_and_leaves_no_lock(folder, monkeypatch):
+    """A data folder may be read-only; where something is missing, one run downloads it and others wait for it."""
+    torchvision = pytest.importorskip("torchvision")
+    asked = []
+
+    class Absent:
+        def __init__(self, root, download, **options):
+            asked.append((download, (folder / "data/.MNIST.lock").exists()))
+            if not download:
+                raise RuntimeError("Dataset not found")
+
+    cfg = diffuser.configure(dataset="mnist")
+    monkeypatch.setattr(torchvision.datasets, "MNIST", Absent)
+    diffuser.torchvision_dataset("MNIST", cfg, "files", "place", train=True)
+    assert asked == [(False, False), (True, True)]
+
+    (folder / "data/.MNIST.lock").unlink(missing_ok=True)
+    monkeypatch.setattr(torchvision.datasets, "MNIST", lambda root, download, train: "images")
+    assert diffuser.torchvision_dataset("MNIST", cfg, "files", "place", train=True) == "images"
+    assert list((folder / "data").iterdir()) == []
