@@ -468,6 +468,7 @@ def test_a_run_tied_to_the_page_stops_with_it(browser, place, tmp_path):
 # ---- Attacks -----------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_hostile_files_are_a_line(window, server, tmp_path):
     """Text, PostScript and a bomb that call themselves pictures are refused in a line, whatever their names."""
     (tmp_path / "<img src=x onerror=alert(1)>.png").write_text("<script>alert(1)</script>")
@@ -697,6 +698,7 @@ runpy.run_path('app.py', run_name='__main__')
 """
 
 
+@pytest.mark.slow
 def test_a_space_draws_from_its_folder_alone(browser, place, tmp_path):
     """The folder of to-space draws the same pictures by what is in it and by what its requirements bring, no more."""
     import convert

@@ -160,6 +160,7 @@ def test_loading_jpegs_is_a_small_part_of_a_step(folder):
     assert again["ready after (s)"] < first["ready after (s)"] and again["loading (ms)"] < 0.03 * again["step (ms)"]
 
 
+@pytest.mark.slow
 def test_sets_of_many_images_are_measured(folder):
     """--sets: a row per size with the time to cache it, the time to a first step once it is cached, and the memory."""
     (folder / "data").mkdir()

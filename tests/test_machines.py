@@ -134,7 +134,7 @@ def test_two_machines_train_as_one(machines, tmp_path):
     assert [loss for _, loss in together] == pytest.approx([loss for _, loss in apart], rel=1e-2)
 
 
-@pytest.mark.parametrize("victim", [0, 1])
+@pytest.mark.parametrize("victim", [0, pytest.param(1, marks=pytest.mark.slow)])
 def test_a_killed_machine_ends_the_other_and_both_go_on(machines, victim):
     """Killed at random, one takes the other down within a minute, with one message; the same commands go on to the end."""
     processes = machines.train([*DIGITS, "--iterations", "20000"])
@@ -172,6 +172,7 @@ def test_a_network_that_fails_ends_both(machines):
     assert time.monotonic() - cut_at < 20
 
 
+@pytest.mark.slow
 def test_a_machine_that_waits_is_not_taken_for_a_dead_one(machines):
     """Signs of life go on while one machine waits for the other, which draws, saves or reads."""
     slow = ("-c", IMPATIENT[1].replace("sys.exit", "draw = diffuser.Monitor.draw_grid; import time; diffuser.Monitor.draw_grid "
