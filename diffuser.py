@@ -3975,6 +3975,9 @@ def training_length(cfg: Config, images: int) -> tuple[int, int, int]:
     return cfg.iterations or cfg.epochs * per_epoch, per_epoch, size
 
 
+NOISE_BLOCK = 8                                                  # images; fewer draws than one for each, on GPUs
+
+
 class Trainer:
     """The state of a run, and its step: network, average, optimizer, learning rate, progress."""
 
@@ -4106,9 +4109,8 @@ class Trainer:
     def step_noise(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """A step's randomness, a function of (seed, step): t, eps, the noise that the network sees, labels to drop.
 
-        Each image has noise by (seed, step, its place in the batch), so that a process draws no more than its own, and
-        the same for any number of processes; of t and labels all draw one number an image. Timesteps are spread evenly
-        over the batch (2107.00630, appendix I.1).
+        All processes draw the batch's timesteps and labels, one number an image; noise only for their own images. It is
+        the same for any number of processes. Timesteps are spread evenly over the batch (2107.00630, appendix I.1).
         """
         here = self.batches.rank_slice
         base = derive_seed(self.cfg.seed, STREAM_STEP, self.step)
@@ -4118,15 +4120,20 @@ class Trainer:
         t = self.diffusion.timesteps(spread)[here]
         drop = torch.rand(self.size, **options)[here] < self.cfg.label_dropout
 
-        count = here.stop - here.start
-        eps = torch.empty(count, *self.shape, device=self.device)
-        extra = torch.empty_like(eps) if self.cfg.input_perturbation else None
-        for i in range(count):
-            random.manual_seed(base + 1 + here.start + i)
-            eps[i].normal_(generator=random)
-            if extra is not None:                                # 2301.11706, algorithm 1
-                extra[i].normal_(generator=random)
-        noise = eps if extra is None else eps + self.cfg.input_perturbation * extra
+        # A block of images has noise by (seed, step, its number in the batch).
+        blocks = range(here.start // NOISE_BLOCK, math.ceil(here.stop / NOISE_BLOCK))
+        kinds = 2 if self.cfg.input_perturbation else 1
+        drawn = torch.empty(kinds, len(blocks), NOISE_BLOCK, *self.shape, device=self.device)
+        for i, block in enumerate(blocks):
+            random.manual_seed(base + 1 + block)
+            for noise in drawn[:, i]:
+                noise.normal_(generator=random)
+        offset = here.start - blocks.start * NOISE_BLOCK
+        eps, *further = drawn.flatten(1, 2)[:, offset : offset + here.stop - here.start]
+
+        noise = eps
+        if further:                                              # 2301.11706, algorithm 1
+            noise = eps + self.cfg.input_perturbation * further[0]
         return t, eps, noise, drop
 
     def accumulate(self, batch: list[Tensor], forward: Callable) -> Tensor:

@@ -587,6 +587,30 @@ def test_timesteps_of_a_batch_are_spread_evenly(folder):
     assert torch.equal(first // 10, torch.arange(16)) and not torch.equal(first, run.step_noise()[0])
 
 
+@pytest.mark.parametrize("perturbation", [0.0, 0.1])
+@pytest.mark.parametrize("world", [1, 2, 3, 7])
+def test_each_process_draws_its_own_part_of_the_same_noise(folder, monkeypatch, perturbation, world):
+    """The parts of all processes are the noise of one, whatever their number, and no two images have the same; each draws
+    hardly more than its own."""
+    drawn = []
+    normal = torch.Tensor.normal_
+    monkeypatch.setattr(torch.Tensor, "normal_", lambda self, **options: (drawn.append(len(self)), normal(self, **options))[1])
+    run = Trainer(tiny_training(batch_size=20, input_perturbation=perturbation))
+    whole = run.step_noise()
+    parts = []
+    for rank in range(world):
+        run.batches.rank_slice = here = slice(rank * 20 // world, (rank + 1) * 20 // world)
+        drawn.clear()
+        parts.append(run.step_noise())
+        assert sum(drawn) < (2 if perturbation else 1) * (here.stop - here.start + 2 * diffuser.NOISE_BLOCK)
+    for together, apart in zip(whole, zip(*parts)):
+        assert torch.equal(together, torch.cat(apart))
+    _, eps, noise, _ = whole
+    assert len({tuple(image.flatten().tolist()) for image in eps}) == 20
+    assert (noise - eps).std() == pytest.approx(perturbation, rel=0.1, abs=1e-9)
+    assert eps.std() == pytest.approx(1, rel=0.1)
+
+
 def test_input_perturbation_adds_its_share_of_noise(folder):
     """The network's noise is the target's plus gamma times other noise: its variance is 1 + gamma^2."""
     def draw(gamma):
