@@ -594,7 +594,7 @@ def test_each_process_draws_its_own_part_of_the_same_noise(folder, monkeypatch, 
     hardly more than its own."""
     drawn = []
     normal = torch.Tensor.normal_
-    monkeypatch.setattr(torch.Tensor, "normal_", lambda self, **options: (drawn.append(len(self)), normal(self, **options))[1])
+    monkeypatch.setattr(torch.Tensor, "normal_", lambda self, *values, **options: (drawn.append(len(self)), normal(self, *values, **options))[1])
     run = Trainer(tiny_training(batch_size=20, input_perturbation=perturbation))
     whole = run.step_noise()
     parts = []
