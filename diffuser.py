@@ -1995,10 +1995,13 @@ def names_of_classes(raw, count: int) -> list[str]:
 
 
 def load_folder(cfg: Config, train: bool) -> ImageData:
-    """Images of one's own, of any kind that open_images knows; most often the folder that holds them is the class."""
+    """Images of one's own, of any kind that open_images knows; most often the folder that holds them is the class.
+
+    train: those to train on, else those that has_test_part told of.
+    """
     source = open_images(cfg.path_to_data, "--path_to_data", cfg.label_column)
     if not train:
-        source = source.test_part() or source
+        source = source.test_part()
     return cached(cfg, source, image_shape(cfg, source), ("folder", *source.fingerprint()), source.class_names)
 
 
@@ -2043,9 +2046,11 @@ def torchvision_dataset(name: str, cfg: Config, files: str, place: str, **option
     root = Path(cfg.data_dir)
     try:
         root.mkdir(parents=True, exist_ok=True)
-        with suppress(RuntimeError):                             # not there, or not whole
-            return getattr(torchvision.datasets, name)(root, download=False, **options)
-        with FileLock(root / f".{name}.lock"):                   # another run, or machine, may be downloading it
+        lock = root / f".{name}.lock"
+        if not lock.exists():                                    # where it is, another run, or machine, may be at it
+            with suppress(RuntimeError, FileNotFoundError):      # not there, or not whole
+                return getattr(torchvision.datasets, name)(root, download=False, **options)
+        with FileLock(lock):
             return getattr(torchvision.datasets, name)(root, download=True, **options)
     except ModuleNotFoundError as error:                         # scipy, for some
         raise UserError(f"{name} takes {error.name}: pip install {error.name}", code=1) from error
@@ -3975,7 +3980,7 @@ def training_length(cfg: Config, images: int) -> tuple[int, int, int]:
     return cfg.iterations or cfg.epochs * per_epoch, per_epoch, size
 
 
-NOISE_BLOCK = 8                                                  # images; fewer draws than one for each, on GPUs
+NOISE_BLOCK = 8                                                  # images whose noise is drawn at once, for GPUs' sake
 
 
 class Trainer:
@@ -3994,6 +3999,7 @@ class Trainer:
         self.processes = devices.processes
         self.load_images(cfg, data)
         cfg = self.cfg                                           # completed by what the images are
+        self.require_same_run()
 
         # Length and memory, before anything large is made.
         indices, self.val_indices = split(self.data, cfg.val_fraction)
@@ -4064,6 +4070,15 @@ class Trainer:
         self.cfg = dataclasses.replace(cfg, flip=flip, use_labels=self.null_class > 0, channels=self.shape[0],
                                        img_size=self.shape[1:])
 
+    def require_same_run(self) -> None:
+        """Raise UserError where the processes are about to train with other settings, or on other images."""
+        if self.processes.world == 1:
+            return
+        values = {f"--{name}": format_value(name, getattr(self.cfg, name)) for name in FIELDS if name not in PER_RUN}
+        values["images"] = f"{len(self.data.images):,} with the digest {self.data.digest()[:12]}"
+        values["classes"] = list_classes(self.data.class_names)
+        self.processes.require_same(values, "Give all of them the same flags, and the same images.")
+
     @property
     def step(self) -> int:
         """Optimizer steps done."""
@@ -4109,8 +4124,9 @@ class Trainer:
     def step_noise(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """A step's randomness, a function of (seed, step): t, eps, the noise that the network sees, labels to drop.
 
-        All processes draw the batch's timesteps and labels, one number an image; noise only for their own images. It is
-        the same for any number of processes. Timesteps are spread evenly over the batch (2107.00630, appendix I.1).
+        Each process draws timesteps and dropped labels for the whole batch, a number for each image, but noise only for
+        its own images. The result does not depend on the number of processes. Timesteps are spread evenly over the
+        batch (2107.00630, appendix I.1).
         """
         here = self.batches.rank_slice
         base = derive_seed(self.cfg.seed, STREAM_STEP, self.step)
@@ -4265,6 +4281,10 @@ class Trainer:
             learned = {}
         groups = self.optimizer.state_dict()["param_groups"]
         self.optimizer.load_state_dict(dict(state=learned, param_groups=groups))
+        for p, kept in self.optimizer.state.items():             # fused steps want them laid out as the weights are
+            for name, value in kept.items():
+                if isinstance(value, Tensor) and value.shape == p.shape and value.stride() != p.stride():
+                    kept[name] = torch.empty_like(p, dtype=value.dtype).copy_(value)
         if state["scaler"]:                                      # empty unless it was fp16 as well
             self.scaler.load_state_dict(state["scaler"])
 
@@ -4792,7 +4812,9 @@ def time_a_step(cfg: Config, devices: Devices, shape: tuple[int, int, int], num_
                                 compile=False, random_crop=False, val_fraction=0.0)
     trainer = TrialTrainer(trial, devices, data=data)
 
-    measure = partial(seconds_of, trainer, trainer.train_step)
+    def measure() -> float:                                      # by rank 0's clock: all do as many
+        return devices.processes.broadcast(int(1e9 * seconds_of(trainer, trainer.train_step))) / 1e9
+
     measure()                                                    # the first one takes longer
     seconds = measure()
     here = batch // devices.processes.world                      # images of this process
@@ -4801,8 +4823,7 @@ def time_a_step(cfg: Config, devices: Devices, shape: tuple[int, int, int], num_
         seconds = measure()
 
     times = [seconds]
-    end = time.perf_counter() + 0.5
-    while len(times) < 10 and time.perf_counter() + seconds < end:
+    while len(times) < 10 and sum(times) + seconds < 0.5:
         times.append(measure())
     return statistics.median(times) * size / (trainer.part * devices.processes.world)
 
@@ -4819,8 +4840,7 @@ def train(cfg: Config, devices: Devices | None = None, data: ImageData | None = 
     devices = devices or Devices(cfg)
     processes = devices.processes
     signals = Signals(processes)
-    with (signals.catch(*save_signals()), run_lock(cfg) if processes.is_main else nullcontext(),
-          processes.watched()):
+    with signals.catch(*save_signals()), run_lock(cfg) if processes.is_main else nullcontext():
         processes.barrier()                                      # until rank 0 holds the lock
         path = train_locked(cfg, devices, signals, data)
         processes.barrier()                                      # until rank 0 has saved its last checkpoint
@@ -4846,7 +4866,6 @@ def train_locked(cfg: Config, devices: Devices, signals: Signals, data: ImageDat
 
     trainer = Trainer(cfg, devices, state, compute, data)
     del state                                                    # of twice the size of the network and more
-    require_same_run(trainer)
     folder = samples_path(cfg)
     if processes.is_main:
         set_earlier_run_aside(cfg, path, folder, processes)
@@ -4885,16 +4904,7 @@ def require_furthest(cfg: Config, state: dict | None, processes: Processes) -> N
     furthest, place = max(others, default=(0, here))
     if furthest > max(ours, state["step"] if state else 0):
         raise UserError(f"{place} has this run's checkpoint of step {furthest:,}, and the machine of rank 0, {here}, "
-                        "none so late: copy it there, or begin a run of its own with --experiment_name NAME")
-
-
-def require_same_run(trainer: Trainer) -> None:
-    """Raise UserError where the processes are about to train different things: settings, images, step."""
-    cfg = trainer.cfg
-    values = {f"--{name}": format_value(name, getattr(cfg, name)) for name in FIELDS if name not in PER_RUN}
-    values["images"] = f"{len(trainer.batches.indices):,} with the digest {trainer.data.digest()[:12]}"
-    values["step"] = f"{trainer.step:,}"
-    trainer.processes.require_same(values, "Give all of them the same flags, and the same images.")
+                        "none so late: copy it there, or start over with --resume never, or --experiment_name NAME")
 
 
 def set_earlier_run_aside(cfg: Config, path: Path | None, folder: Path, processes: Processes) -> None:
@@ -5233,7 +5243,7 @@ def run_training(asked: dict) -> None:
     shared = {f"--{name}": format_value(name, value) for name, value in asked.items() if name not in OWN_PLACES}
     processes.require_same(shared, "Start all of them with the same flags.")
     cfg = processes.from_main(partial(settle_run, asked))
-    cfg = dataclasses.replace(cfg, **{name: value for name, value in asked.items() if name in OWN_PLACES})
+    cfg = dataclasses.replace(cfg, **{name: asked.get(name, FIELDS[name].default) for name in OWN_PLACES})
     if cfg.dataset == "folder":                                  # told before anything is made
         check_images(cfg.path_to_data, "--path_to_data")
 
@@ -5744,8 +5754,7 @@ def save_images(model: Model, cfg: Config, numbers: list[int], count: int, sourc
     signals = Signals(processes)
     go_on = how_to_go_on(cfg, folder, numbers, count, first)
     hold = pictures.hold if processes.is_main else pictures.explain_failures
-    with (signals.catch(*stop_signals()) if processes.world > 1 else nullcontext(), hold(go_on),
-          processes.watched()):
+    with signals.catch(*stop_signals()) if processes.world > 1 else nullcontext(), hold(go_on):
         processes.barrier()
 
         # The images, each by its number and class.

@@ -144,11 +144,15 @@ def load_reference(against: str, data_dir: str, shape: Shape, test: str = "") ->
     if against not in diffuser.DATASETS or against == "folder":
         files = find_images(against)
         data = read_all(files, against, shape)
-        test_files = files.test_part()
-        if test_files:
-            return Reference(Path(against).stem, data, read_all(test_files, against, shape), own_test=True)
         if len(data.class_names) > len(data.images) / 2:         # IMG_0001.jpg: numbers, no classes
             data = ImageData(data.images)
+        test_files = files.test_part()
+        if test_files is not None:
+            held_out = read_all(test_files, against, shape)
+            labels = labels_in_reference(held_out, data.class_names) if data.class_names else held_out.labels
+            if labels is not None:
+                held_out = ImageData(held_out.images, labels, data.class_names)
+                return Reference(Path(against).stem, data, held_out, own_test=True)
         train, held_out = divide(data)
         return Reference(Path(against).stem, train, held_out)
 
@@ -247,7 +251,8 @@ def look_for_copies(path: str, generated: ImageData, reference: Reference, stats
         comparisons.append(copies.compare(space, drawn, usual))
 
     title = f"{len(generated.images):,} images of {path} against {len(training.images):,} of {reference.name}"
-    names = find_images(path).names
+    files = find_images(path)
+    names = [files.name_of(i) for i in range(len(files))]
     warn_on_oserror(str(page), lambda: copies.write_page(
         page, title, names, generated.images, training.images, comparisons))
 

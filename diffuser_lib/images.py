@@ -399,7 +399,8 @@ def cache_is_whole(index: Path, shape: Shape) -> bool:
 def build_cache(index: Path, decoded: DecodedImages, workers: int) -> None:
     """Decode all images in worker processes into one file of bytes, and write its index last. Raises UserError."""
     temporary = index.with_suffix(".tmp")
-    temporary.unlink(missing_ok=True)                            # of a run that was killed
+    for stale in (index, index.with_suffix(".bin"), index.with_suffix(".labels"), temporary):
+        stale.unlink(missing_ok=True)                            # of a run that was killed, or of another version
     need = len(decoded) * math.prod(decoded.shape)
     free = shutil.disk_usage(index.parent).free
     if need > free:
@@ -439,6 +440,8 @@ def decode_into(path: Path, decoded: DecodedImages, workers: int) -> tuple[array
             pixels, label = item
             file.write(pixels.tobytes())
             labels.append(int(label))
+        file.flush()
+        os.fsync(file.fileno())                                  # the index that calls it whole comes later
     return labels, unreadable
 
 
@@ -446,7 +449,9 @@ PATIENCE = 30                                                    # seconds befor
 
 
 def tell_time(items: Iterable, what: str, total: int) -> Iterator:
-    """The items as they come, with a bar and the time left; where there is no terminal, a line now and then.
+    """The items as they come, with a bar and the time left.
+
+    Where there is no terminal: with a line after half a minute, and one each time that has doubled.
 
     what: is being done; total: how many items there are.
     """
@@ -461,7 +466,8 @@ def tell_time(items: Iterable, what: str, total: int) -> Iterator:
         passed = time.perf_counter() - start
         if passed > due:
             left = passed * (total - i - 1) / (i + 1)
-            print(f"{what}: {i + 1:,} of {total:,}, about {max(left / 60, 0.1):.1f} minutes left", flush=True)
+            with suppress(OSError):                              # where nobody reads it any more
+                print(f"{what}: {i + 1:,} of {total:,}, about {max(left / 60, 0.1):.1f} minutes left", flush=True)
             due *= 2
 
 

@@ -2,7 +2,7 @@
 
 Names       texts in one array of bytes
 Labels      numbers or words as they come, each kept as the number of its class
-ZipIndex    the names of a ZIP file's entries, and where they are; Python's own takes a kilobyte for each
+ZipIndex    the names of a ZIP file's entries, and where they are; Python's own takes hundreds of bytes for each
 
 Lists of Python's objects would take a hundred bytes and more for each image, and every worker process would copy them.
 
@@ -18,8 +18,9 @@ import zipfile
 import zlib
 from array import array
 from collections.abc import Iterable, Iterator, Sequence
+from functools import partial
 from pathlib import Path
-from typing import BinaryIO, NamedTuple
+from typing import IO, BinaryIO, NamedTuple
 
 import numpy as np
 
@@ -197,6 +198,7 @@ class Entry(NamedTuple):
     """What a ZIP file lists of an entry. packed, unpacked: bytes of its content; start: of its record in the file."""
 
     name: str
+    name_size: int                                               # bytes of it in the list
     flags: int
     method: int
     crc: int
@@ -207,7 +209,7 @@ class Entry(NamedTuple):
     @property
     def end(self) -> int:
         """Where it ends at the earliest."""
-        return self.start + LOCAL.size + len(self.name) + self.packed
+        return self.start + LOCAL.size + self.name_size + self.packed
 
 
 class ZipIndex(Names):
@@ -221,6 +223,7 @@ class ZipIndex(Names):
         self.path = path
         self.places = array("q")
         self.opened = None
+        self.rare = None
         starts = array("q")
         ends = array("q")
         with open(path, "rb") as file:
@@ -248,7 +251,7 @@ class ZipIndex(Names):
         self.places = array("q", np.asarray(self.places)[places[last]].tobytes())
 
     def __getstate__(self) -> dict:
-        return {**self.__dict__, "opened": None}                 # on its way to another process
+        return {**self.__dict__, "opened": None, "rare": None}   # on its way to another process
 
     def open_file(self) -> BinaryIO:
         return open(self.path, "rb")
@@ -266,15 +269,24 @@ class ZipIndex(Names):
             raise KeyError(f"there is no {name} in the ZIP file")
         file = self.open_once()
         _, entry = next(read_entries(file, self.places[i], LISTED.size, self.shift))
+        if entry.name != name:
+            raise zipfile.BadZipFile("the ZIP file has changed since it was listed")
         if max(entry.packed, entry.unpacked) > limit:
             raise ValueError(f"it unpacks to more than {limit >> 20} MiB")
         if entry.flags & 1:
             raise ValueError("it is encrypted")
         if entry.method in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):
             return read_content(file, entry)
-        with zipfile.ZipFile(self.path) as archive:              # rare, and slow where there are many
-            info = next(info for info in archive.infolist() if info.header_offset == entry.start)
-            return archive.read(info)
+        with self.open_rare(entry) as content:
+            return b"".join(iter(partial(content.read, 2**12), b""))             # to the size it is listed with
+
+    def open_rare(self, entry: Entry) -> IO[bytes]:
+        """The content of an entry packed by bzip2 or lzma: by Python's own reader, opened once in each process."""
+        if self.rare is None or self.rare[0] != os.getpid():
+            archive = zipfile.ZipFile(self.path)
+            self.rare = (os.getpid(), archive, {info.header_offset: info for info in archive.infolist()})
+        _, archive, infos = self.rare
+        return archive.open(infos[entry.start])
 
 
 def spans_overlap(starts: np.ndarray, ends: np.ndarray) -> bool:
@@ -345,9 +357,9 @@ def read_entries(file: BinaryIO, place: int, size: int, shift: int) -> Iterator[
                 large = iter(struct.unpack(f"<{len(field) // 8}Q", field[: len(field) // 8 * 8]))
                 small = (unpacked, packed, start)
                 unpacked, packed, start = (next(large, n) if n == 0xFFFFFFFF else n for n in small)
-            elif kind == 0x7075 and field[1:5] == struct.pack("<I", zlib.crc32(raw)):
+            elif kind == 0x7075 and len(field) > 5 and field[:5] == struct.pack("<BI", 1, zlib.crc32(raw)):
                 name = field[5:].decode("utf-8")                 # beside one in an old code page
-        yield place, Entry(name.partition("\0")[0], flags, method, crc, packed, unpacked, start + shift)
+        yield place, Entry(name.partition("\0")[0], name_size, flags, method, crc, packed, unpacked, start + shift)
         place += length
         at += length
 

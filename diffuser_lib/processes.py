@@ -11,6 +11,7 @@ Needs torch and tqdm. A process alone is rank 0 of 1, and everything here is the
 
 from __future__ import annotations
 
+import atexit
 import hashlib
 import itertools
 import math
@@ -21,7 +22,7 @@ import threading
 import time
 import uuid
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
+from contextlib import contextmanager, suppress
 from datetime import timedelta
 from typing import TypeVar
 
@@ -38,13 +39,13 @@ PATIENCE = timedelta(hours=6)                                    # rank 0 reads 
 LOOK = 0.5                                                       # seconds between two looks at what others have done
 BEAT = 4.0                                                       # seconds between two signs of life of a machine
 SILENCE = 30.0                                                   # seconds without one, after which it has gone
+MEETING = 600.0                                                  # seconds in which all have to come
 
 T = TypeVar("T")
 
 # Names in the store that processes share. All come to the same places in the same order, so numbers name them.
 MEETINGS = itertools.count()
 COUNTS = itertools.count()
-WATCHES = itertools.count()                                      # only first processes of machines have them
 
 
 def world_size() -> int:
@@ -83,10 +84,6 @@ class Processes:
         """Wait for all ranks."""
         if self.world > 1:
             dist.barrier()
-
-    def watched(self) -> AbstractContextManager:
-        """For a block in which processes wait for one another: a machine that falls silent ends the others."""
-        return watch(dist.distributed_c10d._get_default_store()) if self.world > 1 else nullcontext()
 
     def wait_for_all(self, look: Callable[[], object]) -> None:
         """Wait for all ranks as in `barrier`, and call look() meanwhile; what it raises ends the waiting.
@@ -133,8 +130,8 @@ class Processes:
     def from_main(self, make: Callable[[], T]) -> T:
         """What make() gives on rank 0, on all ranks; the others need not have the files that it reads.
 
-        It may hold all that can be pickled; tensors travel one by one, so that they are never there twice. Raises
-        UserError on all ranks where make() does.
+        It may hold all that can be pickled. Tensors travel one by one and keep their layout in memory, which optimizers
+        rely on. Raises UserError on all ranks where make() does.
         """
         if self.world == 1:
             return make()
@@ -154,10 +151,12 @@ class Processes:
         if not self.is_main:
             value = with_tensors(skeleton, tensors)
         for tensor in tensors:
-            there = as_bytes(tensor).to(self.device)
-            dist.broadcast(there, 0)
+            content = torch.empty(tensor.nbytes, dtype=torch.uint8, device=self.device)  # every backend has it
+            if self.is_main:
+                content.copy_(tensor.contiguous().reshape(-1).view(torch.uint8))
+            dist.broadcast(content, 0)
             if not self.is_main:
-                as_bytes(tensor).copy_(there)
+                tensor.copy_(content.cpu().view(tensor.dtype).view(tensor.shape))
         return value
 
     def gather(self, value: T) -> list[T]:
@@ -208,16 +207,18 @@ class Processes:
 # What from_main sends: a nest of dicts, lists and tuples, and the tensors in it.
 
 
-def as_bytes(tensor: Tensor) -> Tensor:
-    """The memory of a contiguous tensor as uint8 [bytes]: every backend can send those."""
-    return tensor.reshape(-1).view(torch.uint8)
+def empty_like(tensor: Tensor, device: str) -> Tensor:
+    """A tensor of the same shape and type, and channels last where that one is."""
+    last = tensor.ndim == 4 and tensor.is_contiguous(memory_format=torch.channels_last)
+    layout = torch.channels_last if last else torch.contiguous_format
+    return torch.empty_like(tensor, device=device, memory_format=layout)
 
 
 def without_tensors(value: object, tensors: list[Tensor]) -> object:
     """A copy of a nest with empty tensors, on no device, in place of its own; those are appended to `tensors`."""
     if isinstance(value, Tensor):
-        tensors.append(value.detach().cpu().contiguous())
-        return torch.empty(value.shape, dtype=value.dtype, device="meta")
+        tensors.append(value.detach())
+        return empty_like(value, "meta")
     if isinstance(value, dict):
         return type(value)({key: without_tensors(each, tensors) for key, each in value.items()})
     if type(value) in (list, tuple):
@@ -226,9 +227,9 @@ def without_tensors(value: object, tensors: list[Tensor]) -> object:
 
 
 def with_tensors(value: object, tensors: list[Tensor]) -> object:
-    """The way back: memory in place of the empty tensors, which is to be filled, in the same order in `tensors`."""
+    """The way back: a copy of a nest with tensors that have memory. They are appended to `tensors`, to be filled."""
     if isinstance(value, Tensor):
-        tensors.append(torch.empty(value.shape, dtype=value.dtype))
+        tensors.append(empty_like(value, "cpu"))
         return tensors[-1]
     if isinstance(value, dict):
         return type(value)({key: with_tensors(each, tensors) for key, each in value.items()})
@@ -239,15 +240,20 @@ def with_tensors(value: object, tensors: list[Tensor]) -> object:
 
 # ---- Meeting -----------------------------------------------------------------------------------
 
+WATCHES: list[Watch] = []                                        # at most one
+
 
 def join(backend: str) -> None:
     """Meet the other processes of the run. Raises UserError where their machines cannot reach each other."""
     store, rank, world = next(dist.rendezvous("env://"))
     store.set_timeout(PATIENCE)
-    store = dist.PrefixStore(name_meeting(store, rank, world), store)
+    name = name_meeting(store, rank, world)
+    if machines() > 1 and is_first_here():
+        WATCHES.append(Watch(name))
     try:
-        with watch(store):
-            dist.init_process_group(backend, store=store, rank=rank, world_size=world, timeout=PATIENCE)
+        dist.init_process_group(backend, store=dist.PrefixStore(name, store), rank=rank, world_size=world,
+                                timeout=PATIENCE)
+        dist.barrier()                                           # NCCL connects at the first exchange
     except RuntimeError as error:
         if machines() == 1:
             raise
@@ -257,6 +263,7 @@ def join(backend: str) -> None:
 
 def leave() -> None:
     """Part from the other processes at the end of a run."""
+    say_goodbye()
     if dist.is_available() and dist.is_initialized():
         dist.destroy_process_group()
 
@@ -275,19 +282,26 @@ def name_meeting(store: dist.Store, rank: int, world: int) -> str:
     def read(key: str) -> str:
         return store.get(key).decode() if store.check([key]) else ""
 
+    deadline = time.monotonic() + MEETING
     while True:
         if rank == 0:
-            proposal = " ".join(read(f"here {each}") for each in range(world))
+            words = [read(f"here {each}") for each in range(world)]
+            proposal = " ".join(words)
             store.set("proposal", proposal)
-            if all(read(f"agreed {each}") == proposal for each in range(1, world)):
+            absent = [each for each in range(1, world) if read(f"agreed {each}") != proposal]
+            if not absent:
                 store.set("begun", proposal)
                 break
         else:
+            absent = [0]
             proposal = read("proposal")
             if word in proposal.split():
                 store.set(f"agreed {rank}", proposal)
                 if read("begun") == proposal:
                     break
+        if time.monotonic() > deadline:
+            raise UserError(f"rank {absent[0]} did not come within {MEETING / 60:.0f} minutes: see what it says on its "
+                            "machine", code=1)
         time.sleep(0.02)
     return hashlib.sha256(proposal.encode()).hexdigest()[:16]
 
@@ -295,40 +309,31 @@ def name_meeting(store: dist.Store, rank: int, world: int) -> str:
 class Watch:
     """Ends this machine's part of a run where another machine falls silent: its power, or the network, has failed.
 
-    Where only a process dies, its system closes the connections, and the others fail at once. Here nobody would: an
-    exchange waits, and the store may, too. So one thread gives signs of life and looks for those of others, and another
-    one watches the clock. A context manager, for the first process of each machine; one that ends with an error says
-    no goodbye, and the others follow.
+    A process that dies closes its connections, which the others notice. A machine that loses power closes none, and the
+    others would wait for it for hours, perhaps in a call that no Python code can end. So one thread gives signs of life
+    and looks for those of the others, and another one watches the clock. For the first process of each machine.
     """
 
     GONE_WELL = 2**40                                            # a count of beats that is not reached otherwise
 
-    def __init__(self, store: dist.Store):
-        """store: what all processes share, from which this one gets a connection of its own: others wait in theirs."""
-        self.store = store.clone()
-        self.name = f"beats {next(WATCHES)}"
+    def __init__(self, meeting: str):
+        """meeting: its name. The connection to the store is its own, because calls wait in the others'."""
+        address = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+        self.store = dist.PrefixStore(f"{meeting} beats", dist.TCPStore(*address, is_master=False))
         self.over = threading.Event()
+        self.failed = False
         self.heard = [time.monotonic()] * machines()             # when each was heard last
         self.counts = [0] * machines()
-
-    def __enter__(self) -> Watch:
         for work in (self.beat, self.look):
             threading.Thread(target=work, daemon=True).start()
-        return self
-
-    def __exit__(self, kind: type | None, *error) -> None:
-        self.over.set()
-        if kind is None:
-            with suppress(Exception):
-                self.store.add(f"{self.name} of {machine()}", self.GONE_WELL)
 
     def beat(self) -> None:
         """Give signs of life, and read those of the others."""
         while not self.over.is_set():
             with suppress(Exception):                            # the store is gone: look() will tell
-                self.store.add(f"{self.name} of {machine()}", 1)
+                self.store.add(str(machine()), 1)
                 for other in range(machines()):
-                    count = self.store.add(f"{self.name} of {other}", 0)
+                    count = self.store.add(str(other), 0)
                     if count != self.counts[other]:
                         self.heard[other] = time.monotonic()
                     if count >= self.GONE_WELL:
@@ -338,18 +343,32 @@ class Watch:
 
     def look(self) -> None:
         """End the process once another machine has been silent for too long."""
+        last = time.monotonic()
         while not self.over.wait(1):
-            silent = [i for i, heard in enumerate(self.heard) if time.monotonic() - heard > SILENCE]
+            now = time.monotonic()
+            if now - last > 10:                                  # this process was stopped for a while, and goes on
+                self.heard = [max(heard, now) for heard in self.heard]
+            last = now
+            silent = [i for i, heard in enumerate(self.heard) if now - heard > SILENCE]
             if silent:
                 which = "every other machine" if machine() in silent else f"machine {silent[0]}"
-                warn(f"diffuser: nothing heard of {which} for {SILENCE:.0f} seconds: see what it says, and start both "
-                     "again, which goes on from the last checkpoint")
+                warn(f"diffuser: nothing heard of {which} for {SILENCE:.0f} seconds. Start all of them again: the run "
+                     "goes on from its last checkpoint")
                 os._exit(1)
 
+    def end(self) -> None:
+        """This machine leaves, and need not be heard of again; one that has failed says no goodbye."""
+        self.over.set()
+        if not self.failed:
+            with suppress(Exception):
+                self.store.add(str(machine()), self.GONE_WELL)
 
-def watch(store: dist.Store) -> AbstractContextManager:
-    """A Watch where there are several machines, for the first process of each; else nothing."""
-    return Watch(store) if machines() > 1 and is_first_here() else nullcontext()
+
+@atexit.register
+def say_goodbye() -> None:
+    """End the watch over the other machines. Also where a program that uses this one as a library just ends."""
+    while WATCHES:
+        WATCHES.pop().end()
 
 
 def add_to_store(name: str, number: int) -> int:
@@ -500,6 +519,8 @@ class Signals:
 
 def speaks_first() -> bool:
     """Whether this process is to say why it fails: of several on a machine the first, because of which others fail."""
+    for watch in WATCHES:
+        watch.failed = True
     if world_size() == 1:
         return True
     if not dist.is_initialized():                                # all have the same flags, and data

@@ -220,39 +220,50 @@ def read_json_lines(text: str) -> Iterator[dict]:
 class PackedImages(ImageSource):
     """Images in one file or several, of which each process keeps one open at a time.
 
-    paths: the files; what: flag and path, for messages; whole: the images to train on, where these are to test with.
+    paths: the files; what: flag and path, for messages; training: the images to train on, where these
+    are to test with.
     """
 
-    def __init__(self, path: str, flag: str, label_column: str, whole: PackedImages | None = None):
+    def __init__(self, path: str, flag: str, label_column: str, training: PackedImages | None = None):
         self.request = (path, flag, label_column)
         self.what = f"{flag} {path}"
-        self.whole = whole
+        self.training = training
         self.path = Path(path)
         self.paths = [self.path]
         self.test_paths = []
         if self.path.is_dir():
             names = [name for name in list_files(self.path, flag) if name.lower().endswith(self.ending)]
             shown = [self.path / name for name in names if ImageFiles.is_shown(name)]
-            training = files_of_part(shown, "train")
-            self.test_paths = files_of_part(shown, "test") if training else []
-            self.paths = training or sorted(shown)
-        if whole:
-            self.paths = whole.test_paths or self.paths
+            to_train_on = files_of_part(shown, "train")
+            self.test_paths = files_of_part(shown, "test") if to_train_on else []
+            self.paths = to_train_on or sorted(shown)
+        if training is not None:
+            self.paths = training.test_paths or self.paths
         self.opened = None
 
     def settle_labels(self, labels: Labels, names: Sequence[str] = ()) -> None:
         """See Labels.settle; images to test with have the classes of those to train on."""
-        classes = self.whole.class_names if self.whole else None
+        classes = None if self.training is None else self.training.class_names
         self.labels, self.class_names = labels.settle(names, classes)
 
     def has_test_part(self) -> bool:
         return bool(self.test_paths)
 
     def test_part(self) -> PackedImages | None:
-        return type(self)(*self.request, whole=self) if not self.whole and self.has_test_part() else None
+        if self.training is not None or not self.has_test_part():
+            return None
+        try:
+            part = type(self)(*self.request, training=self)
+        except UserError as error:
+            warn_once(f"left out: the images to test with ({error})")
+            return None
+        if not len(part) or part.class_names != self.class_names or (part.labels < 0).any():
+            warn_once(f"left out: the images of {self.what} to test with, whose classes are not those to train on")
+            return None
+        return part
 
     def fingerprint(self) -> tuple:
-        return (*super().fingerprint(), "test") if self.whole else super().fingerprint()
+        return super().fingerprint() if self.training is None else (*super().fingerprint(), "test")
 
     def open_once(self, path: Path):
         """The file as open_file has it, kept until another one is needed: a handle cannot be shared by processes."""
@@ -297,8 +308,8 @@ class NpzImages(PackedImages):
 
     ending = ".npz"
 
-    def __init__(self, path: str, flag: str, label_column: str, whole: NpzImages | None = None):
-        super().__init__(path, flag, label_column, whole)
+    def __init__(self, path: str, flag: str, label_column: str, training: NpzImages | None = None):
+        super().__init__(path, flag, label_column, training)
         if self.path.is_dir():
             raise UserError(f"{self.what} holds no images but .npz files: give one of them, such as {self.paths[0]}")
         try:
@@ -321,7 +332,7 @@ class NpzImages(PackedImages):
         if pair is None:
             raise UserError(f"{self.what} has no array of images: {', '.join(pair[0] for pair in ARRAYS)}, but "
                             f"{', '.join(entries)[:500] or 'nothing'}")
-        if self.whole:
+        if self.training is not None:
             pair = tuple(name.replace("train", "test") for name in pair)
             label_column = label_column.replace("train", "test")
 
@@ -449,8 +460,8 @@ class ParquetImages(PackedImages):
 
     ending = ".parquet"
 
-    def __init__(self, path: str, flag: str, label_column: str, whole: ParquetImages | None = None):
-        super().__init__(path, flag, label_column, whole)
+    def __init__(self, path: str, flag: str, label_column: str, training: ParquetImages | None = None):
+        super().__init__(path, flag, label_column, training)
         import_package("pyarrow.parquet", "15.0", self.what)
         self.column = ""
         self.starts = []                                         # the number of each file's first row
@@ -492,6 +503,8 @@ class ParquetImages(PackedImages):
             raise UserError(f"{self.what}: {path.name} has other columns than {self.paths[0].name}: give one of them")
 
         reader.refuse_bombs(column, self.what)
+        if reader.file.metadata.num_rows > path.stat().st_size:  # an image takes a byte and more
+            raise UserError(f"{self.what}: {path.name} claims {reader.file.metadata.num_rows:,} rows: it is broken")
         if label:
             return reader.read_labels(label)
         return itertools.repeat(None, reader.file.metadata.num_rows)
@@ -612,8 +625,8 @@ class TarImages(PackedImages):
 
     ending = ".tar"
 
-    def __init__(self, path: str, flag: str, label_column: str, whole: TarImages | None = None):
-        super().__init__(path, flag, label_column, whole)
+    def __init__(self, path: str, flag: str, label_column: str, training: TarImages | None = None):
+        super().__init__(path, flag, label_column, training)
         self.names = Names()
         self.file_numbers = array("i")
         self.offsets = array("q")
@@ -637,7 +650,7 @@ class TarImages(PackedImages):
             raise UserError(f"--label_column {label_column}: no .json in {path} has a number or text of that name")
         if labels.any():
             self.settle_labels(labels)
-        elif self.whole:
+        elif self.training is not None:
             self.settle_labels(Labels(PurePosixPath(name).parent.name for name in self.names))
         else:
             self.labels, self.class_names = ImageFiles.classes_of_folders(self.names)
@@ -704,10 +717,10 @@ class HubImages(PackedImages):
     The library downloads it, or takes it from its cache where it is there.
     """
 
-    def __init__(self, path: str, flag: str, label_column: str, whole: HubImages | None = None):
+    def __init__(self, path: str, flag: str, label_column: str, training: HubImages | None = None):
         self.request = (path, flag, label_column)
         self.what = f"{flag} {path}"
-        self.whole = whole
+        self.training = training
         self.opened = None
         datasets = import_package("datasets", "4.0", self.what)
         name, _, config = path.removeprefix(HUB).partition(":")
@@ -718,7 +731,7 @@ class HubImages(PackedImages):
             parts = datasets.load_dataset(name, config or None)
             self.has_test = "train" in parts and "test" in parts
             first = "train" if "train" in parts else next(iter(parts))
-            table = parts["test" if whole else first]
+            table = parts["test" if training is not None else first]
         except Exception as error:                               # the library raises many kinds
             raise UserError(f"{self.what} is neither in the cache nor to be had from the Hub ({first_line(error)})",
                             code=1) from error

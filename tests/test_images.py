@@ -752,7 +752,7 @@ def test_a_killed_run_leaves_no_cache_that_counts(image_folder, tmp_path, monkey
         assert not list((tmp_path / "cache").glob("*.json"))
         assert not list((tmp_path / "cache").glob("*.tmp"))
 
-    left = next((tmp_path / "cache").glob("*.bin")).with_suffix(".tmp")
+    left = next((tmp_path / "cache").glob("*.lock")).with_suffix(".tmp")
     left.write_bytes(b"x" * 10**6)                               # of a run that was killed outright
     assert load(image_folder, tmp_path).images.shape == (12, 3, 16, 16)
     assert not left.exists()

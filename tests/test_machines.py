@@ -197,7 +197,7 @@ def test_what_differs_between_machines_is_named(machines):
     for status, _, errors in machines.run(one, [*one, "--data_dir", "elsewhere"]):
         assert status == 2
         assert len(messages(errors)) == 1
-        assert re.search(r"images: 1,762 with the digest \w+ on \S+ \(rank 1\), 1,762 with the digest", errors), errors
+        assert re.search(r"images: 1,797 with the digest \w+ on \S+ \(rank 1\), 1,797 with the digest", errors), errors
     assert machines.checkpoints(0) == []
 
 
