@@ -287,7 +287,7 @@ def test_elastic(machines):
 
 
 SLURM = {
-    "srun": 'exec "$@"',
+    "srun": 'shift 2; exec "$@"',                                            # --cpus-per-task N
     "scontrol": 'if [ "$1" = show ]; then echo node1; echo node2; else echo "$@" >> scontrol.txt; fi',
     "torchrun": 'echo "$@" > torchrun.txt; while [ "$1" != diffuser.py ]; do shift; done; shift; exec "$PYTHON" "$DIFFUSER" "$@" --iterations "$STEPS"',
 }
@@ -304,7 +304,8 @@ def test_the_slurm_script_saves_and_requeues(tmp_path):
         (tmp_path / name).write_text(f"#!/bin/bash\n{text}\n")
         (tmp_path / name).chmod(0o755)
     env = dict(os.environ, PATH=f"{tmp_path}:{os.environ['PATH']}", PYTHON=sys.executable, DIFFUSER=str(ROOT / "diffuser.py"),
-               SLURM_JOB_NODELIST="node[1-2]", SLURM_NNODES="2", SLURM_JOB_ID="77", OMP_NUM_THREADS="1")
+               SLURM_JOB_NODELIST="node[1-2]", SLURM_NNODES="2", SLURM_JOB_ID="77", SLURM_CPUS_PER_TASK="32",
+               OMP_NUM_THREADS="1")
 
     def start(steps):
         return subprocess.Popen(["bash", "train.sh"], cwd=tmp_path, env=dict(env, STEPS=str(steps)), stdout=subprocess.PIPE,
