@@ -514,7 +514,7 @@ class FolderNetwork:
 # one before.
 FOLDER_NETWORKS = (
     FolderNetwork(10, 32, 8, 64, (1, 2), 16, "adamw"),
-    FolderNetwork(60, 64, 16, 64, (1, 2), 64),
+    FolderNetwork(150, 64, 16, 64, (1, 2), 64),
     FolderNetwork(240, 64, 16, 128, (1, 2), 64),
     FolderNetwork(math.inf, 64, 32, 128, (1, 2, 2), 64),
 )

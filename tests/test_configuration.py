@@ -113,7 +113,7 @@ def test_a_folder_alone_trains_for_minutes_on_small_images(on_a_cpu):
     assert cfg.time_sampling == "logit_normal" and cfg.schedule_type == "cosine"
 
 
-@pytest.mark.parametrize("minutes, tokens, channels", [(3, 8, 64), (10, 8, 64), (30, 16, 64), (120, 16, 128), (600, 32, 128), (1000, 32, 128)])
+@pytest.mark.parametrize("minutes, tokens, channels", [(3, 8, 64), (10, 8, 64), (30, 16, 64), (120, 16, 64), (200, 16, 128), (600, 32, 128), (1000, 32, 128)])
 @pytest.mark.parametrize("size", [64, 128])
 def test_a_folders_network_grows_with_the_minutes(on_a_cpu, minutes, tokens, channels, size):
     """The longer the training, the finer and wider the network, whatever the size of the images."""

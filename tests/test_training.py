@@ -778,3 +778,21 @@ def test_a_folder_of_pictures_needs_no_flag_but_its_path(folder):
     nearest = torch.cdist(drawn.flatten(1), real.flatten(1)).argmin(1)
     right = diffuser.load_data(model.config).labels[nearest] == labels
     assert right.float().mean() > 0.8
+
+
+def test_moments_are_laid_out_as_the_weights_are(folder):
+    """Fused optimizers go through memory: after resuming, a moment stands in the order of its weight, whatever the layout
+    of the checkpoint's tensors, as in a run that goes on with another --channels_last."""
+    cfg = tiny_training(precision="fp32", channels_last=True, optimizer="adamw")
+    state = load_checkpoint(diffuser.train(cfg))
+    for kept in state["optimizer"]["state"].values():
+        for name, value in kept.items():
+            kept[name] = value.contiguous()
+    run = Trainer(cfg, Devices(cfg), state)
+    last = [p for p in run.network.parameters() if p.ndim == 4 and not p.is_contiguous()]
+    assert last
+    for i, p in enumerate(run.optimizer.param_groups[0]["params"]):
+        for name in ("exp_avg", "exp_avg_sq"):
+            moment = run.optimizer.state[p][name]
+            assert moment.stride() == p.stride()
+            assert torch.equal(moment, state["optimizer"]["state"][i][name])
