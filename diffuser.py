@@ -509,8 +509,8 @@ class FolderNetwork:
 
 
 # The first row was found on sets of 300 to 3,000 pictures in three minutes of two CPU cores, the second on CIFAR-10 in
-# four to fifteen, and run for two hours: see benchmarks/README.md. The shorter the time, the coarser the patches, because
-# they let the network see each picture more often. Longer rows follow from that: each has about four times the
+# four to fifteen, and run for two hours: see benchmarks/README.md. The shorter the time, the coarser the patches,
+# because they let the network see each picture more often. Longer rows follow from that: each has about four times the
 # arithmetic per image of the one before.
 FOLDER_NETWORKS = (
     FolderNetwork(10, 32, 8, 64, (1, 2), 16, "adamw"),
