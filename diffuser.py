@@ -5758,7 +5758,7 @@ def save_images(model: Model, cfg: Config, numbers: list[int], count: int, sourc
         processes.barrier()
 
         # The images, each by its number and class.
-        missing = processes.broadcast_list(pictures.missing() if processes.is_main else [])
+        missing = processes.from_main(pictures.missing)
         if len(missing) < count:
             processes.print0(f"going on: {count - len(missing)} of {count} images are in {folder / 'images'}")
         draw_missing(model, labels, in_batches, pictures, missing, processes, signals, first, seeds)

@@ -118,15 +118,6 @@ class Processes:
             dist.broadcast(shared, 0)
         return int(shared)
 
-    def broadcast_list(self, numbers: list[int]) -> list[int]:
-        """Rank 0's list of numbers, on every rank."""
-        shared = torch.zeros(self.broadcast(len(numbers)), dtype=torch.int64, device=self.device)
-        if self.is_main:
-            shared = torch.tensor(numbers, dtype=torch.int64, device=self.device)
-        if self.world > 1:
-            dist.broadcast(shared, 0)
-        return shared.tolist()
-
     def from_main(self, make: Callable[[], T]) -> T:
         """What make() gives on rank 0, on all ranks; the others need not have the files that it reads.
 

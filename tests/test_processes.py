@@ -53,8 +53,8 @@ def test_a_process_alone_is_rank_0_of_1(alone):
         pass
     assert alone.broadcast(7) == 7
     assert alone.largest(-3) == -3
-    assert alone.broadcast_list([]) == []
-    assert alone.broadcast_list([2**40, -1]) == [2**40, -1]
+    assert alone.from_main(lambda: []) == []
+    assert alone.from_main(lambda: [2**40, -1]) == [2**40, -1]
     alone.wait_for_all(lambda: 1 / 0)
     with SharedBar(alone, 3) as bar:
         bar.update()
@@ -333,7 +333,7 @@ else:
 speaks = [speaks_first(), speaks_first()]
 note(rank=rank, world=processes.world, is_main=processes.is_main, made_before=made_before, failed=failed,
      broadcast=processes.broadcast(100 + rank), largest=processes.largest(7 * rank - 5), sums=values.tolist(),
-     same=same, seen=seen, gave_up=gave_up, numbers=processes.broadcast_list([7 + rank] * (3 - rank)), large=processes.broadcast(2**40 + rank), again=again.largest(rank), speaks=speaks)
+     same=same, seen=seen, gave_up=gave_up, numbers=processes.from_main(lambda: [7 + rank] * (3 - rank)), large=processes.broadcast(2**40 + rank), again=again.largest(rank), speaks=speaks)
 leave()
 assert not dist.is_initialized()
 """
