@@ -868,55 +868,26 @@ def draw_tab(home: Home, tabs: gr.Tabs) -> list[Filler]:
     return [Filler(fill, both, [*both, nothing, everything, unusable]), *fillers]
 
 
-def edit_tab(home: Home) -> list[Filler]:
-    """The tab that edits."""
-    checkpoint = checkpoint_menu(home, "checkpoint")
+def class_choice(label: str) -> gr.Dropdown:
+    """A menu of classes, shown where the checkpoint has any."""
+    return gr.Dropdown([NO_CLASS], value=NO_CLASS, label=label, visible=False)
 
-    with gr.Tabs():
-        with gr.Tab("Between two images"), gr.Row():
-            with gr.Column(scale=1, min_width=300):
-                seeds = [gr.Number(i, label=f"{name} seed", precision=0, minimum=0)
-                         for i, name in enumerate(("first", "second"))]
-                menus = [gr.Dropdown([NO_CLASS], value=NO_CLASS, label=f"{name} class", visible=False)
-                         for name in ("first", "second")]
-                between = gr.Slider(2, 32, 9, step=1, label="images on the way")
-                go_between = gr.Button("draw the way", variant="primary")
-            with gr.Column(scale=2, min_width=300):
-                place = gr.Slider(0, 8, 0, step=1, label="place on the way")
-                with gr.Column(elem_classes="one-picture"):
-                    one = gr.HTML()
-                way = output_area("the way")
 
-        with gr.Tab("Like a picture"), gr.Row():
-            with gr.Column(scale=1, min_width=300):
-                vary_file = gr.File(label="picture", file_count="single", height=140, elem_id="vary-picture")
-                vary_view = gr.HTML(elem_classes="thumbnail")
-                vary_menu = gr.Dropdown([NO_CLASS], value=NO_CLASS, label="class", visible=False)
-                strength = gr.Slider(0.05, 1, 0.5, step=0.05, label="strength",
-                                     info="near 0: the picture, 1: nothing of it")
-                vary_count = gr.Slider(1, 32, 8, step=1, label="images")
-                vary_seed = gr.Number(0, label="seed", precision=0, minimum=0)
-                go_vary = gr.Button("draw others like it", variant="primary")
-            with gr.Column(scale=2, min_width=300):
-                varied = output_area("variations")
+def between_tab(home: Home, checkpoint: gr.Dropdown) -> list[gr.Dropdown]:
+    """Images on the way from one seed to another; returns its menus of classes."""
+    with gr.Row():
+        with gr.Column(scale=1, min_width=300):
+            seeds = [gr.Number(i, label=f"{name} seed", precision=0, minimum=0)
+                     for i, name in enumerate(("first", "second"))]
+            menus = [class_choice(f"{name} class") for name in ("first", "second")]
+            between = gr.Slider(2, 32, 9, step=1, label="images on the way")
+            draw_button = gr.Button("draw the way", variant="primary")
+        with gr.Column(scale=2, min_width=300):
+            place = gr.Slider(0, 8, 0, step=1, label="place on the way")
+            with gr.Column(elem_classes="one-picture"):
+                one = gr.HTML()
+            way = output_area("the way")
 
-        with gr.Tab("A part anew"), gr.Row():
-            with gr.Column(scale=1, min_width=300):
-                fill_file = gr.File(label="picture", file_count="single", height=140, elem_id="fill-picture")
-                editor = gr.ImageEditor(label="paint what is to change", type="pil", sources=(), transforms=(),
-                                        layers=False, height=460, image_mode="RGBA", visible=False,
-                                        brush=gr.Brush(default_size=40, colors=["#e03030"], color_mode="fixed"))
-                with gr.Accordion("Or a mask from a file", open=False):
-                    mask_file = gr.File(label="white is drawn anew, black stays", file_count="single", height=140,
-                                        elem_id="fill-mask")
-                fill_menu = gr.Dropdown([NO_CLASS], value=NO_CLASS, label="class", visible=False)
-                fill_count = gr.Slider(1, 32, 8, step=1, label="images")
-                fill_seed = gr.Number(0, label="seed", precision=0, minimum=0)
-                go_fill = gr.Button("draw the part anew", variant="primary")
-            with gr.Column(scale=2, min_width=300):
-                filled = output_area("pictures with the part anew")
-
-    # Between two images.
     def show_one(drawing, place):
         if drawing is None:
             return ""
@@ -930,10 +901,26 @@ def edit_tab(home: Home) -> list[Filler]:
         return (*show_drawing(home, drawing), gr.update(maximum=len(drawing.images) - 1, value=middle),
                 show_one(drawing, middle))
 
-    on(go_between.click, draw_way, [checkpoint, *seeds, *menus, between], [*way.all(), place, one])
+    on(draw_button.click, draw_way, [checkpoint, *seeds, *menus, between], [*way.all(), place, one])
     on(place.input, show_one, [way.drawing, place], [one], trigger_mode="always_last")
+    return menus
 
-    # Like a picture.
+
+def vary_tab(home: Home, checkpoint: gr.Dropdown) -> gr.Dropdown:
+    """Images like a picture; returns its menu of classes."""
+    with gr.Row():
+        with gr.Column(scale=1, min_width=300):
+            file = gr.File(label="picture", file_count="single", height=140, elem_id="vary-picture")
+            thumbnail = gr.HTML(elem_classes="thumbnail")
+            menu = class_choice("class")
+            strength = gr.Slider(0.05, 1, 0.5, step=0.05, label="strength",
+                                 info="near 0: the picture, 1: nothing of it")
+            count = gr.Slider(1, 32, 8, step=1, label="images")
+            seed = gr.Number(0, label="seed", precision=0, minimum=0)
+            draw_button = gr.Button("draw others like it", variant="primary")
+        with gr.Column(scale=2, min_width=300):
+            varied = output_area("variations")
+
     def view(key, file):
         if not key or not file:
             return ""
@@ -945,12 +932,30 @@ def edit_tab(home: Home) -> list[Filler]:
                            strength=float(strength))
         return show_drawing(home, drawing)
 
-    for trigger in (vary_file.change, checkpoint.change):
-        on(trigger, view, [checkpoint, vary_file], [vary_view])
-    on(go_vary.click, draw_variations, [checkpoint, vary_file, vary_menu, strength, vary_count, vary_seed],
-       varied.all())
+    for trigger in (file.change, checkpoint.change):
+        on(trigger, view, [checkpoint, file], [thumbnail])
+    on(draw_button.click, draw_variations, [checkpoint, file, menu, strength, count, seed], varied.all())
+    return menu
 
-    # A part anew.
+
+def part_tab(home: Home, checkpoint: gr.Dropdown) -> gr.Dropdown:
+    """A part of a picture drawn anew; returns its menu of classes."""
+    with gr.Row():
+        with gr.Column(scale=1, min_width=300):
+            file = gr.File(label="picture", file_count="single", height=140, elem_id="fill-picture")
+            editor = gr.ImageEditor(label="paint what is to change", type="pil", sources=(), transforms=(),
+                                    layers=False, height=460, image_mode="RGBA", visible=False,
+                                    brush=gr.Brush(default_size=40, colors=["#e03030"], color_mode="fixed"))
+            with gr.Accordion("Or a mask from a file", open=False):
+                mask_file = gr.File(label="white is drawn anew, black stays", file_count="single", height=140,
+                                    elem_id="fill-mask")
+            menu = class_choice("class")
+            count = gr.Slider(1, 32, 8, step=1, label="images")
+            seed = gr.Number(0, label="seed", precision=0, minimum=0)
+            draw_button = gr.Button("draw the part anew", variant="primary")
+        with gr.Column(scale=2, min_width=300):
+            filled = output_area("pictures with the part anew")
+
     def put_on_canvas(key, file):
         if not key or not file:
             return gr.update(value=None, visible=False)
@@ -969,57 +974,62 @@ def edit_tab(home: Home) -> list[Filler]:
                            mask=str(save_picture(painted)), jump_length=5, resamples=5)
         return show_drawing(home, drawing)
 
-    for trigger in (fill_file.change, checkpoint.change):
-        on(trigger, put_on_canvas, [checkpoint, fill_file], [editor])
-    on(go_fill.click, draw_part, [checkpoint, fill_file, editor, mask_file, fill_menu, fill_count, fill_seed],
-       filled.all())
+    for trigger in (file.change, checkpoint.change):
+        on(trigger, put_on_canvas, [checkpoint, file], [editor])
+    on(draw_button.click, draw_part, [checkpoint, file, editor, mask_file, menu, count, seed], filled.all())
+    return menu
+
+
+def edit_tab(home: Home) -> list[Filler]:
+    """The tab that edits."""
+    checkpoint = checkpoint_menu(home, "checkpoint")
+    with gr.Tabs():
+        with gr.Tab("Between two images"):
+            menus = between_tab(home, checkpoint)
+        with gr.Tab("Like a picture"):
+            menus.append(vary_tab(home, checkpoint))
+        with gr.Tab("A part anew"):
+            menus.append(part_tab(home, checkpoint))
 
     fillers = [Filler(functools.partial(choose_again, home), [checkpoint], [checkpoint])]
-    for menu in (*menus, vary_menu, fill_menu):
+    for menu in menus:
         fillers.append(Filler(functools.partial(class_menu, home), [checkpoint], [menu], on_select=False))
         on(checkpoint.change, fillers[-1].work, [checkpoint], [menu])
     return fillers
 
 
-def train_tab(home: Home, pages: Pages) -> list[Filler]:
-    """The tab that trains and watches."""
-    places = home.places
-    datasets = [(f"{name}: {spec.about}", name) for name, spec in diffuser.DATASETS.items() if name != "folder"]
-    with gr.Row():
-        with gr.Column(scale=1, min_width=300):
-            dataset = gr.Dropdown([*datasets, (OWN_PICTURES, "folder")], value="digits", label="train on")
-            files = gr.File(label="a ZIP file of pictures, whose folders are classes, or pictures",
-                            file_count="multiple", visible=False, height=160, elem_id="train-pictures")
-            recipe = gr.Radio(["preset", "best"], value="preset", label="settings",
-                              info="preset: the documented ones; best: those that draw best today")
-            with gr.Row():
-                length = gr.Number(10, label="how long", minimum=0, min_width=100)
-                unit = gr.Dropdown(list(UNITS), value="epochs", label="in", min_width=100)
-            name = gr.Textbox("digits1", label="name of the run", max_length=100)
-            with gr.Accordion("More", open=False):
-                further = gr.Textbox("", label="other options", placeholder="--learning_rate 1e-3",
-                                     info="as on the command line; python diffuser.py --help all lists them")
-                tied = gr.Radio([GO_ON, STOP], value=GO_ON, label="when the last page is closed")
-            with gr.Row():
-                plan = gr.Button("estimate", min_width=120)
-                start = gr.Button("train", variant="primary", min_width=120)
-            planned = gr.Code(label="before it starts", language=None, interactive=False, visible=False,
-                              show_line_numbers=False, wrap_lines=True, buttons=["copy"])
-        with gr.Column(scale=2, min_width=300):
-            watched = gr.Dropdown([], label="run", info="those that train come first")
-            progress = gr.HTML()
-            with gr.Row():
-                stop = gr.Button("stop and save", min_width=120, interactive=False)
-                resume = gr.Button("resume", min_width=120, interactive=False)
-            grid = gr.HTML()
-            which = gr.Slider(1, 2, 1, step=1, label="grid of samples", visible=False)
-            curves = gr.HTML()
-            log = gr.Code(label="what the run says", language=None, interactive=False, show_line_numbers=False,
-                          wrap_lines=True, buttons=["copy"])
-    seen = gr.State({})
-    timer = gr.Timer(1.0)
+@dataclass
+class TrainForm:
+    """What is to be trained. settings: the inputs that `form_words` takes; name: one of them."""
 
-    # The form.
+    settings: list
+    name: gr.Textbox
+    tied: gr.Radio
+    start: gr.Button
+
+
+def train_form(places: Places) -> TrainForm:
+    """The form, with its estimate of what a run would take."""
+    datasets = [(f"{name}: {spec.about}", name) for name, spec in diffuser.DATASETS.items() if name != "folder"]
+    dataset = gr.Dropdown([*datasets, (OWN_PICTURES, "folder")], value="digits", label="train on")
+    files = gr.File(label="a ZIP file of pictures, whose folders are classes, or pictures",
+                    file_count="multiple", visible=False, height=160, elem_id="train-pictures")
+    recipe = gr.Radio(["preset", "best"], value="preset", label="settings",
+                      info="preset: the documented ones; best: those that draw best today")
+    with gr.Row():
+        length = gr.Number(10, label="how long", minimum=0, min_width=100)
+        unit = gr.Dropdown(list(UNITS), value="epochs", label="in", min_width=100)
+    name = gr.Textbox("digits1", label="name of the run", max_length=100)
+    with gr.Accordion("More", open=False):
+        further = gr.Textbox("", label="other options", placeholder="--learning_rate 1e-3",
+                             info="as on the command line; python diffuser.py --help all lists them")
+        tied = gr.Radio([GO_ON, STOP], value=GO_ON, label="when the last page is closed")
+    with gr.Row():
+        plan = gr.Button("estimate", min_width=120)
+        start = gr.Button("train", variant="primary", min_width=120)
+    planned = gr.Code(label="before it starts", language=None, interactive=False, visible=False,
+                      show_line_numbers=False, wrap_lines=True, buttons=["copy"])
+
     def take_dataset(dataset):
         cfg = diffuser.configure(dataset=dataset)
         option = diffuser.length_that_counts(vars(cfg))
@@ -1028,69 +1038,66 @@ def train_tab(home: Home, pages: Pages) -> list[Filler]:
                 gr.update(visible=bool(diffuser.BEST.get(diffuser.settings_name(dataset))), value="preset"),
                 getattr(cfg, option), unit, free_name(places, dataset))
 
-    on(dataset.change, take_dataset, [dataset], [files, recipe, length, unit, name])
-
-    def to_words(dataset, recipe, length, unit, name, further, data: Path | str):
-        options = dict(mode="train", dataset=dataset, path_to_data=str(data),
-                       recipe="best" if recipe == "best" else "", experiment_name=name.strip(), **places.options())
-        if length:
-            options[UNITS[unit]] = float(length) if unit == "minutes" else int(length)
-        return runs.to_words(options) + runs.parse_further(further)
-
-    def make_plan(dataset, files, recipe, length, unit, name, further):
+    def make_plan(dataset, files, *settings):
         with tempfile.TemporaryDirectory() as folder:
             data = runs.keep_uploads(Path(folder), files or [], "plan") if dataset == "folder" else ""
-            text = runs.dry_run(to_words(dataset, recipe, length, unit, name, further, data))
+            text = runs.dry_run(form_words(places, data, dataset, *settings))
         return gr.update(value=text, visible=True)
 
-    def begin(dataset, files, recipe, length, unit, name, further, tied):
-        if not name.strip():
-            raise UserError("give the run a name")
-        # First what can be wrong, then what takes room on the disk.
-        data = ""
-        if dataset == "folder":
-            runs.check_words(to_words(dataset, recipe, length, unit, name, further, "uploads"))
-            data = runs.keep_uploads(places.data / "uploads", files or [], file_name(name.strip()))
-        key = runs.start_run(to_words(dataset, recipe, length, unit, name, further, data))
-        if tied == STOP:
-            pages.tie(key)
-        return gr.update(choices=run_choices(runs.read_runs(places)), value=key), {}, free_name(places, dataset)
+    settings = [dataset, files, recipe, length, unit, name, further]
+    on(dataset.change, take_dataset, [dataset], [files, recipe, length, unit, name])
+    on(plan.click, make_plan, settings, [planned])
+    return TrainForm(settings, name, tied, start)
 
-    form = [dataset, files, recipe, length, unit, name, further]
-    on(plan.click, make_plan, form, [planned])
-    on(start.click, begin, [*form, tied], [watched, seen, name])
 
-    # Watching: only what has changed since the last look is sent.
-    def look(key, place, seen):
-        nothing = (gr.skip(),) * 6
-        if not key:
-            return note("There is no run yet."), *nothing, {}
-        try:
-            run = runs.find_run(places, key)
-        except UserError as error:                               # it may have been deleted
-            off = gr.update(interactive=False)
-            return note(str(error)), off, off, *(gr.skip(),) * 4, {}
-        now = dict(key=key, rows=len(run.rows), grids=len(run.grids), status=run.status, words=runs.last_words(run))
+def form_words(places: Places, data: Path | str, dataset: str, recipe: str, length: float | None, unit: str, name: str,
+               further: str) -> list[str]:
+    """The command line that the form stands for; data: where pictures of one's own are."""
+    options = dict(mode="train", dataset=dataset, path_to_data=str(data),
+                   recipe="best" if recipe == "best" else "", experiment_name=name.strip(), **places.options())
+    if length:
+        options[UNITS[unit]] = float(length) if unit == "minutes" else int(length)
+    return runs.to_words(options) + runs.parse_further(further)
 
-        def changed(name: str) -> bool:
-            return seen.get("key") != key or seen[name] != now[name]
 
-        shown_grid = slider = gr.skip()
-        if changed("grids"):
-            newest = max(1, len(run.grids))
-            if seen.get("key") != key or place >= seen["grids"]:             # it follows until somebody moves it
-                place = newest
-            shown_grid = show_grid(run, place)
-            slider = gr.update(maximum=max(2, newest), value=place, visible=newest > 1)
-        can_stop = can_resume = gr.skip()
-        if changed("status"):
-            can_stop = gr.update(interactive=run.process is not None)
-            can_resume = gr.update(interactive=run.status == "stopped")
-        drawn_curves = draw_curves(run) if changed("rows") else gr.skip()
-        words = now["words"] if changed("words") else gr.skip()
-        return describe_progress(run), can_stop, can_resume, shown_grid, slider, drawn_curves, words, now
+def start_from_form(places: Places, dataset: str, files: list[str] | None, *settings) -> str:
+    """Start the run that the form stands for; returns its key. Raises UserError."""
+    name = settings[3].strip()
+    if not name:
+        raise UserError("give the run a name")
+    # First what can be wrong, then what takes room on the disk.
+    data = ""
+    if dataset == "folder":
+        runs.check_words(form_words(places, "uploads", dataset, *settings))
+        data = runs.keep_uploads(places.data / "uploads", files or [], file_name(name))
+    return runs.start_run(form_words(places, data, dataset, *settings))
+
+
+@dataclass
+class WatchArea:
+    """A run being watched. watched: its key; seen: what of it the page shows already."""
+
+    watched: gr.Dropdown
+    seen: gr.State
+
+
+def watch_area(places: Places, pages: Pages) -> WatchArea:
+    """What is to be seen of a run, and the buttons that stop it and go on with it."""
+    watched = gr.Dropdown([], label="run", info="those that train come first")
+    progress = gr.HTML()
+    with gr.Row():
+        stop = gr.Button("stop and save", min_width=120, interactive=False)
+        resume = gr.Button("resume", min_width=120, interactive=False)
+    grid = gr.HTML()
+    which = gr.Slider(1, 2, 1, step=1, label="grid of samples", visible=False)
+    curves = gr.HTML()
+    log = gr.Code(label="what the run says", language=None, interactive=False, show_line_numbers=False,
+                  wrap_lines=True, buttons=["copy"])
+    seen = gr.State({})
+    timer = gr.Timer(1.0)
 
     view = [progress, stop, resume, grid, which, curves, log, seen]
+    look = functools.partial(look_at_run, places)
     on(timer.tick, look, [watched, which, seen], view)
     on(watched.change, look, [watched, which, seen], view)
     on(which.input, lambda key, place: show_grid(runs.find_run(places, key), place), [watched, which], [grid],
@@ -1109,12 +1116,66 @@ def train_tab(home: Home, pages: Pages) -> list[Filler]:
 
     on(stop.click, stop_watched, [watched], [stop])
     on(resume.click, resume_watched, [watched], [seen])
+    return WatchArea(watched, seen)
+
+
+def look_at_run(places: Places, key: str | None, place: int, seen: dict) -> tuple:
+    """What is new of a run since the last look, for the parts of a `watch_area`, and what is now seen of it.
+
+    place: the grid that is shown; it follows the newest one until somebody moves it.
+    """
+    unchanged = gr.skip()
+    if not key:
+        return note("There is no run yet."), *(unchanged,) * 6, {}
+    try:
+        run = runs.find_run(places, key)
+    except UserError as error:                                   # it may have been deleted
+        off = gr.update(interactive=False)
+        return note(str(error)), off, off, *(unchanged,) * 4, {}
+    now = dict(key=key, rows=len(run.rows), grids=len(run.grids), status=run.status, words=runs.last_words(run))
+    another = seen.get("key") != key
+
+    def changed(name: str) -> bool:
+        return another or seen[name] != now[name]
+
+    shown_grid = slider = unchanged
+    if changed("grids"):
+        newest = max(1, len(run.grids))
+        if another or place >= seen["grids"]:
+            place = newest
+        shown_grid = show_grid(run, place)
+        slider = gr.update(maximum=max(2, newest), value=place, visible=newest > 1)
+    can_stop = can_resume = unchanged
+    if changed("status"):
+        can_stop = gr.update(interactive=run.process is not None)
+        can_resume = gr.update(interactive=run.status == "stopped")
+    drawn_curves = draw_curves(run) if changed("rows") else unchanged
+    words = now["words"] if changed("words") else unchanged
+    return describe_progress(run), can_stop, can_resume, shown_grid, slider, drawn_curves, words, now
+
+
+def train_tab(home: Home, pages: Pages) -> list[Filler]:
+    """The tab that trains and watches."""
+    places = home.places
+    with gr.Row():
+        with gr.Column(scale=1, min_width=300):
+            form = train_form(places)
+        with gr.Column(scale=2, min_width=300):
+            area = watch_area(places, pages)
+
+    def begin(tied, *settings):
+        key = start_from_form(places, *settings)
+        if tied == STOP:
+            pages.tie(key)
+        choices = run_choices(runs.read_runs(places))
+        return gr.update(choices=choices, value=key), {}, free_name(places, settings[0])
 
     def fill(key, name):
         free = free_name(places, "digits") if name == "digits1" else gr.skip()
         return keep_choice(run_choices(runs.read_runs(places)), key), free
 
-    return [Filler(fill, [watched, name], [watched, name])]
+    on(form.start.click, begin, [form.tied, *form.settings], [area.watched, area.seen, form.name])
+    return [Filler(fill, [area.watched, form.name], [area.watched, form.name])]
 
 
 def run_choices(there: list[Run]) -> list[tuple[str, str]]:
@@ -1372,7 +1433,8 @@ def serve(args: argparse.Namespace) -> None:
     print(f"{page.local_url}    Ctrl-C ends it", flush=True)
 
     with suppress(KeyboardInterrupt):
-        threading.Event().wait()
+        while True:
+            time.sleep(1)                                        # not without end: another thread may get the Ctrl-C
     end(page, pages)
 
 

@@ -4882,7 +4882,7 @@ def train_locked(cfg: Config, devices: Devices, signals: Signals, data: ImageDat
         with (signals.catch(*stop_signals()),
               tqdm(total=trainer.total, initial=trainer.step, unit="step", dynamic_ncols=True,
                    disable=hide_bar) as bar):
-            path = training_loop(trainer, monitor, signals, bar, Pace(trainer, deadline), path)
+            path = TrainingLoop(trainer, monitor, signals, bar, Pace(trainer, deadline), path).run()
     finally:
         if logger:
             logger.close(dataclasses.asdict(trainer.cfg), run_facts(trainer))
@@ -5033,118 +5033,186 @@ def what_is_due(cfg: Config, step: int, per_epoch: int, total: int, last_row: in
     return due
 
 
-def training_loop(trainer: Trainer, monitor: Monitor, signals: Signals, bar: tqdm, pace: Pace,
-                  last_good: Path | None = None) -> Path:
-    """Steps until the end, a signal or a loss that no longer changes, with all that is due after each.
+class TrainingLoop:
+    """A run, step by step, until its end, a signal or a loss that no longer changes: after each step comes what is due.
 
-    last_good: the checkpoint to go back to after a divergence, at first the one that the run went on from. Returns the
-    last checkpoint. Raises UserError where it was stopped, has diverged for good, or could not be saved.
+    done: whether the last step has been made; path: the last checkpoint; last_good: the one to go back to after a
+    divergence; loss: the mean that a grid is named after; stop_signal: the signal to stop for, 0 for none;
+    save_wanted: whether a signal asks for a checkpoint.
     """
-    cfg = trainer.cfg
-    processes = trainer.processes
-    per_epoch = trainer.batches.steps_per_epoch
-    path = checkpoint_path(cfg, trainer.step)
-    done = trainer.step >= trainer.total
-    save_succeeded = True
-    cores = CoreWatch(torch.get_num_threads() if trainer.device.type == "cpu" else 1)
-    grids = Cadence()
-    saves = Cadence()
-    while not done:
-        trainer.train_step()
 
-        # What is due: by the step, by a signal, at the end.
-        done = trainer.step >= trainer.total
-        history = trainer.progress.loss_history
-        last_row = history[-1][0] if history else 0
-        due = what_is_due(cfg, trainer.step, per_epoch, trainer.total, last_row)
-        by_epochs = due.epoch_ends and not done and not cfg.checkpoint_rate
-        if due.grid and by_epochs and cfg.sample_every is None:
-            due.grid = grids.is_time(processes)
-        if due.save and by_epochs and cfg.checkpoint_every is None:
-            due.save = saves.is_time(processes)
-        stop_signal, save_wanted = signals.poll(trainer.step)
-        if stop_signal or save_wanted:
-            due.save = True
+    def __init__(self, trainer: Trainer, monitor: Monitor, signals: Signals, bar: tqdm, pace: Pace,
+                 last_good: Path | None = None):
+        """last_good: the checkpoint that the run goes on from, if any."""
+        self.trainer = trainer
+        self.cfg = trainer.cfg
+        self.processes = trainer.processes
+        self.monitor = monitor
+        self.signals = signals
+        self.bar = bar
+        self.pace = pace
+        self.cores = CoreWatch(torch.get_num_threads() if trainer.device.type == "cpu" else 1)
+        self.grids = Cadence()
+        self.saves = Cadence()
 
-        # A row of metrics; back to a good checkpoint where the run has diverged.
-        if due.log:
-            loss = monitor.log(due)
-        elif due.grid:
-            loss = monitor.epoch_loss()
-        if due.log or due.save:
-            reason = trainer.guard.diagnose(trainer, logged=due.log)
-            if reason:
-                trainer.guard.roll_back(trainer, reason, last_good)
-                if monitor.logger:
-                    monitor.logger.rewind(trainer.step)
-                signals.save = signals.save or save_wanted
-                signals.poll_at_once()
-                monitor.restart_clock()
-                pace.restart(trainer.step)
-                done = False
+        self.done = trainer.step >= trainer.total
+        self.path = checkpoint_path(self.cfg, trainer.step)
+        self.last_good = last_good
+        self.save_succeeded = True
+        self.loss = 0.0
+        self.stop_signal = 0
+        self.save_wanted = False
+
+    def run(self) -> Path:
+        """Train; returns the last checkpoint.
+
+        Raises UserError where it was stopped, has diverged for good, or could not be saved.
+        """
+        while not self.done:
+            self.trainer.train_step()
+            due = self.look()
+            self.log(due)
+            if self.has_gone_back(due):
                 continue
+            self.show_progress(due)
+            self.settle_length(due)
+            self.save_and_draw(due)
+            self.stop_where_asked()
+        return self.path
 
+    def look(self) -> Due:
+        """What is due: by the step, by the clock, by a signal, at the end."""
+        cfg = self.cfg
+        step = self.trainer.step
+        total = self.trainer.total
+        self.done = step >= total
+        history = self.trainer.progress.loss_history
+        last_row = history[-1][0] if history else 0
+        due = what_is_due(cfg, step, self.trainer.batches.steps_per_epoch, total, last_row)
+
+        # Epochs may be short: where nobody has said how often, the clock has a word in it.
+        by_epochs = due.epoch_ends and not self.done and not cfg.checkpoint_rate
+        if due.grid and by_epochs and cfg.sample_every is None:
+            due.grid = self.grids.is_time(self.processes)
+        if due.save and by_epochs and cfg.checkpoint_every is None:
+            due.save = self.saves.is_time(self.processes)
+
+        self.stop_signal, self.save_wanted = self.signals.poll(step)
+        if self.stop_signal or self.save_wanted:
+            due.save = True
+        return due
+
+    def log(self, due: Due) -> None:
+        """A row of metrics, or the loss for a grid between two rows."""
+        if due.log:
+            self.loss = self.monitor.log(due)
+        elif due.grid:
+            self.loss = self.monitor.epoch_loss()
+
+    def has_gone_back(self, due: Due) -> bool:
+        """Whether the run has diverged and now stands at a good checkpoint again."""
+        if not due.log and not due.save:
+            return False
+        guard = self.trainer.guard
+        reason = guard.diagnose(self.trainer, logged=due.log)
+        if not reason:
+            return False
+
+        guard.roll_back(self.trainer, reason, self.last_good)
+        if self.monitor.logger:
+            self.monitor.logger.rewind(self.trainer.step)
+        self.signals.save = self.signals.save or self.save_wanted
+        self.signals.poll_at_once()
+        self.monitor.restart_clock()
+        self.pace.restart(self.trainer.step)
+        self.done = False
+        return True
+
+    def show_progress(self, due: Due) -> None:
+        """The bar, and what is to be said of the machine."""
+        trainer = self.trainer
         with suppress(OSError):                                  # where the terminal has gone
-            bar.total = trainer.total
-            bar.n = trainer.step - 1
-            bar.update()
+            self.bar.total = trainer.total
+            self.bar.n = trainer.step - 1
+            self.bar.update()
             if due.log or due.grid:
-                bar.set_description(f"epoch {trainer.epoch:.4g}/{trainer.total / per_epoch:.4g} loss {loss:.4f}")
+                epochs = trainer.total / trainer.batches.steps_per_epoch
+                self.bar.set_description(f"epoch {trainer.epoch:.4g}/{epochs:.4g} loss {self.loss:.4f}")
 
-        advice = cores.look()
+        advice = self.cores.look()
         if advice:
-            processes.print0(f"\n{advice}")
+            self.processes.print0(f"\n{advice}")
 
-        # The length of the run: over early, or set anew to end on time.
-        if due.log and cfg.early_stop_loss_change and monitor.plateaued():
-            processes.print0(f"the loss has settled at step {trainer.step}: stopping early")
-            due.grid = due.save = done = True
+    def settle_length(self, due: Due) -> None:
+        """End early where the loss has settled; take more or fewer steps where the run is to end on time.
+
+        Before anything is saved: a checkpoint holds the number of steps.
+        """
+        trainer = self.trainer
+        say = self.processes.print0
+        if due.log and self.cfg.early_stop_loss_change and self.monitor.plateaued():
+            say(f"the loss has settled at step {trainer.step}: stopping early")
+            due.grid = due.save = self.done = True
         if due.epoch_ends:
             trainer.progress.loss_sums[1] = 0
-        if trainer.step in pace.checks and not done:             # before it is saved
-            left = processes.broadcast(pace.steps_left(trainer.step))
+
+        if trainer.step in self.pace.checks and not self.done:
+            left = self.processes.broadcast(self.pace.steps_left(trainer.step))
             before = trainer.total
             trainer.set_total_steps(trainer.step + max(1, left))
             if trainer.total != before:
-                processes.print0(f"step {trainer.step:,}: {trainer.total:,} steps fit into the time, not {before:,}")
-        time_needed = pace.tell_time(trainer)
-        if time_needed and not done:
-            processes.print0(time_needed)
+                say(f"step {trainer.step:,}: {trainer.total:,} steps fit into the time, not {before:,}")
+        time_needed = self.pace.tell_time(trainer)
+        if time_needed and not self.done:
+            say(time_needed)
 
-        # Save and draw.
-        best_so_far = due.score and bool(processes.broadcast(int(monitor.distance < monitor.best_distance)))
-        if due.grid or due.save or best_so_far:
-            monitor.stop_clock()
+    def save_and_draw(self, due: Due) -> None:
+        """The checkpoint, the best one, the grid: none of their time counts as training."""
+        better = self.monitor.distance < self.monitor.best_distance
+        best_so_far = due.score and bool(self.processes.broadcast(int(better)))
+        if not (due.save or best_so_far or due.grid):
+            return
+        self.monitor.stop_clock()
         if due.save:
-            path = checkpoint_path(cfg, trainer.step)
-            state = trainer.state()
-            if processes.is_main:
-                with saves.measure():
-                    save_succeeded = warn_on_oserror(f"checkpoint {path}", partial(save_checkpoint, state, cfg))
-            save_succeeded = bool(processes.broadcast(int(save_succeeded)))
-            if save_succeeded and state["good"]:
-                last_good = path
-            if save_succeeded and save_wanted:
-                processes.print0(f"saved {path} at step {trainer.step}, as asked for by a signal")
+            self.save()
         if best_so_far:
-            trainer.progress.best_distance = monitor.distance
-            state = trainer.state()
-            best = best_path(cfg)
-            if processes.is_main and warn_on_oserror(f"checkpoint {best}", partial(write_state, best, state)):
-                monitor.best_distance = monitor.distance
-        if due.grid and processes.is_main:
-            with grids.measure():
-                warn_on_oserror(f"a grid of samples in {monitor.folder}", partial(monitor.show_grid, loss))
-        if due.grid or due.save or best_so_far:
-            monitor.restart_clock()
+            self.save_best()
+        if due.grid and self.processes.is_main:
+            with self.grids.measure():
+                warn_on_oserror(f"a grid of samples in {self.monitor.folder}",
+                                partial(self.monitor.show_grid, self.loss))
+        self.monitor.restart_clock()
 
-        # Stop.
-        if stop_signal and not done and save_succeeded:
-            raise UserError(f"interrupted: saved {path}; the same command goes on", code=128 + stop_signal)
-        if (stop_signal or done) and not save_succeeded:
+    def save(self) -> None:
+        """The checkpoint of this step; where it cannot be written, the one before stays as it is."""
+        self.path = checkpoint_path(self.cfg, self.trainer.step)
+        state = self.trainer.state()
+        succeeded = True
+        if self.processes.is_main:
+            with self.saves.measure():
+                succeeded = warn_on_oserror(f"checkpoint {self.path}", partial(save_checkpoint, state, self.cfg))
+        self.save_succeeded = bool(self.processes.broadcast(int(succeeded)))
+        if self.save_succeeded and state["good"]:
+            self.last_good = self.path
+        if self.save_succeeded and self.save_wanted:
+            self.processes.print0(f"saved {self.path} at step {self.trainer.step}, as asked for by a signal")
+
+    def save_best(self) -> None:
+        """The checkpoint whose images are the nearest to real ones so far."""
+        distance = self.monitor.distance
+        self.trainer.progress.best_distance = distance
+        state = self.trainer.state()
+        path = best_path(self.cfg)
+        if self.processes.is_main and warn_on_oserror(f"checkpoint {path}", partial(write_state, path, state)):
+            self.monitor.best_distance = distance
+
+    def stop_where_asked(self) -> None:
+        """Raise UserError where a signal asks to stop, or where the end could not be saved."""
+        if self.stop_signal and not self.done and self.save_succeeded:
+            raise UserError(f"interrupted: saved {self.path}; the same command goes on", code=128 + self.stop_signal)
+        if (self.stop_signal or self.done) and not self.save_succeeded:
             raise UserError("the last checkpoint could not be saved; the one before is as it was.\nMake room: the same "
                             "command goes on from there.", code=1)
-    return path
 
 
 # ---- 11  Commands ------------------------------------------------------------------------------

@@ -698,7 +698,8 @@ def test_the_number_of_steps_follows_the_pace(folder, monkeypatch, capsys):
         pace = diffuser.Pace(run, next(ticks) / 10 + seconds)
         logger = diffuser.MetricsLogger(folder / "log", {}, 0, {})
         with diffuser.tqdm(disable=True) as bar:
-            path = diffuser.training_loop(run, diffuser.Monitor(run, logger, folder), diffuser.Signals(run.processes), bar, pace)
+            monitor = diffuser.Monitor(run, logger, folder)
+            path = diffuser.TrainingLoop(run, monitor, diffuser.Signals(run.processes), bar, pace).run()
         state = load_checkpoint(path)
         assert "steps fit into the time, not 50" in capsys.readouterr().out
         assert (state["step"] > 50) == longer and state["step"] == state["config"]["iterations"] == run.total
