@@ -80,29 +80,34 @@ def our_settings(args: argparse.Namespace, recipe: str) -> dict:
     if recipe and channels == 3:
         return dict(images, recipe=recipe)                       # the best for pictures is that of a folder
 
-    settings = {**diffuser.DDPM, **diffuser.PRESETS[args.dataset]}           # nothing of the folder's own preset
+    name = diffuser.settings_name(args.dataset)
+    settings = diffuser.DDPM | diffuser.PRESETS.get(name, {})    # nothing of the folder's own preset
     if recipe:
-        settings.update(diffuser.BEST[args.dataset])
-    del settings["epochs"]
+        settings.update(diffuser.BEST[name])
+    settings.pop("epochs", None)
     return {**settings, **images}
+
+
+def run_settings(args: argparse.Namespace, recipe: str, minutes: float, folder: str) -> dict:
+    """The settings of a run of so many minutes in a folder, without grids on the way."""
+    settings = our_settings(args, recipe)
+    settings.update(                                             # some presets name cadences of their own
+        train_minutes=minutes,
+        data_dir=args.data_dir,
+        seed=args.seed,
+        working_directory=f"{folder}/checkpoints",
+        generated_directory=f"{folder}/samples",
+        sample_every=10**6,
+        checkpoint_every=10**6,
+    )
+    return settings
 
 
 def train_ours(args: argparse.Namespace, data: ImageData, minutes: float, recipe: str) -> Trained:
     """diffuser.py, with the dataset's preset or its best recipe."""
     # Train.
     with tempfile.TemporaryDirectory() as folder:
-        settings = our_settings(args, recipe)
-        settings["train_minutes"] = minutes
-        cfg = diffuser.configure(
-            **settings,
-            data_dir=args.data_dir,
-            seed=args.seed,
-            working_directory=f"{folder}/checkpoints",
-            generated_directory=f"{folder}/samples",
-            sample_every=10**6,
-            checkpoint_every=10**6,
-        )
-        path = diffuser.train(cfg)
+        path = diffuser.train(diffuser.configure(**run_settings(args, recipe, minutes, folder)))
         model = diffuser.load(path)
         if args.keep:
             Path(args.keep).mkdir(parents=True, exist_ok=True)
@@ -434,7 +439,7 @@ def build_parser() -> Parser:
     """The flags."""
     parser = Parser("quality.py", usage="python benchmarks/quality.py [options]", doc=__doc__)
     add = parser.add_argument
-    add("--dataset", default="mnist", help="digits, mnist or cifar10 [mnist]")
+    add("--dataset", default="mnist", help="digits, mnist, cifar10 or cifar10_optimized [mnist]")
     add("--data_dir", default="data", metavar="PATH", help="where datasets are and the judge is kept [data]")
     add("--path_to_data", default="", metavar="PATH", help="folder or ZIP that holds its images, in class folders")
     add("--test", default="", metavar="PATH", help="folder or ZIP of images to test the judge with [a sixth of them]")

@@ -265,3 +265,14 @@ def test_the_best_for_pictures_in_a_zip_is_that_of_the_dataset(monkeypatch):
         assert getattr(ours, name) == getattr(own, name)
     preset = diffuser.configure(**quality.our_settings(args, ""), train_minutes=30)
     assert preset.base_channels == 128 and preset.prediction == "eps" and preset.dataset == "folder"
+
+
+@pytest.mark.parametrize("dataset", [name for name in diffuser.DATASETS if name != "folder"])
+@pytest.mark.parametrize("path", ["", "train.zip"])
+def test_any_dataset_can_race(dataset, path):
+    """Whatever cadences its preset names, a contestant trains for the minutes of the race, without grids on the way."""
+    quality = importlib.import_module("benchmarks.quality")
+    args = argparse.Namespace(path_to_data=path, dataset=dataset, data_dir="data", seed=0)
+    for recipe in ("", "best") if dataset in diffuser.BEST else ("",):
+        cfg = diffuser.configure(**quality.run_settings(args, recipe, 3.0, "folder"))
+        assert cfg.train_minutes == 3 and cfg.sample_every == cfg.checkpoint_every == 10**6
