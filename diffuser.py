@@ -1207,7 +1207,7 @@ class Prediction:
         return p * x0 + q * eps
 
     def x0_from(self, out: Tensor, xt: Tensor, a: Tensor, s: Tensor) -> Tensor:
-        """x0_hat, from out = p x0 + q eps and x_t = a x0 + s eps; for eps it is DDPM's eq. 12."""
+        """x0_hat, from out = p x0 + q eps and x_t = a x0 + s eps; for eps it is DDPM's eq. 15."""
         p, q = self.coefficients(a, s)
         return q / (q * a - p * s) * xt - s / (q * a - p * s) * out
 
@@ -1559,9 +1559,9 @@ class UNet(nn.Module):
     @staticmethod
     @torch.no_grad()
     def init_weights(module: nn.Module) -> None:
-        """Weights fan-average uniform, biases 0; zero for what ends a residual branch and for the output.
+        """Xavier-uniform weights and zero biases; zero weights at the end of each residual branch and at the output.
 
-        So an untrained block is the identity and the first prediction is 0 (Ho et al. 2020, code).
+        So an untrained block passes on its shortcut, and the first output is 0 (Ho et al. 2020, code).
         """
         if isinstance(module, (nn.Conv2d, nn.Linear)):
             nn.init.xavier_uniform_(module.weight)
@@ -1574,7 +1574,7 @@ class UNet(nn.Module):
             nn.init.zeros_(module.conv_out.weight)
 
     def frequencies(self, device=None) -> Tensor:
-        """Of the embedding of t, from 1 down to 1e-4, float [base_channels // 2]."""
+        """Frequencies of the embedding of t, from 1 down to about 1e-4, float [base_channels // 2]."""
         half = self.base_channels // 2
         return torch.exp(-math.log(10_000) / (half - self.freq_shift) * torch.arange(half, device=device))
 
@@ -1681,15 +1681,19 @@ SPACINGS = {
 def timestep_grid(spacing: str, alpha_bar: Tensor, n: int) -> list[int]:
     """The n timesteps that sampling visits, downwards, each once."""
     ts = SPACINGS[spacing](alpha_bar, n)
-    for i in range(1, n):                                                    # neighbours may round to the same one
+    # Neighbours may round to the same timestep: the later one moves down.
+    for i in range(1, n):
         ts[i] = min(ts[i], ts[i - 1] - 1)
+
+    # That may lead below 0: each step leaves room for those behind it.
     return [max(t, n - 1 - i) for i, t in enumerate(ts)]
 
 
 def intervals(ts: list[int], alpha_bar: Tensor) -> Iterator[tuple[int, float, int, float]]:
     """The steps of a descending grid: (t, alpha_bar_t, t_next, its alpha_bar); the last leads to -1, the image."""
     for t, t_next in zip(ts, [*ts[1:], -1]):
-        yield t, alpha_bar[t].item(), t_next, alpha_bar[t_next].item() if t_next >= 0 else 1.0
+        ab_next = alpha_bar[t_next].item() if t_next >= 0 else 1.0
+        yield t, alpha_bar[t].item(), t_next, ab_next
 
 
 # Samplers: (denoise, xT [N, C, H, W], descending grid ts, alpha_bar float64 [T], source of noise, their own options).
@@ -1698,7 +1702,7 @@ def intervals(ts: list[int], alpha_bar: Tensor) -> Iterator[tuple[int, float, in
 def ddim(denoise: Denoiser, xT: Tensor, ts: list[int], alpha_bar: Tensor, draw_noise: Callable[[], Tensor], *,
          eta: float = 0.0, variance: str = "small", noise_scale: float = 1.0,
          use_noise_scaling: bool = False) -> Steps:
-    """DDIM (2010.02502, eq. 12). eta = 1 is ancestral DDPM: its posterior mean (eq. 7) and noise.
+    """DDIM (2010.02502, eq. 12). eta = 1 is ancestral DDPM: the posterior mean of its eq. 7, and its noise.
 
     variance: of that noise, the posterior's (small) or beta_t (large); noise_scale multiplies the noise,
     use_noise_scaling by t / T too.
@@ -1706,13 +1710,14 @@ def ddim(denoise: Denoiser, xT: Tensor, ts: list[int], alpha_bar: Tensor, draw_n
     x = xT
     for t, ab, _, ab_next in intervals(ts, alpha_bar):
         x0_hat, eps_hat = denoise(x, t)
-        large = eta * math.sqrt(1 - ab / ab_next)                            # DDIM sec. 4, sigma hat
+        large = eta * math.sqrt(1 - ab / ab_next)                            # DDIM sec. 5, sigma hat
         sigma = large * math.sqrt((1 - ab_next) / (1 - ab))                  # DDIM eq. 16
         x = math.sqrt(ab_next) * x0_hat + math.sqrt(max(1 - ab_next - sigma**2, 0)) * eps_hat
 
         if sigma > 0:                                                        # the last step adds none
+            deviation = large if variance == "large" else sigma
             fade = t / len(alpha_bar) if use_noise_scaling else 1
-            x = x + noise_scale * fade * (large if variance == "large" else sigma) * draw_noise()
+            x = x + noise_scale * fade * deviation * draw_noise()
         yield t, x, x0_hat
 
 
@@ -1731,7 +1736,7 @@ def dpmpp(denoise: Denoiser, xT: Tensor, ts: list[int], alpha_bar: Tensor,
         x0_hat, _ = denoise(x, t)
 
         x0 = x0_hat
-        h = math.inf                                                         # of the first and of the last step
+        h = math.inf                                                         # from pure noise, or to the image
         if t_next >= 0 and ab > 0:
             h = (lam[t_next] - lam[t]).item()
             if x0_before is not None:
@@ -1793,7 +1798,7 @@ def make_denoiser(network: Callable, diffusion: Diffusion, y: Tensor | None, nul
                   guide: Callable | None = None, **conversion) -> Denoiser:
     """The denoiser for labels y [N], guided where guidance_scale w > 0.
 
-    Its output is (1 + w) out - w weak. The weak one is the network's for the null class, from one call on a doubled
+    Its output is (1 + w) strong - w weak. The weak one is the network's for the null class, from one call on a doubled
     batch (2207.12598, eq. 6), or that of a weaker network, the guide (2406.02507, eq. 3). interval: noise levels sigma
     between which guidance acts (2404.07724, eq. 6); conversion: options of Diffusion.estimates.
     """
@@ -3208,7 +3213,7 @@ REQUIRED = object()                                              # stands for a 
 
 @dataclass(frozen=True)
 class Entry:
-    """A value in a checkpoint. valid: whether it may be what it is; default: what older files, without it, mean."""
+    """A value in a checkpoint. valid: whether a value is acceptable; default: stands in where a file has none."""
 
     valid: Callable[[object], bool]
     default: object = REQUIRED
@@ -3500,8 +3505,7 @@ def write_checkpoint(path: Path, network: nn.Module, cfg: Config, shape: tuple[i
     )
     if not all(value.isfinite().all() for value in weights.values()):
         raise UserError("its weights are not all finite")
-    state = check_state(state)
-    write_atomically(path, lambda file: write_tensors(state, file))
+    write_state(path, check_state(state))
 
 
 def set_aside(path: Path, state: dict, cfg: Config) -> None:
@@ -3741,8 +3745,10 @@ def same_run(cfg: Config, state: dict) -> bool:
     False if it began from another --init_from, or if --config repeats a run that has already ended there.
     """
     if cfg.config:
-        done = state["step"] if cfg.iterations else state["epoch"]
-        if done >= (cfg.iterations or cfg.epochs):
+        total = cfg.iterations
+        if cfg.train_minutes and not total:                      # a run of so many minutes has its length in its file
+            total = state["config"].get("iterations", 0)
+        if state["step"] >= total if total else state["epoch"] >= cfg.epochs:
             return False
     return cfg.init_from in ("", state["config"].get("init_from", ""))
 
@@ -4162,9 +4168,9 @@ class Trainer:
         micro_batches = list(zip(*(v.chunk(self.micro_batches) for v in batch)))
         for i, (x0, t, eps, y, noise) in enumerate(micro_batches, 1):
             # Processes exchange gradients once, after the last micro-batch.
-            syncs = world > 1 and forward is not self.network
-            wait = syncs and i < len(micro_batches)
-            with forward.no_sync() if wait else nullcontext():
+            distributed = world > 1 and forward is not self.network
+            postpone = distributed and i < len(micro_batches)
+            with forward.no_sync() if postpone else nullcontext():
                 with self.compute.autocast():
                     losses = self.diffusion.loss(forward, x0, t, eps, y, noise)
 
@@ -4172,7 +4178,7 @@ class Trainer:
                 # is not finite makes the gradient nan, whatever its derivative, so that all processes learn of it.
                 total = losses.sum()
                 scale = torch.where(total.isfinite(), world / self.size, math.nan)
-                self.scaler.scale(total * scale.detach()).backward()
+                self.scaler.scale(total * scale).backward()
 
             quartile = t * 4 // self.diffusion.T
             loss_sums.index_add_(0, quartile, torch.stack([losses.detach(), torch.ones_like(losses)], 1))
@@ -4214,8 +4220,8 @@ class Trainer:
 
     def count_parts(self, precision: str) -> tuple[int, str]:
         """Parts in which a micro-batch fits into memory, and what to say of it. Raises UserError."""
-        batch = self.size // self.devices.count // self.cfg.gradient_accumulation_steps
-        return plan_memory(self.cfg, self.shape, self.null_class, max(1, batch), precision, self.device)
+        batch = math.ceil(self.size / (self.devices.count * self.cfg.gradient_accumulation_steps))
+        return plan_memory(self.cfg, self.shape, self.null_class, batch, precision, self.device)
 
     def settle_compute(self, stored: dict | None) -> None:
         """Settle how this run computes: as it did so far, else what suits the device, in parts that fit into memory."""
@@ -4292,10 +4298,13 @@ class Trainer:
         if not self.processes.is_main:                           # the sums are those of all processes
             self.progress.loss_sums.zero_()
 
-        # Other settings, other losses; another learning rate is taken as it is.
+        # Losses under other settings cannot be compared with those before.
         now = dataclasses.asdict(self.cfg)
-        if any(before[name] != now[name] for name in FIELDS if name not in PER_RUN and name not in LENGTHS):
+        compared = FIELDS.keys() - PER_RUN - set(LENGTHS)
+        if any(before[name] != now[name] for name in compared):
             self.progress.baseline_step = self.step
+
+        # Another learning rate is taken as it is, without the halvings of the one before.
         if before["learning_rate"] != now["learning_rate"]:
             self.progress.lr_halvings = 0
         self.set_total_steps(self.total)
@@ -4424,6 +4433,7 @@ class Guard:
         if not logged:
             return ""
 
+        # The longest series since the last row; one that goes on counts for the next row, too.
         nonfinite = trainer.progress.nonfinite_steps
         longest = int(nonfinite[1])
         nonfinite[1] = nonfinite[0]
@@ -4876,7 +4886,7 @@ def train_locked(cfg: Config, devices: Devices, signals: Signals, data: ImageDat
     monitor.find_best()
     if logger and cfg.report:                                    # it stands beside the samples there
         warn_on_oserror(str(folder / "real.png"), monitor.draw_real)
-    hide_bar = None if processes.is_main else True                   # None: where there is no terminal
+    hide_bar = None if processes.is_main else True               # None: tqdm hides it where there is no terminal
     try:
         # Before this Ctrl-C ends the process at once: there is nothing to save yet.
         with (signals.catch(*stop_signals()),
@@ -4989,12 +4999,12 @@ class Cadence:
         return max(cls.PAUSE, seconds / cls.SHARE)
 
     def is_time(self, processes: Processes) -> bool:
-        """Whether it is; all processes of a run get the same answer."""
+        """Whether the next one is due; all processes of a run get the same answer."""
         return bool(processes.broadcast(int(time.perf_counter() >= self.due_at)))
 
     @contextmanager
     def measure(self) -> Iterator[None]:
-        """Do it in this context: its time settles when the next one is due."""
+        """Time what is done in this context, which settles when the next one is due."""
         before = time.perf_counter()
         yield
         now = time.perf_counter()
@@ -5056,7 +5066,7 @@ class TrainingLoop:
         self.saves = Cadence()
 
         self.done = trainer.step >= trainer.total
-        self.path = checkpoint_path(self.cfg, trainer.step)
+        self.path = last_good or checkpoint_path(self.cfg, trainer.step)
         self.last_good = last_good
         self.save_succeeded = True
         self.loss = 0.0
@@ -5072,7 +5082,7 @@ class TrainingLoop:
             self.trainer.train_step()
             due = self.look()
             self.log(due)
-            if self.has_gone_back(due):
+            if self.roll_back_if_diverged(due):
                 continue
             self.show_progress(due)
             self.settle_length(due)
@@ -5108,9 +5118,11 @@ class TrainingLoop:
             self.loss = self.monitor.log(due)
         elif due.grid:
             self.loss = self.monitor.epoch_loss()
+        if due.epoch_ends:                                       # the mean of the next epoch starts anew
+            self.trainer.progress.loss_sums[1] = 0
 
-    def has_gone_back(self, due: Due) -> bool:
-        """Whether the run has diverged and now stands at a good checkpoint again."""
+    def roll_back_if_diverged(self, due: Due) -> bool:
+        """Go back to a good checkpoint where the run has diverged; returns whether it did."""
         if not due.log and not due.save:
             return False
         guard = self.trainer.guard
@@ -5121,6 +5133,7 @@ class TrainingLoop:
         guard.roll_back(self.trainer, reason, self.last_good)
         if self.monitor.logger:
             self.monitor.logger.rewind(self.trainer.step)
+        # A checkpoint that a signal asked for is not written yet: it comes after the next step.
         self.signals.save = self.signals.save or self.save_wanted
         self.signals.poll_at_once()
         self.monitor.restart_clock()
@@ -5149,22 +5162,20 @@ class TrainingLoop:
         Before anything is saved: a checkpoint holds the number of steps.
         """
         trainer = self.trainer
-        say = self.processes.print0
+        print0 = self.processes.print0
         if due.log and self.cfg.early_stop_loss_change and self.monitor.plateaued():
-            say(f"the loss has settled at step {trainer.step}: stopping early")
+            print0(f"the loss has settled at step {trainer.step}: stopping early")
             due.grid = due.save = self.done = True
-        if due.epoch_ends:
-            trainer.progress.loss_sums[1] = 0
 
         if trainer.step in self.pace.checks and not self.done:
             left = self.processes.broadcast(self.pace.steps_left(trainer.step))
             before = trainer.total
             trainer.set_total_steps(trainer.step + max(1, left))
             if trainer.total != before:
-                say(f"step {trainer.step:,}: {trainer.total:,} steps fit into the time, not {before:,}")
+                print0(f"step {trainer.step:,}: {trainer.total:,} steps fit into the time, not {before:,}")
         time_needed = self.pace.tell_time(trainer)
         if time_needed and not self.done:
-            say(time_needed)
+            print0(time_needed)
 
     def save_and_draw(self, due: Due) -> None:
         """The checkpoint, the best one, the grid: none of their time counts as training."""
@@ -5604,19 +5615,16 @@ def check_device(cfg: Config, problems: list[str]) -> None:
         print(f"speed    {', '.join(shown)} GFLOP/s in products of matrices on {devices}")
 
         trainer = Trainer(cfg, devices)
-        trainer.train_step()
-        begun = time.perf_counter()
-        for _ in range(5):
-            trainer.train_step()
-        if not trainer.grad_norm.isfinite():                     # waits for the device
+        seconds_of(trainer, trainer.train_step)                  # the first step takes longer
+        took = statistics.median(seconds_of(trainer, trainer.train_step) for _ in range(5))
+        if not trainer.grad_norm.isfinite():
             problems.append(f"a training step on {devices.device.type} gives no finite gradient: try another --device")
-        took = (time.perf_counter() - begun) / 5
         print(f"training {duration(took)} a step of the digits preset, {trainer.size} images, "
               f"{trainer.compute}")
 
-        begun = time.perf_counter()
+        before = time.perf_counter()
         trainer.model.generate(["3"], steps=20)
-        print(f"drawing  a digit in {duration(time.perf_counter() - begun)}, 20 steps")
+        print(f"drawing  a digit in {duration(time.perf_counter() - before)}, 20 steps")
     except Exception as error:                                   # whatever it is, it is what was looked for
         print(f"failed   {first_line(error)}")
         problems.append(f"training on --device {cfg.device} fails ({first_line(error)}): try --device cpu, or "
@@ -5713,7 +5721,7 @@ def choose_checkpoint(asked: dict) -> Path | None:
     --experiment_name and --dataset leave those of their runs; --yes takes the newest. Raises UserError where there is
     none, and under torchrun where there are several.
     """
-    home = Path(asked.get("working_directory") or "checkpoints")
+    home = Path(asked.get("working_directory") or FIELDS["working_directory"].default)
     found = []
     for path in newest_first(home.glob("**/*.pt")):
         try:
@@ -5934,7 +5942,7 @@ def how_to_go_on(cfg: Config, folder: Path, numbers: list[int], count: int, firs
         if numbers and not cfg.classes:
             flags.append(f"--classes {','.join(map(str, numbers))}")
     command = " ".join(["the same command", *(["with"] if flags else []), *flags])
-    return f".\nWhen that is mended, {command} goes on with the rest"
+    return f".\nOnce that is fixed, {command} goes on with the rest"
 
 
 # ---- 12  Command line --------------------------------------------------------------------------

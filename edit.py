@@ -421,7 +421,7 @@ def edit(args: argparse.Namespace) -> str:
 
     images = to_uint8(edited.x)
     again = "the same command" if args.save_dir else f"the same command with --save_dir {folder}"
-    with pictures.hold(f".\nWhen that is mended, {again} goes on with the rest"):
+    with pictures.hold(f".\nOnce that is fixed, {again} goes on with the rest"):
         for i in pictures.missing():
             save_png(images[i], pictures.path(i))
         shown = torch.cat([*edited.sources.values(), images])

@@ -96,6 +96,7 @@ def test_resume_from_a_named_checkpoint(folder):
     assert load_checkpoint(diffuser.find_checkpoint(named))["step"] == 2
     direct = tiny_training(resume_from_checkpoint="checkpoints/e/checkpoint_4/model.pt")
     assert load_checkpoint(diffuser.find_checkpoint(direct))["step"] == 4
+    assert load_checkpoint(diffuser.train(direct))["step"] == 4              # at its end already: nothing else is there
     with pytest.raises(UserError, match="checkpoint_4"):
         diffuser.find_checkpoint(tiny_training(experiment_name="e", resume_from_checkpoint="checkpoint_3"))
 

@@ -194,6 +194,16 @@ def test_config_json_of_a_stopped_run_goes_on(folder, capsys):
     assert "step 4 of 8" in capsys.readouterr().out
 
 
+def test_a_run_of_minutes_with_config_goes_on_until_its_own_end(folder):
+    """Its length is the number of steps in its checkpoint, not the preset's epochs: it is resumed before, and begun
+    again behind."""
+    (folder / "c.json").write_text(json.dumps(dict(dataset="digits", batch_size=16)))
+    cfg = configure(config="c.json", train_minutes=2.0)
+    for step, epoch, goes_on in ((40, cfg.epochs + 1, True), (100, 0.1, False)):
+        state = dict(step=step, epoch=epoch, config=dict(iterations=100, train_minutes=2.0))
+        assert diffuser.same_run(cfg, state) == goes_on
+
+
 def test_flags_beat_the_file_and_the_file_beats_presets(folder):
     """Every option of the file counts; a length on the command line replaces those of the file; channels per head too."""
     (folder / "c.json").write_text(json.dumps(dict(dataset="mnist", batch_size=7, iterations=30, train_minutes=3.0, channel_mults=[1, 4],
