@@ -350,9 +350,9 @@ class Config:
         "--mixed_precision", choices=("auto", "fp32", "bf16", "fp16"), synonyms={"no": "fp32"}, per_run=True,
         common=True)
     compile: bool | None = opt(None, "torch.compile the network (default: on cuda, for long runs)", per_run=True)
-    channels_last: bool | None = opt(None, "store images channels last (default: but for mps)", per_run=True)
+    channels_last: bool | None = opt(None, "store images channels last (default: on, except on mps)", per_run=True)
     deterministic: bool = opt(
-        False, "only kernels that compute the same every time; slower on cuda, the rule on CPUs", per_run=True)
+        False, "only kernels that compute the same every time: slower on cuda; CPUs do so anyway", per_run=True)
     gradient_checkpointing: bool = opt(
         False, "compute activations again in the backward pass: a third of the memory, a third more time")
 
