@@ -23,7 +23,6 @@ if __name__ == "__main__" and _signal.getsignal(_signal.SIGINT) is _signal.defau
 
 import argparse
 import atexit
-import base64
 import dataclasses
 import functools
 import hmac
@@ -234,12 +233,7 @@ def data_address(picture: Image.Image) -> str:
     """A picture as the address of an <img>."""
     file = io.BytesIO()
     picture.save(file, "PNG", compress_level=1)
-    return png_address(file.getvalue())
-
-
-def png_address(content: bytes) -> str:
-    """The content of a PNG file as the address of an <img>."""
-    return "data:image/png;base64," + base64.b64encode(content).decode()
+    return report.png_address(file.getvalue())
 
 
 def show_pictures(images: Tensor, names: list[str]) -> str:
@@ -260,7 +254,7 @@ def show_file(path: Path | None, alt: str) -> str:
         content = path.read_bytes()
     except OSError:
         return ""
-    return f'<img class="sharp" src="{png_address(content)}" alt="{escape(alt, quote=True)}">'
+    return f'<img class="sharp" src="{report.png_address(content)}" alt="{escape(alt, quote=True)}">'
 
 
 def note(text: str) -> str:
@@ -465,13 +459,15 @@ def painted_mask(editor: dict | None, shape: tuple[int, int, int]) -> Tensor:
     layers = (editor or {}).get("layers") or []
     if not layers:
         raise UserError("paint over the part that is to be drawn anew")
-    painted = torch.zeros(shape[1:])
-    for layer in layers[:1]:                                     # the page has one
-        if layer.width * layer.height > MOST_PAINTED:
-            raise UserError("this is too large to paint on")
-        alpha = torch.from_numpy(np.array(layer.convert("RGBA").getchannel("A"), dtype=np.float32))[None]
-        painted = torch.nn.functional.adaptive_max_pool2d(alpha, shape[1:])[0]
-    return (painted > 127)[None].to(torch.uint8) * 255
+    layer = layers[0]                                            # the page has one
+    if layer.width * layer.height > MOST_PAINTED:
+        raise UserError("this is too large to paint on")
+
+    alpha = torch.from_numpy(np.array(layer.convert("RGBA").getchannel("A"), dtype=np.float32))[None]
+    painted = torch.nn.functional.adaptive_max_pool2d(alpha, shape[1:]) > 127
+    if painted.all() or not painted.any():
+        raise UserError("paint over the part that is to be drawn anew, and leave the rest")
+    return painted.to(torch.uint8) * 255
 
 
 def canvas(path: Path) -> Image.Image:
@@ -495,7 +491,11 @@ def describe_progress(run: Run) -> str:
     if run.process is not None and run.seconds_left:
         words.append(f"{duration(run.seconds_left)} left")
 
-    done = 1.0 if run.status == "finished" else min(1.0, run.step / max(1, run.total))
+    done = 0.0                                                   # also where the number of steps is not known
+    if run.status == "finished":
+        done = 1.0
+    elif run.total:
+        done = min(1.0, run.step / run.total)
     percent = f"{100 * done:.1f}"
     return (f'<div class="bar" role="progressbar" aria-label="progress of the run" aria-valuenow="{percent}">'
             f'<div style="width: {percent}%"></div></div><p>{escape(", ".join(words))}</p>')
@@ -504,7 +504,8 @@ def describe_progress(run: Run) -> str:
 def draw_curves(run: Run) -> str:
     """The curves of a run, as in its report."""
     try:
-        figures = [figure for figure in report.make_figures(run.rows) if figure["svg"]]
+        with runs.PLOTTING:
+            figures = [figure for figure in report.make_figures(run.rows) if figure["svg"]]
     except ValueError as error:                                  # a loss that no axis can hold
         return note(f"the curves cannot be drawn: {first_line(error)}")
     parts = [f'<figure><figcaption>{escape(figure["title"])}</figcaption>{figure["svg"]}</figure>'
@@ -523,7 +524,7 @@ def show_grid(run: Run, place: int) -> str:
 
 def show_overlay(chosen: list[Run]) -> str:
     """The losses of runs over each other. Raises UserError."""
-    picture = png_address(runs.overlaid_curves(chosen))
+    picture = report.png_address(runs.overlaid_curves(chosen))
     names = escape(", ".join(run.name for run in chosen), quote=True)
     return f'<img class="figure" src="{picture}" alt="losses of {names}">'
 
@@ -531,7 +532,8 @@ def show_overlay(chosen: list[Run]) -> str:
 def show_report(run: Run) -> str:
     """The report of a run inside the page, shut off from it. Raises UserError."""
     try:
-        content = report.render(run.folder)
+        with runs.PLOTTING:
+            content = report.render(run.folder)
     except (OSError, ValueError) as error:
         raise UserError(f"there is no report of {run.name}: {first_line(error)}") from error
     return (f'<iframe class="report" sandbox="allow-scripts" title="report of {escape(run.name, quote=True)}" '
@@ -1070,7 +1072,12 @@ def start_from_form(places: Places, dataset: str, files: list[str] | None, *sett
     if dataset == "folder":
         runs.check_words(form_words(places, "uploads", dataset, *settings))
         data = runs.keep_uploads(places.data / "uploads", files or [], file_name(name))
-    return runs.start_run(form_words(places, data, dataset, *settings))
+    try:
+        return runs.start_run(form_words(places, data, dataset, *settings))
+    except UserError:
+        if data:
+            runs.remove(data)                                    # no run has it
+        raise
 
 
 @dataclass
@@ -1287,8 +1294,9 @@ class Pages:
         for key in keys:
             with suppress(UserError):
                 run = runs.find_run(self.places, key)
-                runs.stop_run(run)
-                stopped.append(run)
+                if run.process is not None:                      # it may have ended by itself
+                    runs.stop_run(run)
+                    stopped.append(run)
         return stopped
 
 
@@ -1412,7 +1420,8 @@ def serve(args: argparse.Namespace) -> None:
     # Who may come.
     in_the_cloud = space and bool(os.environ.get("SPACE_ID"))
     host = args.host or ("0.0.0.0" if in_the_cloud else "127.0.0.1")
-    local = () if args.host or args.share or in_the_cloud else ("127.0.0.1", "localhost", "::1")
+    loopback = ("127.0.0.1", "localhost", "::1")
+    local = loopback if host in loopback and not (args.share or in_the_cloud) else ()
     guard = Middleware(OwnPagesOnly, hosts=local, behind_proxy=in_the_cloud or args.share)
     auth = None
     if args.password:

@@ -728,7 +728,8 @@ def read_unet2d(folder: Path):
     # Of the kinds of files: safetensors before a pickle (read with weights_only), half precision where it is alone.
     names = [path.name for path in home.glob("diffusion_pytorch_model*")]
     use_safetensors = any(name.endswith(".safetensors") for name in names)
-    only_half = names and all(".fp16." in name for name in names)
+    chosen = [name for name in names if name.endswith(".safetensors")] or names
+    only_half = chosen and all(".fp16." in name for name in chosen)
     variant = "fp16" if only_half else None
     try:
         theirs, found = UNet2DModel.from_pretrained(
@@ -1111,7 +1112,7 @@ pipeline = DDPMPipeline.from_pretrained("path/to/this/folder")      # add .to("c
 images = pipeline(batch_size=4, num_inference_steps=50).images
 {% else %}
 pipeline.scheduler = {{ scheduler }}
-images = pipeline(batch_size=4, num_inference_steps=25).images      # or without the line before, and 1000 steps
+images = pipeline(batch_size=4, num_inference_steps=25).images      # without the line before: {{ cfg.timesteps }}
 {% endif %}
 {% else %}
 import torch

@@ -157,7 +157,7 @@ from diffuser_lib.processes import (
     world_size,
 )
 from diffuser_lib.sources import check_images, open_images
-from diffuser_lib.spellings import FOREIGN_FLAGS, NO_COUNTERPART, translate_flags
+from diffuser_lib.spellings import BOOLEANS, FOREIGN_FLAGS, NO_COUNTERPART, translate_flags
 from diffuser_lib.tensors import write_tensors
 
 # ---- 1  Configuration --------------------------------------------------------------------------
@@ -646,10 +646,6 @@ RECIPES = {
 
 # One value: text to value, value to text, and its check.
 
-BOOLEANS = {"true": True, "yes": True, "y": True, "on": True, "1": True,
-            "false": False, "no": False, "n": False, "off": False, "0": False}
-
-
 def parse_value(name: str, text: str):
     """The value of option `name` written as `text`, checked. Raises UserError."""
     kind = TYPES[name]
@@ -742,7 +738,7 @@ def check_value(name: str, value) -> None:
     if len(entries) > 16:
         raise UserError(f"--{name} takes at most 16 numbers, not {len(entries)}")
     if isinstance(value, str) and "\0" in value:
-        raise UserError(f"--{name} cannot contain the character 0")
+        raise UserError(f"--{name} cannot contain a null character")
 
     # Its choices and its range.
     choices = allowed_values(name)
@@ -771,7 +767,8 @@ def check(cfg: Config) -> None:
     if cfg.beta_end < cfg.beta_start:
         raise UserError(f"--beta_end {cfg.beta_end:g} is below --beta_start {cfg.beta_start:g}: noise has to grow")
     if cfg.prediction == "eps" and cfg.zero_terminal_snr:
-        raise UserError("--zero_terminal_snr needs another --prediction than eps: at T noise tells nothing of it")
+        raise UserError("--zero_terminal_snr needs another --prediction than eps: at T, where xt is pure noise, eps "
+                        "says nothing about x0")
     if cfg.guide_path and not cfg.guidance_scale:
         raise UserError("--guide_path needs --guidance_scale above 0")
     if cfg.guidance_interval and cfg.guidance_interval[0] > cfg.guidance_interval[1]:
@@ -1017,7 +1014,8 @@ def options_for(cfg: Config, length: dict) -> dict:
 def chosen_length(cfg: Config) -> dict:
     """The length of a run as it was asked for; empty where it is that of its dataset."""
     plain = complete(dict(dataset=cfg.dataset))
-    for name in ("train_minutes", "iterations", "epochs"):       # the first one counts
+    # Minutes first: a run of so many minutes has a number of steps as well, which nobody asked for.
+    for name in ("train_minutes", "iterations", "epochs"):
         if getattr(cfg, name):
             return {} if getattr(plain, name) == getattr(cfg, name) else {name: getattr(cfg, name)}
     return {}
@@ -2456,7 +2454,7 @@ class Devices:
         return self.replicate(forward, compute)
 
     def replicate(self, network: nn.Module, compute: ComputeConfig) -> nn.Module:
-        """The network as one call of it runs on all GPUs of this process, a part of the batch on each."""
+        """The network spread over all GPUs of this process: each computes a part of the batch."""
         if self.replicas == 1:
             return network
         return nn.DataParallel(InContext(network, compute.autocast), list(range(self.replicas)))
@@ -2956,6 +2954,7 @@ class Model:
         for name in settings:
             if name not in FIELDS or name in ARCHITECTURAL or name in PER_RUN:
                 raise UserError(f"{name} is no sampling option")
+        settings = with_tuples(settings)
         cfg = Config(**{**without_foreign_steps(vars(self.config), settings), **settings})
         check(cfg)
         check_sampler_options(settings, cfg)
@@ -3132,6 +3131,8 @@ def parse_class_range(text: str, class_names: list[str]) -> list[int]:
 
 def parse_class(text: str, class_names: list[str]) -> int:
     """A class's number from its name, its number, or the beginning of its name. Raises UserError."""
+    if text in class_names:                                      # some may differ in case alone
+        return class_names.index(text)
     text = text.lower()
     names = [name.lower() for name in class_names]
     if text in names:
@@ -3166,10 +3167,11 @@ def parse_seeds(seeds: str | Sequence[int]) -> list[int]:
         high = int(bounds[2] or low)
         if high < low:
             raise UserError(f"--seeds {part} begins above its end")
-        if high - low >= MAX_SEEDS or len(found) > MAX_SEEDS:
-            raise UserError(f"--seeds names at most {MAX_SEEDS:,}")
         check_value("seed", high)
-        found.update(dict.fromkeys(range(low, high + 1)))
+        if high - low < MAX_SEEDS:
+            found.update(dict.fromkeys(range(low, high + 1)))
+        if high - low >= MAX_SEEDS or len(found) > MAX_SEEDS:
+            raise UserError(f"--seeds takes at most {MAX_SEEDS:,} seeds")
     if not found:
         raise UserError("--seeds names none: say such as 1,2,5-10")
     return list(found)
@@ -5841,7 +5843,7 @@ def save_images(model: Model, cfg: Config, numbers: list[int], count: int, sourc
 
         # What shows them side by side: the first hundred.
         if processes.is_main:
-            shown = torch.stack([pictures.read(i) for i in range(min(count, 100))])
+            shown = torch.stack([pictures.require(i) for i in range(min(count, 100))])
             columns = [model.class_names[n] for n in labels[: len(numbers)]]
             save_grid(shown, folder / "grid.png", columns)
             if cfg.trajectory:

@@ -194,7 +194,7 @@ def read_mask(path: str, picture: str, shape: Shape) -> Tensor:
 
     if mask.min() == mask.max():
         colour = "white" if mask.max() > 0 else "black"
-        raise UserError(f"{path} is all {colour}: white is painted anew, black stays")
+        raise UserError(f"{path} is all {colour} at the model's size: white is painted anew, black stays")
     return mask
 
 

@@ -73,10 +73,9 @@ def find_images(path: str) -> ImageSource:
         if Path(path, name).exists():
             path = str(Path(path, name))
             break
-    try:
-        return open_images(path, "DIR")
-    except UserError:
-        raise UserError(f"{path} is no folder or file with images in it") from None
+    if not Path(path).exists():
+        raise UserError(f"{path} is no folder or file with images in it")
+    return open_images(path, "images")
 
 
 def shape_of_first(files: ImageSource) -> Shape:
@@ -311,9 +310,10 @@ def inception_scores(generated: Tensor, real: Tensor, metrics: list[str], weight
             feature_extractor="inception-v3-compat", feature_extractor_weights_path=weights or None,
             cuda=torch.cuda.is_available(), batch_size=50, save_cpu_ram=True, verbose=False)
     except (OSError, RuntimeError) as error:
-        reason = str(error).strip().split("\n")[0]
-        raise UserError(f"the Inception network could not be loaded ({reason}): give its weights as torch-fidelity has "
-                        "them with --weights", code=1) from error
+        if isinstance(diffuser.explain(error), UserError):       # out of memory
+            raise
+        raise UserError(f"the Inception network could not be loaded ({first_line(error)}): give its weights as "
+                        "torch-fidelity has them with --weights", code=1) from error
 
 
 # ---- Variational bound -------------------------------------------------------------------------
@@ -495,7 +495,8 @@ def too_few_for(metric: str, generated: int, real: int, args: argparse.Namespace
     if generated < least:
         return f"{generated} images are too few for {title}: it needs {least}, since {why}"
     if metric not in ("accuracy", "is") and real < least:
-        return f"{real} real images are too few for {title}: it needs {least}, since {why}"
+        use = "real images to train the judge on" if metric == "distance" else "real images"
+        return f"{real} {use} are too few for {title}: it needs {least}, since {why}"
     return ""
 
 
@@ -540,11 +541,16 @@ def evaluate(args: argparse.Namespace) -> dict[str, float]:
     figures: dict[str, float] = {"images": len(generated.images)}
     class_names = reference.train.class_names
     by_judge = "accuracy" in metrics or "distance" in metrics
-    if by_judge and len(class_names) >= 2 and labels_in_reference(generated, class_names) is None:
+    problem = ""
+    if len(class_names) < 2:
+        problem = f"accuracy needs classes, which {reference.name} does not have"
+    elif labels_in_reference(generated, class_names) is None:
         problem = f"accuracy needs the classes of {reference.name} in names of files (000012_cat.png) or folders"
+    if by_judge and problem:
         if "distance" not in metrics:
             raise UserError(f"{problem}; a distance needs {FEATURES + 1} images")
-        warn(f"evaluate: left out: {problem}")
+        if len(class_names) >= 2:
+            warn(f"evaluate: left out: {problem}")
     if by_judge or args.copies:
         stats = judge_of(reference, args.data_dir)
     if by_judge:

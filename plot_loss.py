@@ -222,7 +222,10 @@ def load_run(directory: Path) -> dict[str, list[Point]]:
 
 
 def parse_answer(answer: str, count: int) -> list[int] | None:
-    """'', 'q' or '2, 1' as places in a list of `count`, none for q; None for anything else."""
+    """The places that an answer picks from `count` runs: '2, 1' gives [1, 0], '' the first, 'q' [].
+
+    None where the answer makes no sense.
+    """
     if answer.lower() in ("q", "quit"):
         return []
     if not answer:
@@ -246,9 +249,9 @@ def choose_runs(runs: list[Path], script: str) -> list[Path]:
     script: the name of the program that asks.
     """
     print("Sample folders, newest first:")
-    for number, folder in enumerate(runs, start=1):
+    for place, folder in enumerate(runs, start=1):
         last_epoch = parse_losses(folder)[-1][0]
-        print(f"  {number}  {folder}  (to epoch {last_epoch:.10g})")
+        print(f"  {place}  {folder}  (to epoch {last_epoch:.10g})")
 
     while True:
         try:
@@ -398,7 +401,7 @@ def draw_figure(runs: Curves, window: float, validation: Curves = (), rates: Cur
         require_drawable(label, numbers)
         raw.append((label, numbers))
         smooth.append((label, sliding_average(numbers, window)))
-        everything += points
+        everything += numbers
     held_out = select(runs, validation)
     for _, points in held_out:
         everything += points

@@ -28,7 +28,15 @@ from html import escape
 from pathlib import Path
 from statistics import median
 
-from diffuser_lib.files import Parser, UserError, add_debug, end_process, run_script, write_atomically
+from diffuser_lib.files import (
+    Parser,
+    UserError,
+    add_debug,
+    end_process,
+    read_json_object,
+    run_script,
+    write_atomically,
+)
 from plot_loss import (
     COLOURS,
     Point,
@@ -280,10 +288,9 @@ document.querySelectorAll(".slider [hidden]").forEach(part => { part.hidden = fa
 def read_config(folder: Path) -> dict:
     """What config.json holds; nothing where it cannot be read."""
     try:
-        content = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError):
+        return read_json_object(folder / "config.json")
+    except (OSError, ValueError):
         return {}
-    return content if isinstance(content, dict) else {}
 
 
 def read_part(config: dict, name: str) -> dict[str, str]:
@@ -299,9 +306,14 @@ def read_part(config: dict, name: str) -> dict[str, str]:
     return texts
 
 
+def png_address(content: bytes) -> str:
+    """The content of a PNG file as the address of an <img>."""
+    return "data:image/png;base64," + base64.b64encode(content).decode()
+
+
 def embed(path: Path) -> str:
-    """A PNG file as a data URI. Raises OSError."""
-    return "data:image/png;base64," + base64.b64encode(path.read_bytes()).decode()
+    """A PNG file as the address of an <img>. Raises OSError."""
+    return png_address(path.read_bytes())
 
 
 def read_strip(folder: Path) -> dict | None:
@@ -334,7 +346,7 @@ def cut_strip(path: Path) -> list[str]:
     for left, right in places:
         file = io.BytesIO()
         picture.crop((left, 0, right, picture.height)).save(file, "PNG")
-        frames.append("data:image/png;base64," + base64.b64encode(file.getvalue()).decode())
+        frames.append(png_address(file.getvalue()))
     return frames
 
 

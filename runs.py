@@ -55,6 +55,7 @@ class Places:
 CHILDREN: dict[str, subprocess.Popen] = {}
 ASKED: dict[str, int] = {}                                       # to stop: a second signal would end it without saving
 STARTING = threading.Lock()
+STOPPING = threading.Lock()
 NAME_ENDING = re.compile(rf"_({'|'.join(diffuser.SCHEDULES)})_\d+_\d+_(no)?attention$")
 
 
@@ -154,7 +155,7 @@ def list_folders(places: Places) -> set[Path]:
 
 
 def read_runs(places: Places) -> list[Run]:
-    """All runs: those that train first, then those that wrote last. Of names that are alike, the rest tells which."""
+    """All runs: first those that are training; within each group, the one that wrote last comes first."""
     folders = sorted(list_folders(places), key=last_change, reverse=True)
     found = [read_run(places, folder) for folder in folders]
     found.sort(key=lambda run: run.process is None)
@@ -289,17 +290,19 @@ def stop_run(run: Run) -> str:
         return f"{run.name} is not training"
     if run.process == 0:
         raise UserError(f"{run.name} trains on another machine: stop it there")
-    if ASKED.get(run.key) == run.process:
-        return f"{run.name} is saving already"
     if not is_training(run.process):
         raise UserError(f"{run.name}: it is not known which process trains it; stop it where it was started")
-    ASKED[run.key] = run.process
-    try:
-        os.kill(run.process, signal.SIGINT)
-    except ProcessLookupError:                                   # it has just ended
-        pass
-    except OSError as error:
-        raise UserError(f"{run.name} cannot be stopped: {error.strerror}") from error
+
+    with STOPPING:                                               # a button and a page that closes may ask at once
+        if ASKED.get(run.key) == run.process:
+            return f"{run.name} is saving already"
+        try:
+            os.kill(run.process, signal.SIGINT)
+        except ProcessLookupError:                               # it has just ended
+            pass
+        except OSError as error:
+            raise UserError(f"{run.name} cannot be stopped: {error.strerror}") from error
+        ASKED[run.key] = run.process
     return f"{run.name} saves and stops"
 
 
@@ -349,8 +352,9 @@ def keep_uploads(folder: Path, files: list[str], name: str) -> Path:
         raise UserError(f"{count:,} pictures are more than the {MOST_UPLOADED:,} that are taken here: train on them by "
                         "the command line, with --path_to_data")
 
+    pictures = [] if zips else files
     endings = []
-    for path in () if zips else files:
+    for path in pictures:
         try:
             with open_image(path) as picture:
                 endings.append(picture.format.lower())
@@ -361,10 +365,18 @@ def keep_uploads(folder: Path, files: list[str], name: str) -> Path:
     try:
         folder.mkdir(parents=True, exist_ok=True)
         if zips:
+            target.touch(exist_ok=False)
+        else:
+            target.mkdir()
+    except OSError as error:                                     # also where another upload has just taken the name
+        raise UserError(f"the upload cannot be kept: {error.strerror}", code=1) from error
+
+    # The name is taken: what fails from here on leaves nothing behind.
+    try:
+        if zips:
             shutil.copyfile(zips[0], target)
             return target
-        target.mkdir()
-        for i, (path, ending) in enumerate(zip(files, endings)):
+        for i, (path, ending) in enumerate(zip(pictures, endings)):
             shutil.copyfile(path, target / f"{i:06}.{ending}")
         return target
     except OSError as error:

@@ -111,7 +111,8 @@ def train_ours(args: argparse.Namespace, data: ImageData, minutes: float, recipe
         model = diffuser.load(path)
         if args.keep:
             Path(args.keep).mkdir(parents=True, exist_ok=True)
-            shutil.copy(path, Path(args.keep, f"{args.dataset}_{recipe or 'preset'}.pt"))
+            ending = f"_{minutes:g}" if len(args.minutes) > 1 else ""
+            shutil.copy(path, Path(args.keep, f"{args.dataset}_{recipe or 'preset'}{ending}.pt"))
 
     cfg = dataclasses.replace(model.config, seed=args.seed + 1)
     images_seen = model.config.iterations * cfg.batch_size * cfg.gradient_accumulation_steps
@@ -474,6 +475,8 @@ def check(args: argparse.Namespace) -> diffuser.Model | None:
 
     if not args.checkpoint:
         return None
+    if args.race:
+        raise UserError("--race is for contestants that train: leave it or --checkpoint out")
     model = diffuser.load(args.checkpoint)
     if model.shape != diffuser.DATASETS[args.dataset].shape:
         raise UserError(f"{args.checkpoint} draws images {model.shape}, unlike {args.dataset}: give its --dataset")
@@ -530,6 +533,11 @@ def work(args: argparse.Namespace) -> None:
     if len(reference.train.class_names) < 2 or len(reference.train.images) <= FEATURES:
         raise UserError(f"{args.path_to_data or args.dataset}: a race needs images of two classes or more, in folders "
                         f"of their names, and more than {FEATURES} to train the judge on")
+    if model and model.class_names not in ([], reference.train.class_names):
+        raise UserError(f"{args.checkpoint} has other classes than {reference.name}, by which it would be judged")
+    to_train = len(reference.everything().images)
+    if not model and args.batch_size > to_train:
+        raise UserError(f"--batch_size {args.batch_size} is more than the {to_train:,} images to train on")
     count = len(reference.test.images)
     if count < args.images:
         if count <= FEATURES:

@@ -119,9 +119,12 @@ class Comparison:
 def compare(space: str, drawn: Nearest, real: Nearest) -> Comparison:
     """Drawn images beside real ones that were not trained on (or were passed over)."""
     different = real.distance > 0.01 * real.distance.median()         # the same but for rounding
-    real = real[different] if different.any() else real
+    doubles = 0
+    if different.any():
+        doubles = int((~different).sum())
+        real = real[different]
     limit = real.distance.quantile(RARE).item()
-    return Comparison(space, drawn, real, limit, int((~different).sum()))
+    return Comparison(space, drawn, real, limit, doubles)
 
 
 # ---- Page --------------------------------------------------------------------------------------
@@ -156,9 +159,9 @@ img { display: block; width: 100%; image-rendering: pixelated }
 <table>
 {% for name, value in rows %}<tr><th scope="row">{{ name }}</th><td>{{ value }}</td></tr>
 {% endfor %}</table>
-<p>Left of each three: the drawn image. Beside it the training image that is nearest to it, by each of the two measures;
-mirror images count. In bold: nearer than 99 in 100 real images lie to theirs. If nothing is copied, one image in a
-hundred is.</p>
+<p>In each row of three, the drawn image is on the left. Beside it is the training image nearest to it, by each of the
+two measures; mirror images count. Bold: nearer than 99 in 100 real images are to theirs. Even where nothing is copied,
+about one image in a hundred is this near.</p>
 <div class="pairs">
 {% for pair in pairs %}<div class="pair">
 {% for picture in pair %}<figure><img src="{{ picture.source }}" alt="{{ picture.name }}">

@@ -108,7 +108,7 @@ def likeness(a: str, b: str) -> float:
 
 
 def warn(text: str) -> None:
-    """Print a line on stderr. stderr may itself be a file on a full disk, so a failure is let pass."""
+    """Print a line on stderr. stderr may itself be a file on a full disk, so a failure is ignored."""
     with suppress(OSError):
         print(printable(text), file=sys.stderr)
 
@@ -153,7 +153,7 @@ COLOURS = re.compile(r"\x1b\[[\d;]*m")
 
 
 def printable(text: str) -> str:
-    """Text with its control characters spelled out, so that a name of somebody's commands no terminal: \\x1b[2J."""
+    """Text with its control characters spelled out, as in \\x1b[2J, so that no file name can control the terminal."""
     return CONTROL.sub(lambda found: found[0].encode("unicode_escape").decode(), text)
 
 
@@ -454,8 +454,9 @@ def require_writable(path: str | Path, flag: str, folder: bool = False) -> None:
                 raise UserError(f"{flag} {path} is no folder: name another")
             if not folder and not path.is_file():
                 raise UserError(f"{flag} {path} is no file that could be replaced: name another")
-        with suppress(FileNotFoundError):
-            os.lstat(path.absolute().with_name(f".{path.name}.tmp"))             # as write_atomically has it
+        if not folder:
+            with suppress(FileNotFoundError):
+                os.lstat(path.absolute().with_name(f".{path.name}.tmp"))         # as write_atomically has it
 
         try_to_write(path if folder else path.parent, 1)
     except OSError as error:
@@ -515,7 +516,7 @@ def zip_is_sound(file: str | Path | BinaryIO) -> bool:
 
 
 def newest_first(paths: Iterable[Path]) -> list[Path]:
-    """The paths that exist, by time of change."""
+    """The paths that exist, the one changed last first."""
     times = {}
     for path in paths:
         with suppress(OSError):                                  # another process may just rename it
@@ -549,7 +550,9 @@ def hold_lock(place: Path, flag: str, advice: str, patience: float = 6.0) -> Ite
         place.parent.mkdir(parents=True, exist_ok=True)
         lock.acquire(timeout=patience)
     except Timeout:
-        name = owner.read_text(errors="replace") if owner.exists() else "another process"
+        name = "another process"
+        with suppress(OSError):                                  # it may just have ended, or be another user's
+            name = owner.read_text(errors="replace")
         raise UserError(f"{place} is in use by {name}\n{advice}") from None
     except OSError as error:
         raise cannot_write(place.parent, flag, error) from error

@@ -90,7 +90,7 @@ MAX_UNPACKED = 2**28                                             # bytes of one 
 
 @contextmanager
 def strict_pillow() -> Iterator[None]:
-    """What Pillow warns of never reaches the terminal: too many pixels are an error, other flaws are let pass."""
+    """Pillow's warnings never reach the terminal: too many pixels are an error, other flaws are ignored."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")                          # damaged EXIF, a strange MPO
         warnings.simplefilter("error", Image.DecompressionBombWarning)
@@ -142,8 +142,10 @@ def walk_once(root: Path) -> Iterator[tuple[str, list[str]]]:
             subfolders[:] = sorted(name for name in subfolders if not name.startswith("."))
             for name in subfolders:
                 path = os.path.join(folder, name)
-                back_up = Path(folder).resolve().is_relative_to(os.path.realpath(path))
-                if os.path.islink(path) and not back_up:         # os.walk itself does not follow it
+                if not os.path.islink(path):                     # os.walk follows folders, but no links
+                    continue
+                leads_up = Path(folder).resolve().is_relative_to(os.path.realpath(path))
+                if not leads_up:
                     starts.append(path)
 
 
@@ -309,7 +311,7 @@ class ImageFiles(ImageSource):
             return self.archive.read(name, MAX_UNPACKED)
         path = self.regular_file(name)
         if path.stat().st_size > MAX_UNPACKED:
-            raise ValueError("it unpacks to more than 256 MiB")
+            raise ValueError(f"it is larger than {MAX_UNPACKED >> 20} MiB")
         return path.read_bytes()
 
     def files(self) -> Iterable[Path]:
@@ -346,7 +348,7 @@ class DecodedImages(Dataset):
 
         if image.mode.startswith("I") or image.mode == "F":      # Pillow would clip what lies above 255
             pixels = np.asarray(image, dtype=np.float64)
-            if pixels.max() > 255:
+            if image.mode.startswith("I;16") or pixels.max() > 255:              # I and F may hold 8 bits
                 pixels = pixels / 257
             image = Image.fromarray(pixels.round().clip(0, 255).astype(np.uint8))
 

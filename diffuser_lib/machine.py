@@ -54,9 +54,9 @@ def matrix_rate(device: torch.device, dtype: torch.dtype, seconds: float = 0.4) 
     """How fast square matrices are multiplied, in GFLOP/s: the best of products that take about so many seconds."""
     def multiply(size: int) -> float:
         a = torch.ones(size, size, device=device, dtype=dtype)
-        begun = time.perf_counter()
+        start_time = time.perf_counter()
         float((a @ a)[0, 0])                                     # waits for the device
-        return time.perf_counter() - begun
+        return time.perf_counter() - start_time
 
     size = 256
     multiply(size)                                               # the first one loads a library

@@ -72,8 +72,8 @@ class MetricsFile:
         self.rows.append({name: str(value) for name, value in values.items()})
         new = [name for name in values if name not in self.columns]
         self.columns += new
-        complete = self.file is not None and not new
-        warn_on_oserror(str(self.path), self.write_last if complete else self.write_all)
+        can_append = self.file is not None and not new
+        warn_on_oserror(str(self.path), self.write_last if can_append else self.write_all)
 
     def line(self, row: dict[str, str]) -> str:
         """A row as it stands in the file."""

@@ -474,31 +474,35 @@ class Signals:
         """The signal to stop at (0: go on) and whether to save, the same on all ranks."""
         if step < self.next_poll:
             return 0, False
-        save = self.save
-        self.save = False
+        stop = self.stop
+        save = False
+        if self.save:
+            self.save = False
+            save = True
         if self.processes.world > 1:
-            save = self.agree(step, save)
-        return self.stop, save
+            stop, save = self.agree(step, stop, save)
+        return stop, save
 
     def require_none(self) -> None:
         """Raise Stopped if this process was asked to stop. For work in which no process waits for another."""
         if self.stop:
             raise Stopped(self.stop)
 
-    def agree(self, step: int, save: bool) -> bool:
-        """Take over what any rank was asked for, and settle on the step of the next poll; returns whether to save."""
+    def agree(self, step: int, stop: int, save: bool) -> tuple[int, bool]:
+        """What any rank was asked for: the signal to stop at, whether to save. Settles the step of the next poll."""
         since, then = self.last_poll
         now = time.perf_counter()
         steps = 2 * (step - since) / max(1e-9, now - then)       # in two seconds
         steps = min(10.0, max(1.0, steps))
 
-        shared = torch.tensor([self.stop, float(save), steps], device=self.processes.device)
+        shared = torch.tensor([float(stop), float(save), steps], device=self.processes.device)
         dist.all_reduce(shared, dist.ReduceOp.MAX)
         stop, save, steps = shared.tolist()
-        self.stop = int(stop)
+        if stop:                                                 # one that has come meanwhile waits for the next poll
+            self.stop = int(stop)
         self.last_poll = (step, now)
         self.next_poll = step + int(steps)
-        return bool(save)
+        return int(stop), bool(save)
 
     def poll_at_once(self) -> None:
         """Look at the next step, whatever was settled: the run has gone back to an earlier one."""

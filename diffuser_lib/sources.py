@@ -83,13 +83,16 @@ def open_kind(path: str, flag: str, label_column: str) -> ImageSource:
     if any(ImageFiles.is_image(name) for name in names) or os.path.isfile(path):
         return open_files(path, flag, label_column, names)
     for ending, reader in READERS.items():
-        if any(name.lower().endswith(ending) for name in names):
+        if any(name.lower().endswith(ending) and ImageFiles.is_shown(name) for name in names):
             return reader(path, flag, label_column)
     return ImageFiles(path, flag, names)                         # says that there are none
 
 
 def check_images(path: str, flag: str) -> None:
-    """Raise UserError unless there is something at the path, and the package that reads it."""
+    """Raise UserError unless there is something at the path, and the package that reads hf: or a .parquet file.
+
+    A folder of Parquet files is looked into only when it is opened.
+    """
     if path.startswith(HUB):
         import_package("datasets", "4.0", f"{flag} {path}")
         return
@@ -188,7 +191,7 @@ def read_table(files: ImageFiles, table: str, what: str, label_column: str) -> d
 
     if "file_name" not in columns:
         return {}
-    column = choose_column(columns, label_column, what.removeprefix("--path_to_data "))
+    column = choose_column(columns, label_column, f"{files.path}: {table}")
     if not column:
         return {}
     folder = PurePosixPath(table).parent

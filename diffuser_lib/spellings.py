@@ -102,12 +102,15 @@ def adam_beta(place: int) -> Callable[[str, dict], dict]:
     return translate
 
 
+BOOLEANS = {"true": True, "yes": True, "y": True, "on": True, "1": True,
+            "false": False, "no": False, "n": False, "off": False, "0": False}
+
+
 def is_switched_on(text: str) -> bool:
     """The value of a switch. Raises UserError."""
-    values = {"true": True, "1": True, "false": False, "0": False}
-    if text.lower() not in values:
+    if text.strip().lower() not in BOOLEANS:
         raise UserError("wants True or False")
-    return values[text.lower()]
+    return BOOLEANS[text.strip().lower()]
 
 
 def half_precision(text: str, given: dict) -> dict:

@@ -8,6 +8,7 @@ import re
 import signal
 import subprocess
 import sys
+import types
 import urllib.error
 import urllib.request
 import zipfile
@@ -593,6 +594,33 @@ def test_a_password_is_asked_for(tmp_path):
             assert call(server.address, "/login", data)[0] == status
     finally:
         server.stop()
+
+
+def test_a_host_without_password_answers_to_its_own_names_alone(tmp_path):
+    """--host localhost needs no password, so another name for this machine, as a hostile site may have it, is refused."""
+    server = Server(tmp_path, "--host", "localhost")
+    try:
+        request = urllib.request.Request(server.address, headers={"Host": "evil.example"})
+        with pytest.raises(urllib.error.HTTPError, match="403"):
+            urllib.request.urlopen(request)
+    finally:
+        server.stop()
+
+
+def test_a_run_of_unknown_length_shows_no_full_bar():
+    """Only a finished run does."""
+    run = types.SimpleNamespace(status="training", rows=[{"loss": "0.1"}], step=500, total=0, process=1, seconds_left=0)
+    assert 'aria-valuenow="0.0"' in app.describe_progress(run)
+    run.status = "finished"
+    assert 'aria-valuenow="100.0"' in app.describe_progress(run)
+
+
+@pytest.mark.parametrize("painted", [[0], [255], []])
+def test_a_mask_needs_something_painted_and_something_left(painted):
+    """Nothing, everything, or no layer at all: told in the words of the page."""
+    layers = [Image.new("RGBA", (16, 16), (0, 0, 0, alpha)) for alpha in painted]
+    with pytest.raises(UserError, match="paint over the part"):
+        app.painted_mask(dict(layers=layers), (1, 8, 8))
 
 
 def test_it_listens_on_this_machine_alone(server):

@@ -49,7 +49,7 @@ def test_a_race_of_a_small_network(folder, digits_judge, monkeypatch, capsys):
     assert [row[""] for row in rows] == ["preset", "preset"] and all(row["distance"] > 0 and row["images seen"] > 0 for row in rows)
     assert all(4 <= row["evaluations"] <= 8 for row in rows)
     assert "lucidrains: left out" in out and "judge: accuracy" in out and "floor" in out and "| preset |" in out
-    assert (folder / "pictures/digits_preset_0.02.png").exists() and (folder / "kept/digits_preset.pt").exists()
+    assert (folder / "pictures/digits_preset_0.02.png").exists() and (folder / "kept/digits_preset_0.02.pt").exists()
     with Image.open(folder / "race.png") as picture:
         assert picture.size == (1000, 400)
 
@@ -97,7 +97,7 @@ def test_a_study_varies_one_model(raced):
 @pytest.mark.parametrize("flags, words", [
     (["--contestants", "nobody"], "unknown: nobody"), (["--dataset", "celeba"], "unknown: celeba"),
     (["--images", "100"], "--images must be above 128"), (["--minutes", "0"], "--minutes"), (["--minutes", "1,x"], "--minutes 1,x"),
-    (["--race", "/proc/none/race.png"], "--race"),
+    (["--race", "/proc/none/race.png"], "--race"), (["--dataset", "digits", "--batch_size", "5000"], "--batch_size 5000 is more"),
     (["--checkpoint", "gone.pt"], "there is no checkpoint gone.pt")])
 def test_bad_input_is_refused_before_any_training(folder, flags, words):
     """A name that is not there or a number that makes no sense is one line and exit 2."""

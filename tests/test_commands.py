@@ -159,7 +159,7 @@ PEERS = [
     ("--amp False --beta_schedule sigmoid", dict(precision="fp32", schedule_type="sigmoid")),
 
     # EDM's train.py and generate.py; images become steps, a tick is 50 thousand of them.
-    ("--outdir=runs --data=d.zip --cond=1 --duration=200 --batch=512 --lr=1e-3 --dropout=0.13 --fp16=1 --xflip=1 --seed=3",
+    ("--outdir=runs --data=d.zip --cond=1 --duration=200 --batch=512 --lr=1e-3 --dropout=0.13 --fp16=yes --xflip=1 --seed=3",
      dict(working_directory="runs", generated_directory="runs", path_to_data="d.zip", use_labels=True, batch_size=512,
           iterations=390_625, learning_rate=1e-3, dropout=0.13, precision="fp16", flip=True, seed=3)),
     ("--batch 500 --tick 10 --snap 5 --cbase 128 --cres 1,2,2 --workers 1 --transfer there.pt",

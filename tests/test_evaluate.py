@@ -123,6 +123,23 @@ def test_what_makes_no_sense_is_refused_with_the_reason(two_folders, folder, fla
     assert done.returncode in (1, 2) and words in done.stderr and "Traceback" not in done.stderr
 
 
+def test_a_damaged_file_is_told_with_its_reason(folder):
+    """Not as if nothing were there."""
+    (folder / "broken.zip").write_bytes(b"PK no more")
+    done = cli("broken.zip", "--against", "digits", script="evaluate.py", cwd=folder)
+    assert done.returncode == 2 and "broken.zip is no whole ZIP file" in done.stderr
+
+
+def test_without_classes_and_with_few_images_nothing_can_be_judged(folder):
+    """That is an error, and no table without a figure."""
+    for name, count in (("drawn", 20), ("real", 200)):
+        (folder / name).mkdir()
+        for i in range(count):
+            Image.new("L", (8, 8), i).save(folder / name / f"{i}.png")
+    done = cli("drawn", "--against", "real", "--metrics", "judge", script="evaluate.py", cwd=folder)
+    assert done.returncode == 2 and "accuracy needs classes, which real does not have" in done.stderr
+
+
 def test_a_folder_that_is_not_there(folder):
     """Named as it was given."""
     done = cli("nowhere", "--against", "digits", script="evaluate.py", cwd=folder)

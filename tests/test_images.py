@@ -1024,3 +1024,11 @@ def test_names_in_a_zip_file_are_names_only(tmp_path):
     assert len(data.images) == len(data.class_names) == 5        # those with dots count as hidden
     assert os.listdir(tmp_path) == ["home"]
     assert sorted(os.listdir(home)) == ["cache", "evil.zip"]
+
+
+def test_a_dark_picture_of_16_bits_stays_dark(tmp_path):
+    """Its range is that of its kind of file, not of its values: all of a series are read alike."""
+    for name, value in (("dark", 200), ("bright", 51_400)):
+        Image.fromarray(np.full((8, 8), value, np.uint16)).save(tmp_path / f"{name}.png")
+    data = load(tmp_path, tmp_path / "data", (1, 8, 8))
+    assert sorted(image.max().item() for image in data.images) == [1, 200]

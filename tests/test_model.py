@@ -90,6 +90,12 @@ def test_more_images_leave_the_first_ones_alone():
     assert (model().generate(["a"], 2, seed=1).int() - few.int()).abs().max() > 1
 
 
+def test_pairs_of_numbers_may_be_lists():
+    """What configure takes as a list, as JSON has it, generate does, too."""
+    drawn = [model().generate(["a"], 1, guidance_scale=1.0, guidance_interval=pair) for pair in ([0.3, 5.0], (0.3, 5.0))]
+    assert torch.equal(*drawn)
+
+
 def test_some_images_of_a_larger_draw():
     """Image i alone, number and class, is the one of the whole draw; an image of a seed is the first one of that seed."""
     m = model(sampler="ddpm")
@@ -115,7 +121,7 @@ def test_seeds_are_numbers_and_ranges(asked, seeds):
 
 @pytest.mark.parametrize("asked, words", [
     ("", "none"), ("x", "not 'x'"), ("-3", "not '-3'"), ("5-2", "above its end"), ("0-99999999", "100,000"), ("1.5", "1.5"),
-    (f"0-{2**63}", "at most"), (str(2**63), "between"), ("9" * 5000, "wants"), ("\u0663", "wants")])
+    (f"0-{2**63 - 1}", "at most"), ("0-99999,100000-199999", "at most"), (str(2**63), "between"), ("9" * 5000, "wants"), ("\u0663", "wants")])
 def test_seeds_that_are_none(asked, words):
     """What is no list of seeds is refused in a line, however large its range."""
     with pytest.raises(diffuser.UserError, match=words):
@@ -151,7 +157,7 @@ def test_unknown_classes_are_refused_with_the_known_ones(asked, words):
     ("bird-deer", ["bird", "cat", "deer"], [0, 1, 2]), ("de", ["bird", "cat", "deer"], [2]),
     ("golden retriever, cat", ["cat", "golden retriever"], [1, 0]), ("cat dog", ["cat", "dog", "cat dog"], [2]),
     ("1", ["q", "all", "a, b"], [1]), ("2", ["q", "all", "a, b"], [2]), ("0", ["q", "all"], [0]), ("all", ["q", "all"], [0, 1]),
-    ("t-shirt", ["t-shirt", "hat"], [0]), ("7", ["3", "5", "7"], [2]), ("3-7", ["3", "5", "7"], [0, 1, 2])])
+    ("t-shirt", ["t-shirt", "hat"], [0]), ("a", ["A", "a"], [1]), ("A a", ["A", "a"], [0, 1]), ("7", ["3", "5", "7"], [2]), ("3-7", ["3", "5", "7"], [0, 1, 2])])
 def test_ranges_beginnings_and_odd_names_of_classes(asked, names, numbers):
     """Ranges, spaces and beginnings choose classes; what reads as something else is chosen by number."""
     assert diffuser.parse_classes(asked, names) == numbers

@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import threading
+import types
 
 import prepared
 import pytest
@@ -124,6 +125,14 @@ def test_a_signal_to_stop_is_heard_at_the_next_step(alone, number):
             signals.require_none()
         assert stopped.value.number == number
     assert [signal.getsignal(each) for each in stop_signals()] == before
+
+
+def test_a_signal_during_the_exchange_is_not_lost(monkeypatch):
+    """One that comes while the processes tell each other what they were asked for is told at the next exchange."""
+    signals = Signals(types.SimpleNamespace(world=2, device=torch.device("cpu")))
+    monkeypatch.setattr(dist, "all_reduce", lambda *_: signals.handle(signal.SIGTERM, None))
+    assert signals.poll(1) == (0, False)
+    assert signals.poll(signals.next_poll) == (signal.SIGTERM, False)
 
 
 @needs_user_signals

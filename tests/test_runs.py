@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import os
 import signal
 import subprocess
 import sys
@@ -242,6 +243,26 @@ def test_uploads_are_kept_under_names_of_ours(folder, image_folder):
             archive.write(path, path.relative_to(image_folder))
     kept = runs.keep_uploads(folder / "uploads", [str(packed)], "mine")
     assert kept.name == "mine_1.zip" and kept.read_bytes() == packed.read_bytes()
+
+
+def test_an_upload_whose_name_was_just_taken(folder, image_folder, monkeypatch):
+    """What another program put there at the same moment stays as it is."""
+    theirs = folder / "uploads" / "theirs"
+    theirs.mkdir(parents=True)
+    (theirs / "picture").touch()
+    monkeypatch.setattr(runs, "unused_path", lambda path: theirs)
+    with pytest.raises(UserError, match="cannot be kept"):
+        runs.keep_uploads(folder / "uploads", [str(next(image_folder.glob("cat/*.png")))], "mine")
+    assert (theirs / "picture").exists()
+
+
+def test_a_run_that_cannot_be_stopped_is_not_said_to_be_saving(monkeypatch):
+    """The process of another user: told each time that it is asked for."""
+    run = types.SimpleNamespace(name="theirs", key="theirs", process=os.getpid())
+    monkeypatch.setattr(os, "kill", lambda *_: (_ for _ in ()).throw(PermissionError(1, "Operation not permitted")))
+    for _ in range(2):
+        with pytest.raises(UserError, match="theirs cannot be stopped"):
+            runs.stop_run(run)
 
 
 def test_hostile_uploads_are_refused(folder, image_folder):

@@ -688,3 +688,10 @@ def test_a_column_without_a_path_is_refused(capsys):
     """--label_column is for images of one's own."""
     assert diffuser.main(["--mode", "train", "--dataset", "digits", "--label_column", "label"]) == 2
     assert "--label_column is for --path_to_data" in capsys.readouterr().err
+
+
+def test_hidden_files_of_a_mac_are_no_set(tmp_path):
+    """A folder with nothing but ._data.npz is one without images, as the message says."""
+    (tmp_path / "._data.npz").write_bytes(b"x")
+    with pytest.raises(UserError, match="holds no"):
+        open_images(str(tmp_path), "--path_to_data")
