@@ -4026,7 +4026,10 @@ class Trainer:
 
         # The network, and how it is run.
         self.progress = Progress().to(self.device)
-        network = build_unet(cfg, self.shape[0], self.null_class) if state else self.first_network()
+        if state:
+            network = build_unet(cfg, self.shape[0], self.null_class)
+        else:
+            network = self.first_network(announce=compute is None)           # else a trial before it has done so
         self.network = network.to(self.device)
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=False)
         self.compute = compute
@@ -4405,7 +4408,7 @@ class Guard:
     def count_loss_outliers(self, progress: Progress) -> int:
         """How many of the last logged losses, up to OUTLIER_ROWS, are all far above the range of those before them."""
         rows = progress.loss_history[-self.OUTLIER_ROWS - self.RANGE_ROWS :]
-        losses = [loss for step, loss in rows if step > progress.baseline_step]
+        losses = [loss for step, loss in rows if step > progress.baseline_step and math.isfinite(loss)]
         for n in range(min(self.OUTLIER_ROWS, len(losses) - self.RANGE_ROWS), 0, -1):
             before = sorted(losses[-n - self.RANGE_ROWS : -n])
             top = before[-1 - self.OUTLIERS_IGNORED]
@@ -5310,7 +5313,12 @@ def settle_run(asked: dict) -> Config:
     """The settings of a run: they say where its checkpoint is, and with what that stores they are final."""
     cfg = complete(asked)
     path, state = find_resume_checkpoint(cfg, asked)
-    return complete(asked, state["config"]) if path else cfg
+    if not path:
+        return cfg
+    settled = complete(asked, state["config"])
+    if asked.get("train_minutes") and asked["train_minutes"] != state["config"].get("train_minutes"):
+        settled = dataclasses.replace(settled, iterations=0)     # as many steps more as fit into those
+    return settled
 
 
 def run_training(asked: dict) -> None:
@@ -5536,11 +5544,10 @@ def describe_time(cfg: Config, devices: Devices, shape: tuple[int, int, int], nu
             return length
         return f"{length}: about {int(60 * cfg.train_minutes / step):,} steps of {duration(step)}"
 
+    total, _, size = training_length(cfg, images)
     if step is None:
-        images_per_step = cfg.batch_size * cfg.gradient_accumulation_steps
-        work = 3 * network_size(cfg, shape, num_classes).operations * images_per_step
+        work = 3 * network_size(cfg, shape, num_classes).operations * size
         return f"not measured: a step of {work / 1e12:.3g} teraflop takes long on {devices.device.type}"
-    total, _, _ = training_length(cfg, images)
     return f"about {duration(total * step)}: {total:,} steps of {duration(step)}, and the grids"
 
 

@@ -748,7 +748,7 @@ def start(args: argparse.Namespace) -> list[dict]:
         row: dict[str, object] = {"": dataset}
         for name, column in zip(names, zip(*found, strict=True), strict=True):
             row[name] = round(statistics.median(column), 2)
-        rows.append(row)
+        tell(row, rows, args)
     return rows
 
 
@@ -852,6 +852,8 @@ def check(args: argparse.Namespace) -> None:
         raise UserError("--sets wants numbers of at least 100, such as 10000,100000")
     if args.processes and not all(count.isdecimal() and int(count) for count in args.processes.split(",")):
         raise UserError("--processes wants numbers such as 1,2")
+    if args.processes and ("," in args.networks or "," in args.batches):
+        raise UserError("--processes wants one network and one number in --batches")
     if args.side < 8 or args.side % 8 or args.workers < 0:
         raise UserError("--side wants a multiple of 8, --workers at least 0")
     if args.sets and not Path(args.data_dir).is_dir():

@@ -444,7 +444,7 @@ class Signals:
         self.processes = processes
         self.stop = 0                                            # the signal to stop at, 0: go on
         self.save = False                                        # whether a checkpoint is asked for
-        self.last_poll = (0, time.perf_counter())                # step, clock
+        self.last_poll = (math.inf, 0.0)                         # step, clock; at first: the next one at the next step
         self.next_poll = 0                                       # step
 
     def handle(self, number: int, frame) -> None:

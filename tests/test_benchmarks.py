@@ -1,4 +1,4 @@
-"""benchmarks/quality.py: the race and the studies, on the digits and for seconds instead of minutes."""
+"""benchmarks/: the races and studies of quality.py, on the digits and for seconds; the measurements of speed.py."""
 
 import argparse
 import importlib
@@ -198,7 +198,7 @@ def test_processes_that_share_a_batch_are_measured(folder):
 
 @pytest.mark.slow
 def test_the_first_step_is_timed(folder):
-    """--start: import and the way to the first step add up to the whole."""
+    """--start: a row with the time to the first step, of which importing torch is a part."""
     done = cli("--start", "digits", "--rounds", "1", "--json", "start.json", script="benchmarks/speed.py", cwd=folder)
     assert done.returncode == 0, done.stderr
     row, = json.loads((folder / "start.json").read_text())["rows"]
@@ -208,7 +208,7 @@ def test_the_first_step_is_timed(folder):
 @pytest.mark.parametrize("flags, words", [
     (["--networks", "nothing"], "unknown: nothing"), (["--contestants", "nobody"], "unknown: nobody"),
     (["--batches", "0"], "--batches"), (["--curves", "none"], "unknown: none"), (["--sets", "10,x"], "--sets"),
-    (["--sets", "100", "--side", "9"], "--side"), (["--sets", "100", "--data_dir", "gone"], "--data_dir gone")])
+    (["--processes", "1", "--batches", "8,16"], "--processes wants one"), (["--sets", "100", "--side", "9"], "--side"), (["--sets", "100", "--data_dir", "gone"], "--data_dir gone")])
 def test_speed_refuses_bad_input(folder, flags, words):
     """One line and exit 2, before anything is measured."""
     done = cli(*flags, script="benchmarks/speed.py", cwd=folder)

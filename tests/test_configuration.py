@@ -427,3 +427,11 @@ def test_odd_types_are_one_error_that_names_the_flag(options):
     if "config" not in options and "recipe" not in options and "init_from" not in options:
         with pytest.raises(UserError, match=f"{next(iter(options))} "):
             configure(options)
+
+
+@pytest.mark.parametrize("minutes, steps", [(5.0, 5000), (10.0, 0)])
+def test_other_minutes_than_those_of_the_checkpoint_are_more_steps(monkeypatch, minutes, steps):
+    """A run of five minutes is as long as its checkpoint says; ten more are what fits into them, in --dry_run as well."""
+    stored = dataclasses.asdict(configure(dataset="digits", train_minutes=5.0)) | dict(iterations=5000)
+    monkeypatch.setattr(diffuser, "find_resume_checkpoint", lambda *_: ("a.pt", dict(config=stored)))
+    assert diffuser.settle_run(dict(dataset="digits", train_minutes=minutes)).iterations == steps

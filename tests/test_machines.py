@@ -224,10 +224,15 @@ def test_weights_to_start_from_need_be_on_the_first_machine_only(machines):
 
 
 DIVERGING = ("-c", """
-import sys, diffuser
-from diffuser_lib.processes import leave
+import sys, torch, diffuser
 bad = lambda guard, trainer, logged: "it diverged" if trainer.step == 8 and not trainer.progress.lr_halvings else ""
+back = diffuser.Guard.roll_back
+def roll_back(guard, trainer, *more):
+    back(guard, trainer, *more)
+    weights = torch.cat([p.detach().flatten() for p in trainer.network.parameters()]).double()
+    trainer.processes.require_same({"weights": repr(weights.sum().item())}, "after going back")
 diffuser.Guard.diagnose = bad
+diffuser.Guard.roll_back = roll_back
 sys.exit(diffuser.main(sys.argv[1:]))
 """)
 

@@ -273,7 +273,6 @@ import json, os, signal, sys, time, torch
 import torch.distributed as dist
 from pathlib import Path
 from diffuser_lib.processes import *
-from diffuser_lib.processes import leave
 
 def wait_for(path):
     deadline = time.monotonic() + 120
@@ -321,7 +320,7 @@ for wait in range(2):
         for _ in range(5 + 5 * rank):
             bar.update()
         if rank != wait:
-            time.sleep(2)
+            time.sleep(0.8)                                      # longer than LOOK
         processes.wait_for_all(bar.look)
         if rank == 1:
             time.sleep(0.3)                                      # too late to tell rank 0 anything now

@@ -134,7 +134,11 @@ def test_twenty_kills_on_mnist(real_data, tmp_path):
 def test_sigusr1_saves_and_goes_on(folder):
     """SIGUSR1 leads to a checkpoint and changes nothing else."""
     flags = [*DIGITS, "--iterations", "40", "--checkpoint_rate", "39", "--log_every", "2"]
-    process = start(flags, folder)
+    slowly = ("import sys, time, diffuser; step = diffuser.Trainer.train_step; "
+              "diffuser.Trainer.train_step = lambda run: (step(run), time.sleep(0.05)); "
+              "sys.exit(diffuser.main(sys.argv[1:]))")
+    process = prepared.start("-c", slowly, *flags, cwd=folder)
+    STARTED.append(process)
     wait_for(logged(folder, 1))
     process.send_signal(signal.SIGUSR1)
     wait_for(lambda: list(folder.rglob("*.pt")))
