@@ -5070,7 +5070,7 @@ class TrainingLoop:
         self.grids = Cadence()
         self.saves = Cadence()
 
-        self.done = trainer.step >= trainer.total
+        self.done = trainer.step >= trainer.total or self.has_stopped_early()
         self.path = last_good or checkpoint_path(self.cfg, trainer.step)
         self.last_good = last_good
         self.save_succeeded = True
@@ -5094,6 +5094,16 @@ class TrainingLoop:
             self.save_and_draw(due)
             self.stop_where_asked()
         return self.path
+
+    def has_stopped_early(self) -> bool:
+        """Whether the loss had settled in an earlier part of this run, under the same settings; says so."""
+        trainer = self.trainer
+        if not self.cfg.early_stop_loss_change or trainer.progress.baseline_step >= trainer.step:
+            return False
+        if not self.monitor.plateaued():
+            return False
+        self.processes.print0("the loss had settled before: --early_stop_loss_change 0 trains on all the same")
+        return True
 
     def look(self) -> Due:
         """What is due: by the step, by the clock, by a signal, at the end."""

@@ -314,8 +314,11 @@ def test_early_stopping_as_documented(folder):
     assert monitor.plateaued()
     run.progress.loss_history[-1][1] = 9.0
     assert not monitor.plateaued()
-    path = train(tiny_training(iterations=1000, early_stop_loss_change=100.0, log_every=1))
-    assert load_checkpoint(path)["step"] == 10
+    for _ in range(2):                                                       # the same again: nothing is left to do
+        path = train(tiny_training(iterations=1000, early_stop_loss_change=100.0, log_every=1))
+        assert load_checkpoint(path)["step"] == 10
+    path = train(tiny_training(iterations=14, log_every=1))
+    assert load_checkpoint(path)["step"] == 14
 
 
 def test_validation_is_the_same_every_time(folder):
