@@ -149,6 +149,24 @@ def sampled(n=200_000, **settings):
     return diffusion, diffusion.timesteps(torch.rand(n, generator=torch.Generator().manual_seed(0)))
 
 
+def test_detail_weighs_more_and_the_loss_keeps_its_size():
+    """--detail_weight 4: an error at an SNR of 1 costs five times one at pure noise, above an SNR of 100 no more than
+    there; over the timesteps as they are trained the mean weight is 1."""
+    settings = dict(prediction="x0", time_sampling="logit_normal", time_mean=1.0)
+    diffusion, t = sampled(detail_weight=4.0, **settings)
+    snr = diffusion.alpha_bar / (1 - diffusion.alpha_bar)
+    share = diffusion.weight.double() / (1 + 4 * snr.sqrt())
+    assert torch.allclose(share[snr < 100], share[-1], rtol=1e-5)
+    assert torch.allclose(diffusion.weight[snr > 100].double(), 41 * share[-1], rtol=1e-5)
+    assert diffusion.weight[t].mean() == pytest.approx(1, rel=0.01)
+
+    x0, eps, _ = batch(8)
+    some = torch.tensor([0, 20, 100, 500, 1000, 1500, 1900, 1999])
+    plain, _ = sampled(n=1, **settings)
+    losses, unweighted = (each.loss(lambda *_: x0 + 0.5, x0, some, eps) for each in (diffusion, plain))
+    assert torch.allclose(losses, unweighted * diffusion.weight[some])
+
+
 def test_uniform_time_sampling():
     """Every timestep is as likely as any other, the first and the last included."""
     diffusion, t = sampled()
