@@ -6,6 +6,7 @@ flags, variables that libraries read while they are imported) needs a real start
 """
 
 import atexit
+import contextlib
 import json
 import os
 import select
@@ -14,6 +15,7 @@ import socket
 import subprocess
 import sys
 import tempfile
+import threading
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -184,18 +186,21 @@ class Process(WithOutputs):
                         [end.fileno() for end in ends])
         self.args = arguments
         self.returncode = None
+        self.lock = threading.Lock()                             # several threads may wait for it
         self.status = open(status, "rb", buffering=0)
         self.pid = int(self.status.readline())
 
     def poll(self):
-        if self.returncode is None and select.select([self.status], [], [], 0)[0]:
-            self.returncode = int(self.status.readline())
-            self.status.close()
-        return self.returncode
+        with self.lock:
+            if self.returncode is None and select.select([self.status], [], [], 0)[0]:
+                self.returncode = int(self.status.readline())
+                self.status.close()
+            return self.returncode
 
     def wait(self, timeout=None):
-        if self.returncode is None and not select.select([self.status], [], [], timeout)[0]:
-            raise subprocess.TimeoutExpired(self.args, timeout)
+        with contextlib.suppress(OSError, ValueError):           # closed: another thread has just had the answer
+            if self.returncode is None and not select.select([self.status], [], [], timeout)[0]:
+                raise subprocess.TimeoutExpired(self.args, timeout)
         return self.poll()
 
     def send_signal(self, number):
