@@ -429,12 +429,14 @@ def decode_into(path: Path, decoded: DecodedImages, workers: int) -> tuple[array
     name_of = getattr(decoded.source, "name_of", str)
     if len(decoded) < 1000:                                      # starting workers takes longer
         workers = 0
-    loader = DataLoader(decoded, batch_size=64, num_workers=workers, collate_fn=list)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")                          # more processes than cores: they wait for the disk
+        batches = iter(DataLoader(decoded, batch_size=64, num_workers=workers, collate_fn=list))
 
     labels = array("q")
     unreadable = []
     with open(path, "wb") as file:
-        items = tell_time(itertools.chain.from_iterable(loader), "caching images", len(decoded))
+        items = tell_time(itertools.chain.from_iterable(batches), "caching images", len(decoded))
         for i, item in enumerate(items):
             if isinstance(item, str):
                 unreadable.append(f"{name_of(i)}: {item}")

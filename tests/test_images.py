@@ -1032,3 +1032,12 @@ def test_a_dark_picture_of_16_bits_stays_dark(tmp_path):
         Image.fromarray(np.full((8, 8), value, np.uint16)).save(tmp_path / f"{name}.png")
     data = load(tmp_path, tmp_path / "data", (1, 8, 8))
     assert sorted(image.max().item() for image in data.images) == [1, 200]
+
+
+def test_one_core_is_no_reason_to_warn(tmp_path, monkeypatch, recwarn):
+    """Where a thousand pictures are decoded by more processes than there are cores, torch's advice is not shown."""
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: {0}, raising=False)
+    for i in range(1000):
+        (tmp_path / f"{i}.png").write_bytes(png(Image.new("L", (8, 8), i % 256)))
+    assert len(load(tmp_path, tmp_path / "data", (1, 8, 8), workers=2).images) == 1000
+    assert not [str(each.message) for each in recwarn if "worker" in str(each.message)]
