@@ -541,15 +541,13 @@ def evaluate(args: argparse.Namespace) -> dict[str, float]:
     figures: dict[str, float] = {"images": len(generated.images)}
     class_names = reference.train.class_names
     by_judge = "accuracy" in metrics or "distance" in metrics
-    problem = ""
-    if len(class_names) < 2:
-        problem = f"accuracy needs classes, which {reference.name} does not have"
-    elif labels_in_reference(generated, class_names) is None:
+    if by_judge and (len(class_names) < 2 or labels_in_reference(generated, class_names) is None):
         problem = f"accuracy needs the classes of {reference.name} in names of files (000012_cat.png) or folders"
-    if by_judge and problem:
+        if len(class_names) < 2:
+            problem = f"accuracy needs classes, which {reference.name} does not have"
         if "distance" not in metrics:
             raise UserError(f"{problem}; a distance needs {FEATURES + 1} images")
-        if len(class_names) >= 2:
+        if len(class_names) >= 2:                                # without any, nobody expects an accuracy
             warn(f"evaluate: left out: {problem}")
     if by_judge or args.copies:
         stats = judge_of(reference, args.data_dir)

@@ -131,6 +131,15 @@ def interrupted(script, *arguments, cwd):
     return prepared.run("-c", INTERRUPTED, ROOT / script, *arguments, cwd=cwd)
 
 
+# A run whose steps leave time for a signal, for `python -c`.
+SLOWLY = """
+import sys, time, diffuser
+step = diffuser.Trainer.train_step
+diffuser.Trainer.train_step = lambda run: (step(run), time.sleep(0.1))
+sys.exit(diffuser.main(sys.argv[1:]))
+"""
+
+
 def tiny_training(**more):
     """Settings of a run of a few steps on the digits."""
     return diffuser.configure(**{**dict(dataset="digits", device="cpu", batch_size=16, iterations=4, preview_steps=2,

@@ -15,7 +15,7 @@ import weakref
 import prepared
 import pytest
 import torch
-from conftest import ROOT, TINY_FLAGS, some_digits, tiny_training, tiny_unet
+from conftest import ROOT, SLOWLY, TINY_FLAGS, some_digits, tiny_training, tiny_unet
 from PIL import Image
 
 import diffuser
@@ -509,15 +509,6 @@ def test_grids_and_strips_come_at_the_cadence_asked_for(folder):
     train(tiny_training(batch_size=20, val_fraction=0.0, iterations=0, epochs=4, sample_every=2, plot_freq_interval=5), data=some_digits(105))
     names = sorted(p.name for p in diffuser.Path("samples").rglob("*.png"))
     assert [n[:8] for n in names] == ["epoch_2_", "epoch_4_", "step_10.", "step_20."]
-
-
-# A run whose steps leave time for a signal.
-SLOWLY = """
-import sys, time, diffuser
-step = diffuser.Trainer.train_step
-diffuser.Trainer.train_step = lambda run: (step(run), time.sleep(0.1))
-sys.exit(diffuser.main(sys.argv[1:]))
-"""
 
 
 @pytest.mark.parametrize("number, code", [(signal.SIGINT, 130), (signal.SIGTERM, 143)])

@@ -17,7 +17,17 @@ from pathlib import Path
 import prepared
 import pytest
 import torch
-from conftest import ROOT, TINY_FLAGS, cli, heed_interrupts, same, small_file_system, tiny_training, trained_before
+from conftest import (
+    ROOT,
+    SLOWLY,
+    TINY_FLAGS,
+    cli,
+    heed_interrupts,
+    same,
+    small_file_system,
+    tiny_training,
+    trained_before,
+)
 
 import diffuser
 from diffuser import Devices, Trainer, UserError, load_checkpoint, train
@@ -134,10 +144,7 @@ def test_twenty_kills_on_mnist(real_data, tmp_path):
 def test_sigusr1_saves_and_goes_on(folder):
     """SIGUSR1 leads to a checkpoint and changes nothing else."""
     flags = [*DIGITS, "--iterations", "40", "--checkpoint_rate", "39", "--log_every", "2"]
-    slowly = ("import sys, time, diffuser; step = diffuser.Trainer.train_step; "
-              "diffuser.Trainer.train_step = lambda run: (step(run), time.sleep(0.05)); "
-              "sys.exit(diffuser.main(sys.argv[1:]))")
-    process = prepared.start("-c", slowly, *flags, cwd=folder)
+    process = prepared.start("-c", SLOWLY, *flags, cwd=folder)
     STARTED.append(process)
     wait_for(logged(folder, 1))
     process.send_signal(signal.SIGUSR1)
