@@ -522,6 +522,7 @@ FOLDER_NETWORKS = (
 )
 FOLDER_MINUTES = 3.0                                             # of training, where no length is asked for
 ACCELERATOR = 30                                                 # times as fast as two CPU cores, roughly
+LARGER_BATCH = 4                                                 # of an accelerator, which has them in hardly more time
 
 
 def picture_preset(known: dict, shape: tuple[int, int, int] | None = None) -> dict:
@@ -536,7 +537,9 @@ def picture_preset(known: dict, shape: tuple[int, int, int] | None = None) -> di
 
     # A run by epochs or steps counts as one of an hour.
     minutes = preset.get("train_minutes") or known.get("train_minutes") or 60
-    if known.get("device", "auto") != "cpu" and (torch.cuda.is_available() or torch.backends.mps.is_available()):
+    there = torch.cuda.is_available() or torch.backends.mps.is_available()
+    accelerated = there and known.get("device", "auto") != "cpu"
+    if accelerated:
         minutes *= ACCELERATOR
     row = next(row for row in FOLDER_NETWORKS if minutes <= row.minutes)
 
@@ -544,7 +547,7 @@ def picture_preset(known: dict, shape: tuple[int, int, int] | None = None) -> di
         preset["img_size"] = (row.side, row.side)
     preset["base_channels"] = row.base_channels
     preset["channel_mults"] = row.channel_mults
-    preset["batch_size"] = row.batch_size
+    preset["batch_size"] = row.batch_size * (LARGER_BATCH if accelerated else 1)
     preset["optimizer"] = row.optimizer
     settings = {**preset, **known}
     levels = len(settings["channel_mults"])
@@ -2455,14 +2458,17 @@ class Devices:
         if cfg.precision == "fp16" and not cuda:
             raise UserError("--precision fp16 needs a CUDA device: use bf16 or fp32 here")
 
-    def parallel(self, network: nn.Module, compute: ComputeConfig, graphs: bool = False) -> Callable:
-        """The network as training calls it: compiled, as CUDA graphs where `graphs`, and spread over devices.
+    def parallel(self, network: nn.Module, compute: ComputeConfig, inputs: tuple = ()) -> Callable:
+        """The network as training calls it: compiled, as CUDA graphs, and spread over devices.
 
-        Its parameters stay its own.
+        inputs: what it will be called with, where graphs are wanted. Its parameters stay its own.
         """
         forward = network
+        graphs = bool(inputs) and self.processes.world == 1
         if compute.compiled:
-            forward = compile_network(network, graphs and self.processes.world == 1)
+            forward = compile_network(network, graphs)
+        elif graphs and self.device.type == "cuda" and self.replicas == 1:
+            forward = capture_network(network, compute, inputs)
         if self.processes.world > 1:
             device_ids = [self.device.index] if self.device.type == "cuda" else None
             return nn.parallel.DistributedDataParallel(forward, device_ids=device_ids)
@@ -2570,7 +2576,8 @@ def choose_compute(cfg: Config, device: torch.device, calls: int = 0, stored: di
     compiled = cfg.compile
     if compiled is None:                                         # on a CPU it gains nothing: benchmarks/
         data_parallel = world_size() == 1 and (cfg.num_gpus or torch.cuda.device_count()) > 1
-        worth_it = kept.get("compiled", device.type == "cuda" and calls >= 3000)
+        long = calls >= 20_000 and not 0 < cfg.train_minutes < 20            # it takes a minute or two
+        worth_it = kept.get("compiled", device.type == "cuda" and long)
         compiled = worth_it and not data_parallel
 
     return ComputeConfig(device.type, precision, channels_last, compiled, kept.get("split", 1))
@@ -2580,6 +2587,21 @@ def compile_network(network: nn.Module, graphs: bool) -> nn.Module:
     """torch.compile, with CUDA graphs where `graphs`; where it fails the network is run as it is."""
     torch._dynamo.config.suppress_errors = True                              # it prints what went wrong
     return torch.compile(network, mode="reduce-overhead" if graphs else None)
+
+
+def capture_network(network: nn.Module, compute: ComputeConfig, inputs: tuple) -> nn.Module:
+    """The network as two CUDA graphs, forward and backward, for inputs of these shapes.
+
+    A step of small images has two thousand kernels of a few microseconds each: the launches would take longer. Where
+    there is no memory for the graphs the network is run as it is.
+    """
+    with_precision = InContext(network, compute.autocast)
+    # They are captured on a stream of their own, by intention; its gradients are waited for.
+    warnings.filterwarnings("ignore", "The AccumulateGrad node's stream does not match")
+    try:
+        return torch.cuda.make_graphed_callables(with_precision, inputs, allow_unused_input=True)
+    except torch.OutOfMemoryError:
+        return network
 
 
 def uncompiled(network: nn.Module) -> nn.Module:
@@ -3911,6 +3933,7 @@ class Muon(torch.optim.AdamW):
         self.dtype = dtype
         self.momentum = momentum
         self.matrices = [p for name, p in network.named_parameters() if is_block_matrix(name, p.shape)]
+        self.directions = None                                   # `orthogonal`, as CUDA runs it fastest
 
     @torch.no_grad()
     def step(self) -> None:
@@ -3928,24 +3951,42 @@ class Muon(torch.optim.AdamW):
         momenta = [self.state[p]["momentum"] for p in self.matrices]
         skip = getattr(self, "found_inf", None)
         if skip is not None:
-            gradients = [torch.where(skip > 0, m, g) for m, g in zip(momenta, gradients)]
+            skip = skip > 0
+            gradients = [torch.where(skip, m, g) for m, g in zip(momenta, gradients)]
         torch._foreach_lerp_(momenta, gradients, 1 - self.momentum)
         ahead = torch._foreach_lerp(gradients, momenta, self.momentum)
 
-        # Matrices of one shape are orthogonalized as one batch.
-        batches = {}
-        for p, direction in zip(self.matrices, ahead):
-            batches.setdefault(p.flatten(1).shape, []).append((p, direction.flatten(1)))
+        # A graph launches the hundreds of small products at once.
+        if self.directions is None:
+            self.directions = self.orthogonal
+            if self.matrices and self.matrices[0].is_cuda and world_size() == 1:
+                self.directions = torch.cuda.make_graphed_callables(self.orthogonal, tuple(ahead))
+        steps = self.directions(*ahead)
+
+        # Decay the weights and add the step.
         group = self.param_groups[0]
-        for (height, width), pairs in batches.items():
-            steps = orthogonalize(torch.stack([direction for _, direction in pairs]), self.dtype)
-            steps *= -0.2 * group["lr"] * math.sqrt(max(height, width))
-            decay = 1 - group["lr"] * group["weight_decay"]
-            if skip is not None:
-                steps *= 1 - skip
-                decay = torch.where(skip > 0, 1.0, decay)
-            for (p, _), update in zip(pairs, steps):
-                p.mul_(decay).add_(update.view_as(p))
+        scale = -0.2 * group["lr"]
+        decay = 1 - group["lr"] * group["weight_decay"]
+        if skip is not None:
+            scale = torch.where(skip, 0.0, scale)
+            decay = torch.where(skip, 1.0, decay)
+        torch._foreach_mul_(steps, scale)
+        torch._foreach_mul_(self.matrices, decay)
+        torch._foreach_add_(self.matrices, steps)
+
+    def orthogonal(self, *directions: Tensor) -> list[Tensor]:
+        """The step of each matrix along its direction, of a root mean square of 1; those of one shape are one batch."""
+        batches = {}
+        for i, direction in enumerate(directions):
+            batches.setdefault(direction.flatten(1).shape, []).append(i)
+
+        steps = [None] * len(directions)
+        for (height, width), numbers in batches.items():
+            matrices = torch.stack([directions[i].flatten(1) for i in numbers])
+            orthogonalized = orthogonalize(matrices, self.dtype) * math.sqrt(max(height, width))
+            for i, step in zip(numbers, orthogonalized):
+                steps[i] = step.view_as(directions[i])
+        return steps
 
 
 # To add an optimizer: name it here; it is called with the network, the type that it is computed in, AdamW's options.
@@ -4054,8 +4095,12 @@ class Trainer:
         self.network.to(memory_format=self.compute.memory_format)
         use_cpu_kernels(self.network, self.compute)
         # CUDA graphs save launches, which is what counts in small steps; gradients of several parts cannot add up.
-        graphs = self.micro_batches == 1 and self.size * math.prod(self.shape[1:]) < 2**18
-        self.forward = devices.parallel(self.network, self.compute, graphs)
+        inputs = ()
+        small = self.size * math.prod(self.shape[1:]) <= 2**18
+        if small and self.micro_batches == 1 and not cfg.gradient_checkpointing:
+            x0, t, _, y, _ = self.batch()
+            inputs = (x0, t, y)
+        self.forward = devices.parallel(self.network, self.compute, inputs)
 
         # The average, and the model that draws with it.
         self.ema = build_ema(self.network, cfg, self.size)

@@ -960,7 +960,7 @@ def test_a_saved_model_is_a_checkpoint(trained, folder):
 
 def test_models_and_trainers_say_what_they_are(trained):
     """Three lines each: images, network, and how it draws or where it stands."""
-    model, trainer = diffuser.load(trained), diffuser.Trainer(tiny_training())
+    model, trainer = diffuser.load(trained, device="cpu"), diffuser.Trainer(tiny_training())
     trainer.train_step()
     for thing, words in ((model, "dpmpp, 10 steps"), (trainer, "step 1 of 4")):
         lines = repr(thing).splitlines()
@@ -991,7 +991,7 @@ def test_errors_in_python_speak_of_no_flags(trained, capsys):
         error = fails(capsys, "--mode", "inference", "--model_path", str(trained), "--steps", "5000")
         assert error == "diffuser: --steps 5000 is more than the 20 timesteps of the schedule\n"
     with pytest.raises(diffuser.UserError) as error:
-        diffuser.load(trained, timesteps=30, precision="fp16")
+        diffuser.load(trained, timesteps=30, precision="fp16", device="cpu")
     assert "--" not in str(error.value) and "flag" not in str(error.value)
 
 

@@ -315,6 +315,16 @@ def test_trajectories_of_imported_models_agree(folder):
         assert (reference - ours).abs().max() < 1e-3 * reference.abs().max()
 
 
+def test_weights_are_converted_on_the_cpu(folder, monkeypatch):
+    """Whatever computes here otherwise: what is made beside them is there, too."""
+    checkpoint(folder / "here.pt", **dict(dataset="digits"), **TINY)
+    asked = []
+    pick = diffuser.pick_device
+    monkeypatch.setattr(diffuser, "pick_device", lambda name, *more: asked.append(name) or pick(name, *more))
+    convert.to_diffusers("here.pt", "there")
+    assert asked and set(asked) == {"cpu"}
+
+
 @pytest.mark.parametrize("network", [dict(), dict(sin_first=True, freq_shift=1.0), dict(base_channels=9, norm_groups=3)])
 def test_flow_matching_there_and_back(network, folder):
     """An exported flow draws the same by diffusers' own Euler steps, and comes back with the same weights."""

@@ -64,9 +64,12 @@ def test_the_start_line_tells_how_it_computes(folder):
 def test_compiling_is_left_to_long_runs_on_cuda():
     """auto compiles on CUDA alone, and only where it is repaid; asking for it counts everywhere."""
     long, cfg = 10**6, tiny_training(precision="fp32", num_gpus=1)
+    minutes = dataclasses.replace(cfg, train_minutes=5.0)
     assert not choose_compute(cfg, CPU, long).compiled
     assert choose_compute(cfg, torch.device("cuda"), long).compiled
     assert not choose_compute(cfg, torch.device("cuda"), 100).compiled
+    assert not choose_compute(minutes, torch.device("cuda"), long).compiled
+    assert choose_compute(dataclasses.replace(minutes, train_minutes=60.0), torch.device("cuda"), long).compiled
     assert not choose_compute(dataclasses.replace(cfg, num_gpus=2), torch.device("cuda"), long).compiled
     assert choose_compute(dataclasses.replace(cfg, compile=True), CPU).compiled
 
@@ -211,6 +214,41 @@ def test_training_and_sampling_on_cuda(folder, options):
     torch.cuda.set_sync_debug_mode("default")
     model = diffuser.load(train(cfg), device="cuda")
     assert model.generate(["3", "7"], num_images=5, steps=3).shape == (5, 1, 8, 8)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+@pytest.mark.parametrize("options", [{}, dict(optimizer="muon"), dict(precision="bf16", use_labels=False)])
+def test_graphs_train_as_plain_calls_do(folder, monkeypatch, options):
+    """On a GPU small steps run as CUDA graphs: the same losses and weights as without."""
+    def state(graphs):
+        with monkeypatch.context() as patch:
+            if not graphs:
+                patch.setattr(diffuser, "capture_network", lambda network, *args: network)
+                patch.setattr(torch.cuda, "make_graphed_callables", lambda function, *args, **more: function)
+            captured = []
+            graphed = torch.cuda.make_graphed_callables
+            patch.setattr(torch.cuda, "make_graphed_callables", lambda *args, **more: captured.append(1) or graphed(*args, **more))
+            path = train(tiny_training(**{"precision": "fp32", **options}, device="cuda", num_gpus=1, iterations=12,
+                                       experiment_name=f"graphs{graphs}"))
+            assert bool(captured) == (graphs or options.get("optimizer") == "muon")
+        return load_checkpoint(path)
+
+    plain = state(False)
+    graphs = state(True)
+    for (_, a), (_, b) in zip(plain["loss_history"], graphs["loss_history"], strict=True):
+        assert a == pytest.approx(b, rel=1e-2)
+    for name, weight in plain["model"].items():
+        assert torch.allclose(weight, graphs["model"][name], atol=5e-3), name
+
+
+def test_without_memory_for_graphs_the_network_runs_as_it_is(monkeypatch):
+    """Graphs hold a step's memory: where there is none left, training goes on without them."""
+    def full(*args, **more):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    network = torch.nn.Linear(2, 2)
+    monkeypatch.setattr(torch.cuda, "make_graphed_callables", full)
+    assert diffuser.capture_network(network, ComputeConfig("cuda"), (torch.zeros(1, 2),)) is network
 
 
 @pytest.mark.slow
