@@ -2468,7 +2468,7 @@ class Devices:
         if compute.compiled:
             forward = compile_network(network, graphs)
         elif graphs and self.device.type == "cuda" and self.replicas == 1:
-            forward = capture_network(network, compute, inputs)
+            forward = as_graphs(InContext(network, compute.autocast), inputs)
         if self.processes.world > 1:
             device_ids = [self.device.index] if self.device.type == "cuda" else None
             return nn.parallel.DistributedDataParallel(forward, device_ids=device_ids)
@@ -2589,19 +2589,18 @@ def compile_network(network: nn.Module, graphs: bool) -> nn.Module:
     return torch.compile(network, mode="reduce-overhead" if graphs else None)
 
 
-def capture_network(network: nn.Module, compute: ComputeConfig, inputs: tuple) -> nn.Module:
-    """The network as two CUDA graphs, forward and backward, for inputs of these shapes.
+def as_graphs(function: Callable, inputs: tuple[Tensor, ...]) -> Callable:
+    """A network or a function of tensors as CUDA graphs, forward and backward, for inputs of these shapes.
 
-    A step of small images has two thousand kernels of a few microseconds each: the launches would take longer. Where
-    there is no memory for the graphs the network is run as it is.
+    A step of small images has two thousand kernels of a few microseconds each, and launching them one by one takes
+    longer than running them. Where there is no memory for graphs they are launched one by one.
     """
-    with_precision = InContext(network, compute.autocast)
-    # They are captured on a stream of their own, by intention; its gradients are waited for.
+    # Graphs are captured on a stream of their own, by intention; its gradients are waited for.
     warnings.filterwarnings("ignore", "The AccumulateGrad node's stream does not match")
     try:
-        return torch.cuda.make_graphed_callables(with_precision, inputs, allow_unused_input=True)
+        return torch.cuda.make_graphed_callables(function, inputs, allow_unused_input=True)
     except torch.OutOfMemoryError:
-        return network
+        return function
 
 
 def uncompiled(network: nn.Module) -> nn.Module:
@@ -3933,7 +3932,7 @@ class Muon(torch.optim.AdamW):
         self.dtype = dtype
         self.momentum = momentum
         self.matrices = [p for name, p in network.named_parameters() if is_block_matrix(name, p.shape)]
-        self.directions = None                                   # `orthogonal`, as CUDA runs it fastest
+        self.directions = None                                   # `orthogonal`, on CUDA as a graph
 
     @torch.no_grad()
     def step(self) -> None:
@@ -3956,11 +3955,11 @@ class Muon(torch.optim.AdamW):
         torch._foreach_lerp_(momenta, gradients, 1 - self.momentum)
         ahead = torch._foreach_lerp(gradients, momenta, self.momentum)
 
-        # A graph launches the hundreds of small products at once.
+        # On CUDA a graph launches the hundreds of small products at once.
         if self.directions is None:
             self.directions = self.orthogonal
             if self.matrices and self.matrices[0].is_cuda and world_size() == 1:
-                self.directions = torch.cuda.make_graphed_callables(self.orthogonal, tuple(ahead))
+                self.directions = as_graphs(self.orthogonal, tuple(ahead))
         steps = self.directions(*ahead)
 
         # Decay the weights and add the step.

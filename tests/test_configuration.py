@@ -122,10 +122,11 @@ def test_a_folders_network_grows_with_the_minutes(on_a_cpu, minutes, tokens, cha
 
 
 def test_a_folders_network_is_larger_on_an_accelerator(monkeypatch):
-    """A GPU does in a minute what a CPU does in many; --device cpu is a CPU all the same."""
+    """A GPU does in a minute what a CPU does in many, in larger batches; --device cpu is a CPU all the same."""
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    assert configure(path_to_data="x").img_size == (64, 64)
-    assert configure(path_to_data="x", device="cpu").img_size == (32, 32)
+    there, here = (configure(path_to_data="x", device=device) for device in ("auto", "cpu"))
+    assert (there.img_size, there.batch_size) == ((64, 64), 256)
+    assert (here.img_size, here.batch_size) == ((32, 32), 16)
 
 
 @pytest.mark.parametrize("size, patch_size", [((48, 64), 4), ((50, 70), 1), ((36, 36), 2), ((8, 8), 1), ((512, 512), 16)])

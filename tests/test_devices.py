@@ -223,14 +223,13 @@ def test_graphs_train_as_plain_calls_do(folder, monkeypatch, options):
     def state(graphs):
         with monkeypatch.context() as patch:
             if not graphs:
-                patch.setattr(diffuser, "capture_network", lambda network, *args: network)
-                patch.setattr(torch.cuda, "make_graphed_callables", lambda function, *args, **more: function)
+                patch.setattr(diffuser, "as_graphs", lambda function, inputs: function)
             captured = []
             graphed = torch.cuda.make_graphed_callables
             patch.setattr(torch.cuda, "make_graphed_callables", lambda *args, **more: captured.append(1) or graphed(*args, **more))
             path = train(tiny_training(**{"precision": "fp32", **options}, device="cuda", num_gpus=1, iterations=12,
                                        experiment_name=f"graphs{graphs}"))
-            assert bool(captured) == (graphs or options.get("optimizer") == "muon")
+            assert bool(captured) == graphs
         return load_checkpoint(path)
 
     plain = state(False)
@@ -248,7 +247,7 @@ def test_without_memory_for_graphs_the_network_runs_as_it_is(monkeypatch):
 
     network = torch.nn.Linear(2, 2)
     monkeypatch.setattr(torch.cuda, "make_graphed_callables", full)
-    assert diffuser.capture_network(network, ComputeConfig("cuda"), (torch.zeros(1, 2),)) is network
+    assert diffuser.as_graphs(network, (torch.zeros(1, 2),)) is network
 
 
 @pytest.mark.slow
