@@ -4992,7 +4992,8 @@ def set_earlier_run_aside(cfg: Config, path: Path | None, folder: Path, processe
         earlier = [folder, kept[0].parents[1]]
     for place in earlier:
         if place.is_file() or (place.is_dir() and any(place.iterdir())):
-            old = place.rename(unused_path(place.with_stem(f"{place.stem}_old")))
+            name, suffix = (place.name, "") if place.is_dir() else (place.stem, place.suffix)
+            old = place.rename(unused_path(place.parent, f"{name}_old", suffix))
             processes.print0(f"kept an earlier run's {place} as {old.name}")
 
 
@@ -5890,7 +5891,7 @@ def save_images(model: Model, cfg: Config, numbers: list[int], count: int, sourc
     """
     folder = Path(cfg.save_dir)
     if not cfg.save_dir:
-        folder = unused_path(Path(cfg.generated_directory, f"inference_{cfg.dataset}_"))
+        folder = unused_path(Path(cfg.generated_directory), f"inference_{cfg.dataset}_")
     labels = model.labels(numbers, count, first)
     names = picture_names(model, labels, first, seeds)
     record = drawing_record(model, cfg, numbers, count, source, first)

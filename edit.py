@@ -359,7 +359,7 @@ COMMANDS = {
 def choose_folder(args: argparse.Namespace) -> Path:
     """Where the images go. Raises UserError where something is there that is no edit's."""
     if not args.save_dir:
-        return unused_path(Path("samples", f"edit_{args.command}_"))
+        return unused_path(Path("samples"), f"edit_{args.command}_")
     folder = Path(args.save_dir)
     if folder.exists() and any(folder.iterdir()) and not (folder / "edit.json").exists():
         raise UserError(f"{folder} is not empty: give another --save_dir")

@@ -361,7 +361,7 @@ def keep_uploads(folder: Path, files: list[str], name: str) -> Path:
         except Exception as error:                               # Pillow raises many kinds
             raise UserError(f"{Path(path).name} cannot be read as a picture ({first_line(error)})") from None
 
-    target = unused_path(folder / (f"{name}_.zip" if zips else f"{name}_"))
+    target = unused_path(folder, f"{name}_", ".zip" if zips else "")
     try:
         folder.mkdir(parents=True, exist_ok=True)
         if zips:

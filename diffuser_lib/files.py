@@ -524,12 +524,12 @@ def newest_first(paths: Iterable[Path]) -> list[Path]:
     return sorted(times, key=times.get, reverse=True)
 
 
-def unused_path(path: Path) -> Path:
-    """The path with the first number behind its name that is not taken: out1, out2, ..."""
+def unused_path(folder: Path, name: str, suffix: str = "") -> Path:
+    """The path of that name in a folder with the first number behind it that is not taken: out1, out2, ..."""
     number = 1
-    while path.with_stem(f"{path.stem}{number}").exists():
+    while (folder / f"{name}{number}{suffix}").exists():
         number += 1
-    return path.with_stem(f"{path.stem}{number}")
+    return folder / f"{name}{number}{suffix}"
 
 
 # ---- Locks -------------------------------------------------------------------------------------

@@ -832,12 +832,12 @@ def test_paths_are_sorted_by_age(tmp_path):
 
 def test_the_first_free_number_is_taken(tmp_path):
     """out1, then out2; the ending of a file stays; a gap is used."""
-    assert unused_path(tmp_path / "out") == tmp_path / "out1"
+    assert unused_path(tmp_path, "out") == tmp_path / "out1"
     (tmp_path / "out1").mkdir()
     (tmp_path / "out3").mkdir()
-    assert unused_path(tmp_path / "out") == tmp_path / "out2"
+    assert unused_path(tmp_path, "out") == tmp_path / "out2"
     (tmp_path / "model_old1.pt").write_text("")
-    assert unused_path(tmp_path / "model_old.pt") == tmp_path / "model_old2.pt"
+    assert unused_path(tmp_path, "model_old", ".pt") == tmp_path / "model_old2.pt"
 
 
 # ---- Locks -------------------------------------------------------------------------------------

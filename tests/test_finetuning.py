@@ -175,6 +175,13 @@ def test_config_json_repeats_a_run(folder, monkeypatch):
     assert metrics(other) != first and len(metrics(other)) == len(first)
 
 
+def test_a_name_with_a_dot_is_set_aside_whole(folder):
+    """What is behind the dot of v1.5 is no ending."""
+    for _ in range(2):
+        train(tiny_training(experiment_name="v1.5", resume="never"))
+    assert sorted(path.name for path in (folder / "checkpoints").iterdir() if path.is_dir()) == ["v1.5", "v1.5_old1"]
+
+
 def test_config_json_repeats_a_run_from_python(folder):
     """train(configure(config=...)) begins anew where that run is finished."""
     path = trained_before()

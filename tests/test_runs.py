@@ -250,7 +250,7 @@ def test_an_upload_whose_name_was_just_taken(folder, image_folder, monkeypatch):
     theirs = folder / "uploads" / "theirs"
     theirs.mkdir(parents=True)
     (theirs / "picture").touch()
-    monkeypatch.setattr(runs, "unused_path", lambda path: theirs)
+    monkeypatch.setattr(runs, "unused_path", lambda *name: theirs)
     with pytest.raises(UserError, match="cannot be kept"):
         runs.keep_uploads(folder / "uploads", [str(next(image_folder.glob("cat/*.png")))], "mine")
     assert (theirs / "picture").exists()
