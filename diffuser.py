@@ -67,6 +67,7 @@ if __name__ == "__main__":
 import argparse
 import copy
 import dataclasses
+import gc
 import hashlib
 import inspect
 import itertools
@@ -522,7 +523,7 @@ FOLDER_NETWORKS = (
 )
 FOLDER_MINUTES = 3.0                                             # of training, where no length is asked for
 ACCELERATOR = 30                                                 # times as fast as two CPU cores, roughly
-LARGER_BATCH = 4                                                 # of an accelerator, which has them in hardly more time
+LARGER_BATCH = 4                                                 # times as large on CUDA, in hardly more time
 
 
 def picture_preset(known: dict, shape: tuple[int, int, int] | None = None) -> dict:
@@ -541,13 +542,14 @@ def picture_preset(known: dict, shape: tuple[int, int, int] | None = None) -> di
     accelerated = there and known.get("device", "auto") != "cpu"
     if accelerated:
         minutes *= ACCELERATOR
+    larger = LARGER_BATCH if accelerated and torch.cuda.is_available() else 1
     row = next(row for row in FOLDER_NETWORKS if minutes <= row.minutes)
 
     if shape is None:
         preset["img_size"] = (row.side, row.side)
     preset["base_channels"] = row.base_channels
     preset["channel_mults"] = row.channel_mults
-    preset["batch_size"] = row.batch_size * (LARGER_BATCH if accelerated else 1)
+    preset["batch_size"] = row.batch_size * larger
     preset["optimizer"] = row.optimizer
     settings = {**preset, **known}
     levels = len(settings["channel_mults"])
@@ -2464,10 +2466,9 @@ class Devices:
         inputs: what it will be called with, where graphs are wanted. Its parameters stay its own.
         """
         forward = network
-        graphs = bool(inputs) and self.processes.world == 1
         if compute.compiled:
-            forward = compile_network(network, graphs)
-        elif graphs and self.device.type == "cuda" and self.replicas == 1:
+            forward = compile_network(network, graphs=bool(inputs))
+        elif inputs:
             forward = as_graphs(InContext(network, compute.autocast), inputs)
         if self.processes.world > 1:
             device_ids = [self.device.index] if self.device.type == "cuda" else None
@@ -2593,13 +2594,14 @@ def as_graphs(function: Callable, inputs: tuple[Tensor, ...]) -> Callable:
     """A network or a function of tensors as CUDA graphs, forward and backward, for inputs of these shapes.
 
     A step of small images has two thousand kernels of a few microseconds each, and launching them one by one takes
-    longer than running them. Where there is no memory for graphs they are launched one by one.
+    longer than running them. Where no graph can be made, for lack of memory say, they are launched one by one.
     """
     # Graphs are captured on a stream of their own, by intention; its gradients are waited for.
     warnings.filterwarnings("ignore", "The AccumulateGrad node's stream does not match")
     try:
         return torch.cuda.make_graphed_callables(function, inputs, allow_unused_input=True)
-    except torch.OutOfMemoryError:
+    except RuntimeError as error:                                # also torch.OutOfMemoryError
+        warn(f"no CUDA graphs, which make small steps faster: {first_line(error)}")
         return function
 
 
@@ -3932,7 +3934,7 @@ class Muon(torch.optim.AdamW):
         self.dtype = dtype
         self.momentum = momentum
         self.matrices = [p for name, p in network.named_parameters() if is_block_matrix(name, p.shape)]
-        self.directions = None                                   # `orthogonal`, on CUDA as a graph
+        self.graphs = None                                       # `orthogonal` on CUDA
 
     @torch.no_grad()
     def step(self) -> None:
@@ -3956,11 +3958,11 @@ class Muon(torch.optim.AdamW):
         ahead = torch._foreach_lerp(gradients, momenta, self.momentum)
 
         # On CUDA a graph launches the hundreds of small products at once.
-        if self.directions is None:
-            self.directions = self.orthogonal
-            if self.matrices and self.matrices[0].is_cuda and world_size() == 1:
-                self.directions = as_graphs(self.orthogonal, tuple(ahead))
-        steps = self.directions(*ahead)
+        orthogonal = self.orthogonal
+        if ahead[0].is_cuda and world_size() == 1:
+            self.graphs = self.graphs or as_graphs(orthogonal, tuple(ahead))
+            orthogonal = self.graphs
+        steps = orthogonal(*ahead)
 
         # Decay the weights and add the step.
         group = self.param_groups[0]
@@ -4093,13 +4095,7 @@ class Trainer:
             self.settle_compute(state["arithmetic"] if state else None)
         self.network.to(memory_format=self.compute.memory_format)
         use_cpu_kernels(self.network, self.compute)
-        # CUDA graphs save launches, which is what counts in small steps; gradients of several parts cannot add up.
-        inputs = ()
-        small = self.size * math.prod(self.shape[1:]) <= 2**18
-        if small and self.micro_batches == 1 and not cfg.gradient_checkpointing:
-            x0, t, _, y, _ = self.batch()
-            inputs = (x0, t, y)
-        self.forward = devices.parallel(self.network, self.compute, inputs)
+        self.forward = self.build_forward()
 
         # The average, and the model that draws with it.
         self.ema = build_ema(self.network, cfg, self.size)
@@ -4262,9 +4258,10 @@ class Trainer:
 
             self.network.zero_grad()
             self.compute = dataclasses.replace(self.compute, split=2 * self.compute.split)
-            if forward is not self.network:                      # without graphs
-                self.forward = self.devices.parallel(self.network, self.compute)
-                forward = self.forward
+            if forward is not self.network:                      # without graphs, whose memory this one needs
+                self.forward = forward = None
+                gc.collect()
+                self.forward = forward = self.build_forward()
             self.processes.print0(f"out of memory: from here on a step is computed in {self.compute.split} parts")
 
     def apply_gradients(self, skip: Tensor) -> None:
@@ -4282,6 +4279,25 @@ class Trainer:
         self.optimizer.zero_grad(set_to_none=True)
 
     # How it is run.
+
+    def build_forward(self) -> Callable:
+        """The network as a step calls it: compiled, as CUDA graphs where that pays, spread over devices."""
+        return self.devices.parallel(self.network, self.compute, self.graph_inputs())
+
+    def graph_inputs(self) -> tuple[Tensor, ...]:
+        """Inputs of the network for CUDA graphs of a step to be captured with; empty where there are to be none.
+
+        Graphs save launches, which is what counts in small steps. The gradients of several parts cannot add up in them.
+        """
+        cfg = self.cfg
+        positions = self.size * math.prod(self.shape[1:]) // cfg.patch_size**2
+        own_step = type(self).accumulate is not Trainer.accumulate           # it may call the network as it likes
+        if self.device.type != "cuda" or self.devices.count > 1 or positions > 2**18:
+            return ()
+        if self.micro_batches > 1 or cfg.gradient_checkpointing or own_step:
+            return ()
+        x0, t, _, y, _ = self.batch()
+        return x0, t, y
 
     def count_parts(self, precision: str) -> tuple[int, str]:
         """Parts in which a micro-batch fits into memory, and what to say of it. Raises UserError."""
@@ -4895,6 +4911,7 @@ def time_a_step(cfg: Config, devices: Devices, shape: tuple[int, int, int], num_
     here = batch // devices.processes.world                      # images of this process
     while trainer.part < here and (seconds < 0.4 or trainer.part < 4):
         trainer.part = min(here, 4 * trainer.part)
+        trainer.forward = trainer.build_forward()
         seconds = measure()
 
     times = [seconds]
@@ -4938,6 +4955,7 @@ def train_locked(cfg: Config, devices: Devices, signals: Signals, data: ImageDat
     elif cfg.train_minutes:
         deadline = time.perf_counter() + USABLE_SECONDS * cfg.train_minutes
         cfg, compute = steps_for_minutes(cfg, devices, state, deadline, data, judge)
+        gc.collect()                                             # graphs of its trial go round in circles
 
     trainer = Trainer(cfg, devices, state, compute, data)
     del state                                                    # of twice the size of the network and more

@@ -126,6 +126,7 @@ def test_a_folders_network_is_larger_on_an_accelerator(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     there, here = (configure(path_to_data="x", device=device) for device in ("auto", "cpu"))
     assert (there.img_size, there.batch_size) == ((64, 64), 256)
+    assert there.batch_size * 64 * 64 // there.patch_size**2 <= 2**18                    # so its steps are CUDA graphs
     assert (here.img_size, here.batch_size) == ((32, 32), 16)
 
 

@@ -217,6 +217,13 @@ def test_training_and_sampling_on_cuda(folder, options):
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+def test_a_dry_run_times_steps_on_cuda(folder):
+    """Its trial takes parts of a batch, whose shapes change as it goes."""
+    done = cli("--mode", "train", "--dataset", "digits", "--dry_run", "--device", "cuda", "--num_gpus", "1", cwd=folder)
+    assert done.returncode == 0 and "steps of" in done.stdout and "not measured" not in done.stdout, done.stdout + done.stderr
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
 @pytest.mark.parametrize("options", [{}, dict(optimizer="muon"), dict(precision="bf16", use_labels=False)])
 def test_graphs_train_as_plain_calls_do(folder, monkeypatch, options):
     """On a GPU small steps run as CUDA graphs: the same losses and weights as without."""
@@ -240,14 +247,40 @@ def test_graphs_train_as_plain_calls_do(folder, monkeypatch, options):
         assert torch.allclose(weight, graphs["model"][name], atol=5e-3), name
 
 
-def test_without_memory_for_graphs_the_network_runs_as_it_is(monkeypatch):
-    """Graphs hold a step's memory: where there is none left, training goes on without them."""
-    def full(*args, **more):
-        raise torch.OutOfMemoryError("CUDA out of memory")
+@pytest.mark.parametrize("error", [torch.OutOfMemoryError("CUDA out of memory"), RuntimeError("operation not permitted")])
+def test_where_no_graph_can_be_made_the_network_runs_as_it_is(monkeypatch, capsys, error):
+    """Graphs hold a step's memory, and drivers may refuse them: training goes on without, and says so."""
+    def refuse(*args, **more):
+        raise error
 
     network = torch.nn.Linear(2, 2)
-    monkeypatch.setattr(torch.cuda, "make_graphed_callables", full)
+    monkeypatch.setattr(torch.cuda, "make_graphed_callables", refuse)
     assert diffuser.as_graphs(network, (torch.zeros(1, 2),)) is network
+    assert str(error) in capsys.readouterr().err
+
+
+class OwnStep(Trainer):
+    """A trainer that makes gradients of its own."""
+
+    def accumulate(self, *args):
+        return super().accumulate(*args)
+
+
+@pytest.mark.parametrize("change, graphs", [
+    ({}, True), (dict(size=2**12), True), (dict(size=2**13), False), (dict(size=2**13, patch_size=2), True),
+    (dict(device="cpu"), False), (dict(count=2), False), (dict(accumulation=2), False), (dict(checkpointing=True), False),
+    (dict(kind=OwnStep), False)])
+def test_graphs_are_for_small_whole_steps_on_one_gpu(folder, monkeypatch, change, graphs):
+    """Large steps gain nothing, and gradients in parts, over devices or of one's own do not fit into a graph."""
+    monkeypatch.setattr(Trainer, "batch", lambda self: ["x0", "t", "eps", "y", "noise"])
+    trainer = change.get("kind", Trainer)(tiny_training())
+    trainer.device = torch.device(change.get("device", "cuda"))
+    trainer.devices.replicas = trainer.devices.count = change.get("count", 1)
+    trainer.size = change.get("size", 16)
+    trainer.cfg = dataclasses.replace(
+        trainer.cfg, patch_size=change.get("patch_size", 1), gradient_accumulation_steps=change.get("accumulation", 1),
+        gradient_checkpointing=change.get("checkpointing", False))
+    assert trainer.graph_inputs() == (("x0", "t", "y") if graphs else ())
 
 
 @pytest.mark.slow
