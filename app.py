@@ -787,56 +787,91 @@ def chosen_picture(drawing: Drawing | None, chosen: int) -> tuple[Tensor, int]:
     return drawing.images[chosen], drawing.labels[chosen]
 
 
-def draw_tab(home: Home, tabs: gr.Tabs) -> list[Filler]:
-    """The tab that draws."""
-    there = bool(checkpoint_choices(home))
-    with gr.Group(visible=not there) as nothing:
-        gr.Markdown(NOTHING_YET, container=True)
-        go_train = gr.Button("train digits", variant="primary")
+@dataclass
+class DrawForm:
+    """What is to be drawn, and the buttons. unusable: where checkpoints are told that cannot be drawn from."""
 
-    with gr.Row(visible=there) as everything:
-        with gr.Column(scale=1, min_width=300):
-            first = drawing_controls(home, "checkpoint")
-            unusable = gr.HTML(passed_over(home))
-            buttons = gr.CheckboxGroup(choices=[], label="classes", info="none: all of them in turn", visible=False)
-            text = gr.Textbox(label="classes", info="names or numbers, such as 3, 5 or 3-5", visible=False)
-            count = gr.Slider(1, MOST_IMAGES, 16, step=1, label="images")
-            seed = gr.Number(0, label="seed", precision=0, minimum=0, info="the same seed, the same images")
-            with gr.Row():
-                start = gr.Button("draw", variant="primary", min_width=90)
-                again = gr.Button("new seed", min_width=90)
-                stop = gr.Button("stop", min_width=90)
-            with gr.Accordion("Side by side", open=False):
-                gr.Markdown("The same seeds and classes, drawn in a second way.")
-                beside = gr.Checkbox(False, label="draw side by side")
-                second = drawing_controls(home, "second checkpoint")
-        with gr.Column(scale=2, min_width=300):
-            with gr.Row():
-                with gr.Column(min_width=280):
-                    left = output_area("pictures")
-                with gr.Column(min_width=280, visible=False) as right_column:
-                    right = output_area("pictures of the second way")
-            with gr.Row():
-                strength = gr.Slider(0.05, 1, 0.5, step=0.05, label="strength", min_width=160,
-                                     info="near 0: hardly anything changes; 1: everything")
-                like = gr.Button("more like the chosen one", min_width=160)
+    first: DrawingControls
+    second: DrawingControls
+    beside: gr.Checkbox
+    buttons: gr.CheckboxGroup
+    text: gr.Textbox
+    count: gr.Slider
+    seed: gr.Number
+    start: gr.Button
+    again: gr.Button
+    stop: gr.Button
+    unusable: gr.HTML
 
-    # Choosing a checkpoint.
+    def inputs(self) -> list:
+        return [self.buttons, self.text, self.count, self.seed, self.beside, *self.first.inputs(),
+                *self.second.inputs()]
+
+
+def draw_form(home: Home) -> DrawForm:
+    """The form, which follows the checkpoint that is chosen."""
+    first = drawing_controls(home, "checkpoint")
+    unusable = gr.HTML(passed_over(home))
+    buttons = gr.CheckboxGroup(choices=[], label="classes", info="none: all of them in turn", visible=False)
+    text = gr.Textbox(label="classes", info="names or numbers, such as 3, 5 or 3-5", visible=False)
+    count = gr.Slider(1, MOST_IMAGES, 16, step=1, label="images")
+    seed = gr.Number(0, label="seed", precision=0, minimum=0, info="the same seed, the same images")
+    with gr.Row():
+        start = gr.Button("draw", variant="primary", min_width=90)
+        again = gr.Button("new seed", min_width=90)
+        stop = gr.Button("stop", min_width=90)
+    with gr.Accordion("Side by side", open=False):
+        gr.Markdown("The same seeds and classes, drawn in a second way.")
+        beside = gr.Checkbox(False, label="draw side by side")
+        second = drawing_controls(home, "second checkpoint")
+    return DrawForm(first, second, beside, buttons, text, count, seed, start, again, stop, unusable)
+
+
+def follow_checkpoints(home: Home, form: DrawForm) -> list[Filler]:
+    """Let the form show a checkpoint's own settings and classes when it is chosen, and when the tab is opened."""
     fillers = []
-    for controls in (first, second):
+    for controls in (form.first, form.second):
         fillers.append(Filler(functools.partial(take_own_values, home), [controls.checkpoint], controls.own_values(),
                               on_select=False))
-    fillers.append(Filler(functools.partial(show_classes, home), [first.checkpoint], [buttons, text],
+    fillers.append(Filler(functools.partial(show_classes, home), [form.first.checkpoint], [form.buttons, form.text],
                           on_select=False))
     for filler in fillers:
         on(filler.inputs[0].change, filler.work, filler.inputs, filler.outputs)
+    return fillers
 
-    # Drawing.
+
+@dataclass
+class DrawArea:
+    """Where what was drawn appears, in one way or in two, and what makes more like one of the pictures."""
+
+    left: Output
+    right: Output
+    right_column: gr.Column
+    strength: gr.Slider
+    like: gr.Button
+
+
+def draw_area() -> DrawArea:
+    """Places for the pictures of two ways, of which the second shows where it is asked for."""
+    with gr.Row():
+        with gr.Column(min_width=280):
+            left = output_area("pictures")
+        with gr.Column(min_width=280, visible=False) as right_column:
+            right = output_area("pictures of the second way")
+    with gr.Row():
+        strength = gr.Slider(0.05, 1, 0.5, step=0.05, label="strength", min_width=160,
+                             info="near 0: hardly anything changes; 1: everything")
+        like = gr.Button("more like the chosen one", min_width=160)
+    return DrawArea(left, right, right_column, strength, like)
+
+
+def connect_drawing(home: Home, form: DrawForm, area: DrawArea) -> None:
+    """Let the buttons draw, draw with another seed, and stop."""
     def run(names, words, count, seed, beside, *ways):
         what = (words if words and words.strip() else names, int(count), int(seed or 0))
         first_way, second_way = ways[:5], ways[5:]
-        leave_left = (gr.skip(),) * len(left.all())
-        leave_right = (gr.skip(),) * len(right.all())
+        leave_left = (gr.skip(),) * len(area.left.all())
+        leave_right = (gr.skip(),) * len(area.right.all())
         column = gr.update(visible=bool(beside))
         for values in watch_drawing(home, draw(home, *what, *first_way)):
             yield (*values, *leave_right, column)
@@ -844,12 +879,15 @@ def draw_tab(home: Home, tabs: gr.Tabs) -> list[Filler]:
             for values in watch_drawing(home, draw(home, *what, *second_way)):
                 yield (*leave_left, *values, column)
 
-    inputs = [buttons, text, count, seed, beside, *first.inputs(), *second.inputs()]
-    outputs = [*left.all(), *right.all(), right_column]
-    drawing = on(start.click, run, inputs, outputs)
-    seeding = on(again.click, lambda: random.randrange(2**31), None, [seed])
-    drawing_again = on(seeding.then, run, inputs, outputs)
+    outputs = [*area.left.all(), *area.right.all(), area.right_column]
+    drawing = on(form.start.click, run, form.inputs(), outputs)
+    seeding = on(form.again.click, lambda: random.randrange(2**31), None, [form.seed])
+    drawing_again = on(seeding.then, run, form.inputs(), outputs)
+    form.stop.click(None, cancels=[drawing, drawing_again], api_visibility="private")
 
+
+def connect_variations(home: Home, form: DrawForm, area: DrawArea) -> None:
+    """Let the button make more like the chosen picture."""
     def vary(drawing, chosen, strength, count, seed):
         picture, label = chosen_picture(drawing, chosen)
         names = home.load(drawing.key).model.class_names
@@ -857,8 +895,25 @@ def draw_tab(home: Home, tabs: gr.Tabs) -> list[Filler]:
                         int(seed or 0), picture=str(save_picture(picture)), strength=float(strength))
         return show_drawing(home, made)
 
-    on(like.click, vary, [left.drawing, left.chosen, strength, count, seed], left.all())
-    stop.click(None, cancels=[drawing, drawing_again], api_visibility="private")
+    inputs = [area.left.drawing, area.left.chosen, area.strength, form.count, form.seed]
+    on(area.like.click, vary, inputs, area.left.all())
+
+
+def draw_tab(home: Home, tabs: gr.Tabs) -> list[Filler]:
+    """The tab that draws, or that sends to the training where nothing is trained yet."""
+    there = bool(checkpoint_choices(home))
+    with gr.Group(visible=not there) as nothing:
+        gr.Markdown(NOTHING_YET, container=True)
+        go_train = gr.Button("train digits", variant="primary")
+    with gr.Row(visible=there) as everything:
+        with gr.Column(scale=1, min_width=300):
+            form = draw_form(home)
+        with gr.Column(scale=2, min_width=300):
+            area = draw_area()
+
+    fillers = follow_checkpoints(home, form)
+    connect_drawing(home, form, area)
+    connect_variations(home, form, area)
     go_train.click(lambda: gr.Tabs(selected="train"), None, [tabs], api_visibility="private")
 
     def fill(key, other):
@@ -866,8 +921,8 @@ def draw_tab(home: Home, tabs: gr.Tabs) -> list[Filler]:
         return (choose_again(home, key), choose_again(home, other), gr.update(visible=not there),
                 gr.update(visible=there), passed_over(home))
 
-    both = [first.checkpoint, second.checkpoint]
-    return [Filler(fill, both, [*both, nothing, everything, unusable]), *fillers]
+    both = [form.first.checkpoint, form.second.checkpoint]
+    return [Filler(fill, both, [*both, nothing, everything, form.unusable]), *fillers]
 
 
 def class_choice(label: str) -> gr.Dropdown:

@@ -2577,7 +2577,7 @@ def choose_compute(cfg: Config, device: torch.device, calls: int = 0, stored: di
     compiled = cfg.compile
     if compiled is None:                                         # on a CPU it gains nothing: benchmarks/
         data_parallel = world_size() == 1 and (cfg.num_gpus or torch.cuda.device_count()) > 1
-        long = calls >= 20_000 and not 0 < cfg.train_minutes < 20            # it takes a minute or two
+        long = calls >= 20_000 and not 0 < cfg.train_minutes < 20            # compiling takes a minute or two
         worth_it = kept.get("compiled", device.type == "cuda" and long)
         compiled = worth_it and not data_parallel
 
@@ -2596,7 +2596,7 @@ def as_graphs(function: Callable, inputs: tuple[Tensor, ...]) -> Callable:
     A step of small images has two thousand kernels of a few microseconds each, and launching them one by one takes
     longer than running them. Where no graph can be made, for lack of memory say, they are launched one by one.
     """
-    # Graphs are captured on a stream of their own, by intention; its gradients are waited for.
+    # Graphs are captured on a stream of their own on purpose; its gradients are waited for.
     warnings.filterwarnings("ignore", "The AccumulateGrad node's stream does not match")
     try:
         return torch.cuda.make_graphed_callables(function, inputs, allow_unused_input=True)
