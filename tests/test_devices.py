@@ -259,6 +259,34 @@ def test_where_no_graph_can_be_made_the_network_runs_as_it_is(monkeypatch, capsy
     assert str(error) in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("command", ["train", "minutes", "dry run"])
+def test_graphs_are_called_with_what_they_were_captured_for(folder, monkeypatch, command):
+    """A graph computes with the shapes of its capture, whatever it is given: in training, and where steps are timed."""
+    calls = []
+
+    def capture(function, inputs, **more):
+        shapes = [v.shape for v in inputs]
+
+        def graph(*given):
+            calls.append(shapes)
+            assert [v.shape for v in given] == shapes
+            return function(*given)
+        return graph
+
+    def inputs(trainer):
+        x0, t, _, y, _ = trainer.batch()
+        return x0, t, y
+
+    monkeypatch.setattr(torch.cuda, "make_graphed_callables", capture)
+    monkeypatch.setattr(Trainer, "graph_inputs", inputs)
+    cfg = tiny_training(**({} if command != "minutes" else dict(iterations=0, train_minutes=0.02)))
+    if command == "dry run":
+        assert "steps of" in diffuser.describe_time(cfg, Devices(cfg), (1, 8, 8), 10, 1000)
+    else:
+        train(cfg)
+    assert len(calls) >= 4
+
+
 class OwnStep(Trainer):
     """A trainer that makes gradients of its own."""
 
