@@ -517,13 +517,13 @@ class FolderNetwork:
 # arithmetic per image of the one before.
 FOLDER_NETWORKS = (
     FolderNetwork(10, 32, 8, 64, (1, 2), 16, "adamw"),
-    FolderNetwork(150, 64, 16, 64, (1, 2), 64),
-    FolderNetwork(240, 64, 16, 128, (1, 2), 64),
-    FolderNetwork(math.inf, 64, 32, 128, (1, 2, 2), 64),
+    FolderNetwork(150, 64, 16, 64, (1, 2), 128),
+    FolderNetwork(240, 64, 16, 128, (1, 2), 128),
+    FolderNetwork(math.inf, 64, 32, 128, (1, 2, 2), 128),
 )
 FOLDER_MINUTES = 3.0                                             # of training, where no length is asked for
 ACCELERATOR = 30                                                 # times as fast as two CPU cores, roughly
-LARGER_BATCH = 4                                                 # times as large on CUDA, in hardly more time
+LARGER_BATCH = 2                                                 # times as large on CUDA, in hardly more time
 
 
 def picture_preset(known: dict, shape: tuple[int, int, int] | None = None) -> dict:
