@@ -467,7 +467,7 @@ def find_curve(scheduler, shared: dict, known: diffuser.Config | None) -> dict:
 def read_model(path: str, raw: bool) -> tuple[diffuser.Model, dict]:
     """The model in a checkpoint, and the checkpoint's content. raw: not with averaged weights. Raises UserError."""
     state = diffuser.load_checkpoint(path)
-    cfg = dataclasses.replace(diffuser.configure(state["config"]), device="cpu")             # where all others are
+    cfg = diffuser.configure(state["config"], device="cpu")      # where all other weights are
     if raw:
         cfg = dataclasses.replace(cfg, use_ema=False)
     return diffuser.build_model(state, cfg), state

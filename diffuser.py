@@ -538,18 +538,17 @@ def picture_preset(known: dict, shape: tuple[int, int, int] | None = None) -> di
 
     # A run by epochs or steps counts as one of an hour.
     minutes = preset.get("train_minutes") or known.get("train_minutes") or 60
-    there = torch.cuda.is_available() or torch.backends.mps.is_available()
-    accelerated = there and known.get("device", "auto") != "cpu"
-    if accelerated:
+    on_cpu = known.get("device", "auto") == "cpu"
+    on_cuda = not on_cpu and torch.cuda.is_available()
+    if on_cuda or (not on_cpu and torch.backends.mps.is_available()):
         minutes *= ACCELERATOR
-    larger = LARGER_BATCH if accelerated and torch.cuda.is_available() else 1
     row = next(row for row in FOLDER_NETWORKS if minutes <= row.minutes)
 
     if shape is None:
         preset["img_size"] = (row.side, row.side)
     preset["base_channels"] = row.base_channels
     preset["channel_mults"] = row.channel_mults
-    preset["batch_size"] = row.batch_size * larger
+    preset["batch_size"] = row.batch_size * (LARGER_BATCH if on_cuda else 1)
     preset["optimizer"] = row.optimizer
     settings = {**preset, **known}
     levels = len(settings["channel_mults"])
@@ -4955,7 +4954,7 @@ def train_locked(cfg: Config, devices: Devices, signals: Signals, data: ImageDat
     elif cfg.train_minutes:
         deadline = time.perf_counter() + USABLE_SECONDS * cfg.train_minutes
         cfg, compute = steps_for_minutes(cfg, devices, state, deadline, data, judge)
-        gc.collect()                                             # graphs of its trial go round in circles
+        gc.collect()                                             # its trial's graphs refer to each other
 
     trainer = Trainer(cfg, devices, state, compute, data)
     del state                                                    # of twice the size of the network and more

@@ -510,8 +510,20 @@ def backwards():
     return bytes(header)
 
 
+def refuses_backwards():
+    """Whether tarfile itself refuses such a header; behind another entry it then takes it for the end of the file."""
+    try:
+        tarfile.open(fileobj=io.BytesIO(backwards() + bytes(10_240)))
+    except tarfile.ReadError:
+        return True
+    return False
+
+
 @pytest.mark.parametrize("content, words", [
-    (b"hello" * 1000, "no whole .tar file"), (backwards() + bytes(10_240), "entries go backwards|no whole .tar file"),
+    (b"hello" * 1000, "no whole .tar file"),
+    (backwards() + bytes(10_240), "no whole .tar file" if refuses_backwards() else "entries go backwards"),
+    pytest.param(tarfile.TarInfo("0.png").tobuf() + backwards() + bytes(10_240), "entries go backwards",
+                 marks=pytest.mark.skipif(refuses_backwards(), reason="this tarfile takes it for the end of the file")),
     (bytes(10_240), "holds no PNG"),
     (None, "no whole .tar file")])
 def test_tar_files_that_are_none_are_told(tmp_path, pixels, content, words):
@@ -524,16 +536,6 @@ def test_tar_files_that_are_none_are_told(tmp_path, pixels, content, words):
     with pytest.raises(UserError, match=words) as error:
         open_images(str(path), "--images")
     assert "\n" not in str(error.value)
-
-
-def test_entries_in_circles_behind_another_end(tmp_path):
-    """They are told, or end the file: what a new tarfile makes of them."""
-    path = tmp_path / "set.tar"
-    path.write_bytes(tarfile.TarInfo("0.png").tobuf() + backwards() + bytes(10_240))
-    try:
-        assert len(open_images(str(path), "--images")) == 1
-    except UserError as error:
-        assert "entries go backwards" in str(error)
 
 
 def test_an_entry_above_the_limit_is_not_read(tmp_path, pixels, monkeypatch):
