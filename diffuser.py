@@ -491,7 +491,7 @@ PRESETS = {
         channel_mults=(1, 2, 2, 4), attention_levels=(2,), head_dim=64, epochs=50),
     "folder": dict(                                              # and picture_preset, by what is asked for
         timesteps=1000, schedule_type="cosine", prediction="x0", time_sampling="logit_normal", emb_dim=128, head_dim=64,
-        ema_decay=0.9995, guidance_scale=1.0, spacing="logsnr", steps=10),
+        ema_decay=0.9995, spacing="logsnr", steps=10),
 }
 
 
@@ -508,18 +508,20 @@ class FolderNetwork:
     base_channels: int
     channel_mults: tuple[float, ...]
     batch_size: int
+    guidance_scale: float
     optimizer: str = "muon"
 
 
-# The first row was found on sets of 300 to 3,000 pictures in three minutes of two CPU cores, the second on CIFAR-10 in
-# four to fifteen, and run for two hours: see benchmarks/README.md. The shorter the time, the coarser the patches,
-# because they let the network see each picture more often. Longer rows follow from that: each has about four times the
-# arithmetic per image of the one before.
+# The first row was found on sets of 300 to 3,000 pictures in three minutes of two CPU cores, the next two on CIFAR-10
+# in four minutes to two hours: see benchmarks/README.md. The shorter the time, the coarser the patches, because they
+# let the network see each picture more often, and the stronger the guidance, because it makes up for unclear classes.
+# Longer rows follow from that: each has about four times the arithmetic per image of the one before.
 FOLDER_NETWORKS = (
-    FolderNetwork(10, 32, 8, 64, (1, 2), 16, "adamw"),
-    FolderNetwork(150, 64, 16, 64, (1, 2), 128),
-    FolderNetwork(240, 64, 16, 128, (1, 2), 128),
-    FolderNetwork(math.inf, 64, 32, 128, (1, 2, 2), 128),
+    FolderNetwork(10, 32, 8, 64, (1, 2), 16, 1.0, "adamw"),
+    FolderNetwork(30, 64, 16, 64, (1, 2), 128, 1.5),
+    FolderNetwork(150, 64, 16, 64, (1, 2), 128, 1.0),
+    FolderNetwork(240, 64, 16, 128, (1, 2), 128, 1.0),
+    FolderNetwork(math.inf, 64, 32, 128, (1, 2, 2), 128, 1.0),
 )
 FOLDER_MINUTES = 3.0                                             # of training, where no length is asked for
 ACCELERATOR = 30                                                 # times as fast as two CPU cores, roughly
@@ -550,7 +552,10 @@ def picture_preset(known: dict, shape: tuple[int, int, int] | None = None) -> di
     preset["channel_mults"] = row.channel_mults
     preset["batch_size"] = row.batch_size * (LARGER_BATCH if on_cuda else 1)
     preset["optimizer"] = row.optimizer
+    preset["guidance_scale"] = row.guidance_scale
     settings = {**preset, **known}
+    if settings["prediction"] == "x0":                           # the others weigh details more by themselves
+        preset["detail_weight"] = 4.0
     levels = len(settings["channel_mults"])
     preset["attention_levels"] = (max(0, levels - 1),)           # the coarsest
     preset["learning_rate"] = 2e-3 * min(1.0, 64 / max(1, settings["base_channels"]))
@@ -2451,7 +2456,6 @@ class Devices:
 
         if cuda:
             torch.set_float32_matmul_precision("high")                       # TF32 for what stays float32
-            torch.backends.cudnn.benchmark = not cfg.deterministic           # shapes seldom change
         else:
             cpu_kernels.keep_freed_memory()
         if cfg.compile and self.replicas > 1:

@@ -142,6 +142,20 @@ def test_a_folders_learning_rate_falls_with_the_width(on_a_cpu):
     assert rates == [2e-3, 2e-3, 1e-3, 5e-4]
 
 
+@pytest.mark.parametrize("minutes, w", [(3, 1.0), (30, 1.5), (31, 1.0), (600, 1.0)])
+def test_a_folders_guidance_follows_the_minutes(on_a_cpu, minutes, w):
+    """After half an hour classes are unclear and want more guidance; after more, it costs variety for nothing."""
+    assert configure(path_to_data="x", train_minutes=minutes).guidance_scale == w
+    assert configure(path_to_data="x", train_minutes=minutes, guidance_scale=0.3).guidance_scale == 0.3
+
+
+def test_details_weigh_more_where_the_network_predicts_pictures(on_a_cpu):
+    """Whose loss has nothing to say of them by itself; v and eps weigh them already."""
+    assert configure(path_to_data="x").detail_weight == configure(dataset="cifar10", recipe="best").detail_weight == 4.0
+    assert configure(path_to_data="x", prediction="v").detail_weight == 0
+    assert configure(path_to_data="x", detail_weight=1.0).detail_weight == 1.0
+
+
 def test_any_length_asked_for_replaces_a_folders_minutes(on_a_cpu):
     """Epochs and steps count where they are given, and flags beat the preset."""
     for length in (dict(epochs=3), dict(iterations=7), dict(recipe="celebahq128")):
