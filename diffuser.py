@@ -316,7 +316,7 @@ class Config:
         0.0, "train for about that long; iterations are set by timing a few steps; 0: use --epochs", lo=0, hi=10**6,
         common=True)
     batch_size: int = opt(
-        128, "images per step, over all devices", "--train_batch_size", lo=1, hi=10**6, common=True,
+        128, "images at a time, over all devices", "--train_batch_size", lo=1, hi=10**6, common=True,
         ask="lower it when memory runs out")
     gradient_accumulation_steps: int = opt(
         1, "micro-batches of batch_size that make one step", "--gradient_accumulate_every", lo=1, hi=10**4)
@@ -378,7 +378,8 @@ class Config:
         0, "epochs between scores: a judge looks at drawn images, and the best checkpoint is kept, too; 0: never", lo=0,
         hi=10**7)
     num_keep_checkpoints: int = opt(1, "checkpoints to keep", "--checkpoints_total_limit", lo=1, hi=10**6, common=True)
-    num_generations: int = opt(0, "images per class in a grid and rows of a denoising strip; 0: choose", lo=0, hi=1000)
+    num_generations: int = opt(
+        0, "images per class in a grid, and rows of the strip beside it; 0: choose", lo=0, hi=1000)
     plot_freq_interval: int = opt(
         0, "timesteps between the pictures of a denoising strip beside each grid; 0: one strip, at the end", lo=0,
         hi=100_000)
@@ -458,6 +459,7 @@ FIELDS = {f.name: f for f in dataclasses.fields(Config)}
 TYPES = {name: value_type(hint) for name, hint in get_type_hints(Config).items()}
 PER_RUN = {name for name, spec in FIELDS.items() if spec.metadata["per_run"]}
 ARCHITECTURAL = {name for name, spec in FIELDS.items() if spec.metadata["architectural"]}
+SAMPLING = {"seed", *itertools.dropwhile(lambda name: name != "sampler", FIELDS)} - (PER_RUN - {"seed"})
 # The ways to say how long a run is, of which one counts, and their units for people.
 LENGTH_UNITS = {"epochs": "epochs", "iterations": "steps", "train_minutes": "minutes"}
 LENGTHS = tuple(LENGTH_UNITS)
@@ -517,7 +519,7 @@ class FolderNetwork:
 # let the network see each picture more often, and the stronger the guidance, because it makes up for unclear classes.
 # Longer rows follow from that: each has about four times the arithmetic per image of the one before.
 FOLDER_NETWORKS = (
-    FolderNetwork(10, 32, 8, 64, (1, 2), 16, 1.0, "adamw"),
+    FolderNetwork(10, 32, 8, 64, (1, 2), 16, 1.5, "adamw"),
     FolderNetwork(30, 64, 16, 64, (1, 2), 128, 1.5),
     FolderNetwork(150, 64, 16, 64, (1, 2), 128, 1.0),
     FolderNetwork(240, 64, 16, 128, (1, 2), 128, 1.0),
@@ -682,7 +684,7 @@ def parse_value(name: str, text: str):
 
 
 def parse_tuple(kind: type, text: str) -> tuple:
-    """Numbers between commas, spaces or x; one alone stands for both of a pair. Raises ValueError."""
+    """Numbers between commas, spaces or x; one alone stands for both sides of an image. Raises ValueError."""
     number = get_args(kind)[0]
     parts = [part for part in re.split(r"[,x\s]+", text.strip("[]() ")) if part]
     value = tuple(int(part) if part.isdecimal() else number(part) for part in parts)
@@ -780,6 +782,7 @@ def check(cfg: Config) -> None:
     if cfg.prediction == "eps" and cfg.zero_terminal_snr:
         raise UserError("--zero_terminal_snr needs another --prediction than eps: at T, where xt is pure noise, eps "
                         "says nothing about x0")
+    alpha_bar_table(cfg)                                         # raises UserError, too
     if cfg.guide_path and not cfg.guidance_scale:
         raise UserError("--guide_path needs --guidance_scale above 0")
     if cfg.guidance_interval and cfg.guidance_interval[0] > cfg.guidance_interval[1]:
@@ -867,7 +870,7 @@ def size_unit(levels: int, patch_size: int) -> int:
 
 
 def divides(height: int, width: int, levels: int, patch_size: int) -> bool:
-    """Whether they do."""
+    """Whether an image of this size can be halved at each level below the first."""
     unit = size_unit(levels, patch_size)
     return height % unit == 0 and width % unit == 0
 
@@ -892,7 +895,8 @@ def check_image_size(height: int, width: int, levels: int, patch_size: int = 1) 
 #     1. flags  2. their recipe  3. the file of --config        `requested`: what may not contradict a checkpoint
 #     4. the checkpoint  5. the dataset's preset  6. defaults   `complete`: the settings, final and checked
 #
-# Nothing else resolves a setting; what only the images tell (their size, whether they have labels) is added by Trainer.
+# Nothing else resolves a setting, but for two: what only the images tell (their size, whether they have labels), which
+# Trainer adds, and how many steps a run by minutes takes, which the clock says (`steps_for_minutes`, `Pace`).
 
 
 def configure(checkpoint: dict | None = None, **overrides) -> Config:
@@ -939,9 +943,16 @@ def requested(overrides: dict) -> dict:
 
 
 def add_below(asked: dict, options: dict) -> dict:
-    """`asked`, completed by weaker options. A run has one length: if `asked` names one, the weaker ones are ignored."""
+    """`asked`, completed by weaker options.
+
+    A run has one length, and its average one: where `asked` names one, the weaker ones are ignored.
+    """
+    ignored = set()
     if any(asked.get(name) for name in LENGTHS):
-        options = {name: value for name, value in options.items() if name not in LENGTHS}
+        ignored.update(LENGTHS)
+    if asked.get("ema_halflife") or options.get("ema_halflife"):
+        ignored.add("ema_decay")
+    options = {name: value for name, value in options.items() if name not in ignored}
     return {**without_foreign_steps(options, asked), **asked}
 
 
@@ -998,6 +1009,8 @@ def options_for(cfg: Config, length: dict) -> dict:
     of_the_images = dict(flip=spec.flip, use_labels=labelled, channels=channels, img_size=tuple(size))
     names = [name for name in FIELDS if name not in LENGTHS and (name not in PER_RUN or name in REPEATED)]
     wanted = {name: getattr(cfg, name) for name in names if name != "dataset"}
+    if cfg.ema_halflife:                                         # in place of it
+        del wanted["ema_decay"]
     for name, value in of_the_images.items():
         if wanted[name] is None:
             wanted[name] = value
@@ -1898,7 +1911,7 @@ class Moments:
 
 
 def standard_moments(shape: tuple[int, int, int], num_classes: int) -> Moments:
-    """Those of images of which nothing is known: sampling starts from N(0, I)."""
+    """Moments of images of which nothing is known: sampling starts from N(0, I)."""
     channels, height, width = shape
     size = (num_classes + 1, channels, min(height, 64), min(width, 64))
     return Moments(torch.zeros(size), torch.ones(size))
@@ -2652,6 +2665,7 @@ class CoreWatch:
         self.restart()
 
     def restart(self) -> None:
+        """Look at the time from here on: what comes before was not training, or has been looked at."""
         self.wall_time = time.perf_counter()
         self.cpu_time = time.process_time()
 
@@ -2823,14 +2837,20 @@ def build_ema(network: nn.Module, cfg: Config, images_per_step: int) -> EMA:
 def alpha_bar_table(cfg: Config) -> Tensor:
     """alpha_bar of the configured schedule, float64 [T], falling: the one curve all else is derived from.
 
-    Raises UserError for betas of 1 and more.
+    Raises UserError for betas of 1 and more, and where they leave nothing that eps could be taken from.
     """
     scale = 1000 / cfg.timesteps if cfg.scale_betas else 1.0
     beta = SCHEDULES[cfg.schedule_type](cfg.timesteps, cfg.beta_start * scale, cfg.beta_end * scale, cfg.cosine_s)
     if beta.min() < 0 or beta.max() >= 1:
         raise UserError(f"--scale_betas makes betas up to {beta.max():g} with T = {cfg.timesteps}: lower --beta_end")
     alpha_bar = torch.cumprod(1 - beta, 0)
-    return zero_terminal_snr(alpha_bar) if cfg.zero_terminal_snr else alpha_bar
+    if cfg.zero_terminal_snr:
+        return zero_terminal_snr(alpha_bar)
+    if cfg.prediction == "eps" and alpha_bar[-1] < 1e-60:        # x0_hat = (x_t - s eps) / a would overflow
+        raise UserError(f"--schedule_type {cfg.schedule_type} with {cfg.timesteps} timesteps leaves nothing of the "
+                        "picture at T, where eps says nothing about it: take --scale_betas, a lower --beta_end or "
+                        "another --prediction")
+    return alpha_bar
 
 
 def build_diffusion(cfg: Config, device) -> Diffusion:
@@ -2859,7 +2879,7 @@ def sampling_steps(cfg: Config) -> int:
 
 
 def sampling_grid(cfg: Config, alpha_bar: Tensor) -> list[int]:
-    """The timesteps that it visits, downwards."""
+    """The timesteps that the configured sampler visits, downwards."""
     return timestep_grid(cfg.spacing, alpha_bar, sampling_steps(cfg))
 
 
@@ -2994,8 +3014,8 @@ class Model:
     def sampling_config(self, settings: dict) -> Config:
         """The model's settings with others for sampling. Raises UserError."""
         for name in settings:
-            if name not in FIELDS or name in ARCHITECTURAL or name in PER_RUN:
-                raise UserError(f"{name} is no sampling option")
+            if name not in SAMPLING:
+                raise UserError(f"{name} is no sampling option{did_you_mean(name, SAMPLING)}")
         settings = with_tuples(settings)
         cfg = Config(**{**without_foreign_steps(vars(self.config), settings), **settings})
         check(cfg)
@@ -3403,7 +3423,7 @@ CHECKPOINT = {
     **{f.metadata["key"]: f.metadata["entry"] for f in dataclasses.fields(Progress)},
     "good": Entry(is_type(bool), True),                          # made while the loss was finite and in its range
     "arithmetic": Entry(is_compute, vars(ComputeConfig(device=""))),
-    "lr_schedule": Entry(is_type(dict), {}),
+    "lr_schedule": Entry(is_type(dict), {}),                     # for other readers: the rate follows from the step
     "scaler": Entry(is_scaler),
     # Tensors, checked by check_tensors against the configured network.
     "model": Entry(lambda v: isinstance(v, dict)),               # state_dict() gives an OrderedDict
@@ -3689,21 +3709,21 @@ def check_tensors(state: dict, cfg: Config) -> None:
             if not is_finite(weights[name]):
                 raise UserError(f"its weights hold numbers that are not finite, in {name}: its training went wrong")
 
-    # The optimizer's moments; a run of no step has none.
+    # What the optimizer keeps of each; a run of no step has none.
     adam = state["optimizer"].get("state")
     if type(adam) is not dict:
         raise wrong
     for i, (name, shape) in enumerate(shapes.items() if adam else ()):
-        moments = adam.get(i)
-        if type(moments) is not dict:
+        kept = adam.get(i)
+        if type(kept) is not dict:
             raise wrong
-        kept = {"exp_avg": shape, "exp_avg_sq": shape, "step": ()}
+        sizes = {"exp_avg": shape, "exp_avg_sq": shape, "step": ()}
         if cfg.optimizer == "muon" and is_block_matrix(name, shape):
-            kept = {"momentum": shape, "step": ()}
-        for key, size in kept.items():
-            if not is_tensor(moments.get(key), size):
+            sizes = {"momentum": shape, "step": ()}
+        for key, size in sizes.items():
+            if not is_tensor(kept.get(key), size):
                 raise wrong
-            if not is_finite(moments[key]):
+            if not is_finite(kept[key]):
                 raise UserError(f"its optimizer holds numbers that are not finite, of {name}: its training went wrong")
 
     # The moments of the images.
@@ -3792,7 +3812,8 @@ def same_run(cfg: Config, state: dict) -> bool:
         total = cfg.iterations
         if cfg.train_minutes and not total:                      # a run of so many minutes has its length in its file
             total = state["config"].get("iterations", 0)
-        if state["step"] >= total if total else state["epoch"] >= cfg.epochs:
+        has_ended = state["step"] >= total if total else state["epoch"] >= cfg.epochs
+        if has_ended:
             return False
     return cfg.init_from in ("", state["config"].get("init_from", ""))
 
@@ -3847,9 +3868,16 @@ def load_pretrained(network: UNet, state: dict) -> str:
 
 
 def load(path: str | Path, device: str = "auto", **settings) -> Model:
-    """The model in a checkpoint, averaged where it is. settings: options, as to configure. Raises UserError."""
+    """The model in a checkpoint, averaged where it is.
+
+    settings: options, as to configure. Raises UserError, also for settings that ask for another network or schedule.
+    """
     state = load_checkpoint(path)
-    return build_model(state, configure(state["config"], device=device, **settings))
+    asked = requested({"device": device, **settings})
+    check_compatible(path, asked, state["config"])
+    cfg = complete(asked, state["config"])
+    check_sampler_options(asked, cfg)
+    return build_model(state, cfg)
 
 
 def build_model(state: dict, cfg: Config, devices: Devices | None = None) -> Model:
@@ -3862,8 +3890,6 @@ def build_model(state: dict, cfg: Config, devices: Devices | None = None) -> Mod
     if 8 * parameters > free:
         raise UserError(f"the network takes {8 * parameters / 2**30:.2g} GiB, {free / 2**30:.2g} GiB are free")
 
-    if device.type == "cpu":
-        use_threads(cfg, shape, len(names))
     trained = {**state["arithmetic"], "compiled": False}         # compiling repays itself in long runs
     compute = choose_compute(cfg, device, stored=trained)
     network = build_unet(cfg, shape[0], len(names))
@@ -3876,6 +3902,8 @@ def build_model(state: dict, cfg: Config, devices: Devices | None = None) -> Mod
     model = Model(network, build_diffusion(cfg, device), Moments(**state["moments"]), cfg, shape, names, compute)
     if cfg.guide_path:
         model.guide = load_guide(model, cfg)
+    if device.type == "cpu":                                     # after the guide, which is smaller
+        use_threads(cfg, shape, len(names))
     return model
 
 
@@ -4844,10 +4872,11 @@ def seconds_of(trainer: Trainer, work: Callable) -> float:
 
 def steps_for_minutes(cfg: Config, devices: Devices, state: dict | None, deadline: float,
                       data: ImageData | None = None,
-                      judge: ReferenceStats | None = None) -> tuple[Config, ComputeConfig]:
-    """The configuration with as many iterations as fit until the deadline (a perf_counter); how their trial computed.
+                      judge: ReferenceStats | None = None) -> tuple[Config, ComputeConfig, float]:
+    """How long a run by minutes is: by a few real steps, a validation, a grid and a score of a copy, thrown away after.
 
-    By the time of a few real steps, a validation, a grid and a score on a copy of the run, which is thrown away.
+    Returns the configuration with as many iterations as fit until the deadline (a perf_counter), how the trial
+    computed, and the seconds that the end of the run takes after its last step.
     """
     endless = dataclasses.replace(cfg, iterations=10**9)
     trainer = Trainer(endless, devices, copy.deepcopy(state), data=data)
@@ -4869,10 +4898,11 @@ def steps_for_minutes(cfg: Config, devices: Devices, state: dict | None, deadlin
     each = step + validation / between_validations + grid / between_grids
     if cfg.score_every:
         each += score / max(cfg.log_every, cfg.score_every * per_epoch)
-    left = deadline - time.perf_counter() - validation - grid - score
+    end = validation + grid + score
+    left = deadline - end - time.perf_counter()
     steps = max(1, devices.processes.broadcast(int(left / each)))
     devices.processes.print0(f"{step * 1000:.3g} ms a step: {steps:,} steps fit into {cfg.train_minutes:g} minutes")
-    return dataclasses.replace(cfg, iterations=first + steps), trainer.compute
+    return dataclasses.replace(cfg, iterations=first + steps), trainer.compute, end
 
 
 class TrialTrainer(Trainer):
@@ -4957,8 +4987,9 @@ def train_locked(cfg: Config, devices: Devices, signals: Signals, data: ImageDat
         cfg = dataclasses.replace(cfg, iterations=state["config"]["iterations"])
     elif cfg.train_minutes:
         deadline = time.perf_counter() + USABLE_SECONDS * cfg.train_minutes
-        cfg, compute = steps_for_minutes(cfg, devices, state, deadline, data, judge)
-        gc.collect()                                             # its trial's graphs refer to each other
+        cfg, compute, end = steps_for_minutes(cfg, devices, state, deadline, data, judge)
+        deadline -= end                                          # of the steps
+        gc.collect()                                             # the trial's graphs refer to each other
 
     trainer = Trainer(cfg, devices, state, compute, data)
     del state                                                    # of twice the size of the network and more
@@ -5234,6 +5265,7 @@ class TrainingLoop:
         self.signals.save = self.signals.save or self.save_wanted
         self.signals.poll_at_once()
         self.monitor.restart_clock()
+        self.cores.restart()
         self.pace.restart(self.trainer.step)
         self.done = False
         return True
@@ -5290,6 +5322,7 @@ class TrainingLoop:
                 warn_on_oserror(f"a grid of samples in {self.monitor.folder}",
                                 partial(self.monitor.show_grid, self.loss))
         self.monitor.restart_clock()
+        self.cores.restart()
 
     def save(self) -> None:
         """The checkpoint of this step; where it cannot be written, the one before stays as it is."""
@@ -5875,22 +5908,30 @@ def interactive_sampling(model: Model, cfg: Config, source: dict, processes: Pro
         print(f"classes: {list_classes(model.class_names)}")
     drawn = 0                                                    # so that no image is drawn twice
     while True:
-        numbers = []
+        classes = []
         if model.class_names:
             question = "which classes (names or numbers, such as 3, 5 or 3-5; all; -1 or q quits)"
-            numbers = ask(question, "--classes", partial(parse_classes, class_names=model.class_names), can_quit=True)
-            if numbers is None:
+            classes = ask(question, "--classes", partial(parse_classes, class_names=model.class_names), can_quit=True)
+            if classes is None:
                 return
-        question = f"how many images{' of each' if numbers else ''} (-1 or q quits)"
-        count = ask(question, "--num_images", partial(parse_value, "num_images"), "8", can_quit=True)
+        question = f"how many images{' of each' if classes else ''} (-1 or q quits)"
+        count = ask(question, "--num_images", parse_count, "8", can_quit=True)
         if count is None:
             return
 
-        count *= max(1, len(numbers))
-        folder = save_images(model, cfg, numbers, count, source, processes, drawn)
+        count *= max(1, len(classes))
+        folder = save_images(model, cfg, classes, count, source, processes, drawn)
         drawn += count
         if sys.stdout.isatty() and has_display():
             open_image(folder / "grid.png").show()
+
+
+def parse_count(text: str) -> int:
+    """How many images, as answered. Raises UserError."""
+    count = parse_value("num_images", text)
+    if count is None:                                            # auto
+        raise UserError("a number of images, please")
+    return count
 
 
 def has_display() -> bool:
@@ -5900,9 +5941,9 @@ def has_display() -> bool:
     return bool(os.environ.get("DISPLAY") or os.environ.get("WAYLAND_DISPLAY"))
 
 
-def save_images(model: Model, cfg: Config, numbers: list[int], count: int, source: dict, processes: Processes,
+def save_images(model: Model, cfg: Config, classes: list[int], count: int, source: dict, processes: Processes,
                 first: int = 0, seeds: Sequence[int] = ()) -> Path:
-    """Draw `count` images from number first on, of the classes `numbers` in turn.
+    """Draw `count` images from number first on, of the `classes`, by number, in turn.
 
     source: path and hash of the checkpoint, as from load_with_digest; processes: all of them call this, each draws its
     share, and the files are those of one process; seeds: one for each image, which is then named after it. Returns the
@@ -5913,9 +5954,9 @@ def save_images(model: Model, cfg: Config, numbers: list[int], count: int, sourc
     folder = Path(cfg.save_dir)
     if not cfg.save_dir:
         folder = unused_path(Path(cfg.generated_directory), f"inference_{cfg.dataset}_")
-    labels = model.labels(numbers, count, first)
+    labels = model.labels(classes, count, first)
     names = picture_names(model, labels, first, seeds)
-    record = drawing_record(model, cfg, numbers, count, source, first)
+    record = drawing_record(model, cfg, classes, count, source, first)
     last = "trajectory.png" if cfg.trajectory else "grid.png"
     if cfg.save_format in ARCHIVES:
         last = f"images.{cfg.save_format}"
@@ -5929,7 +5970,7 @@ def save_images(model: Model, cfg: Config, numbers: list[int], count: int, sourc
 
     # Rank 0 holds the folder for all.
     signals = Signals(processes)
-    go_on = how_to_go_on(cfg, folder, numbers, count, first)
+    go_on = how_to_go_on(cfg, folder, classes, count, first)
     hold = pictures.hold if processes.is_main else pictures.explain_failures
     with signals.catch(*stop_signals()) if processes.world > 1 else nullcontext(), hold(go_on):
         processes.barrier()
@@ -5940,23 +5981,28 @@ def save_images(model: Model, cfg: Config, numbers: list[int], count: int, sourc
             processes.print0(f"going on: {count - len(missing)} of {count} images are in {folder / 'images'}")
         draw_missing(model, labels, in_batches, pictures, missing, processes, signals, first, seeds)
 
-        # What shows them side by side: the first hundred.
         if processes.is_main:
-            shown = torch.stack([pictures.require(i) for i in range(min(count, 100))])
-            columns = [model.class_names[n] for n in labels[: len(numbers)]]
-            save_grid(shown, folder / "grid.png", columns)
-            if cfg.trajectory:
-                save_strip(model, labels[:10], cfg, folder / "trajectory.png", first, seeds)
+            show_drawn(model, cfg, labels, pictures, len(classes), first, seeds)
 
         # All of them as one file.
         place = folder / "images"
         if cfg.save_format in ARCHIVES:
             place = pictures.archive(cfg.save_format)
             if processes.is_main:
-                pictures.pack(cfg.save_format, labels, model.class_names if numbers else [])
+                pictures.pack(cfg.save_format, labels, model.class_names if classes else [])
     written = ["grid.png", *["trajectory.png"] * cfg.trajectory, "samples.json"]
     processes.print0(f"{count} images in {place}, beside them in {folder}: {', '.join(written)}")
     return folder
+
+
+def show_drawn(model: Model, cfg: Config, labels: list[int], pictures: PictureFolder, num_classes: int, first: int,
+               seeds: Sequence[int]) -> None:
+    """Write grid.png of the first hundred pictures, side by side, and the way of the first ten where it is wanted."""
+    shown = torch.stack([pictures.require(i) for i in range(min(len(labels), 100))])
+    columns = [model.class_names[label] for label in labels[:num_classes]]
+    save_grid(shown, pictures.folder / "grid.png", columns)
+    if cfg.trajectory:
+        save_strip(model, labels[:10], cfg, pictures.folder / "trajectory.png", first, seeds)
 
 
 def drawing_batch_size(model: Model, cfg: Config, earlier: dict) -> int:
@@ -6017,9 +6063,9 @@ def picture_names(model: Model, labels: list[int], first: int = 0, seeds: Sequen
     return [f"{number:06}_{classes[label]}.png" for number, label in zip(numbers, labels)]
 
 
-def drawing_record(model: Model, cfg: Config, numbers: list[int], count: int, source: dict, first: int = 0) -> dict:
+def drawing_record(model: Model, cfg: Config, classes: list[int], count: int, source: dict, first: int = 0) -> dict:
     """What samples.json says of images: all that is needed to draw them once more. See save_images."""
-    class_names = [model.class_names[number] for number in numbers]
+    class_names = [model.class_names[number] for number in classes]
     return dict(source, images=count, first=first, seeds=cfg.seeds, classes=class_names,
                 config=dataclasses.asdict(cfg))
 
@@ -6031,7 +6077,7 @@ def drawing_request(record: dict) -> tuple:
     return record["sha256"], record["images"], record["first"], record.get("seeds", ""), record["classes"], settings
 
 
-def how_to_go_on(cfg: Config, folder: Path, numbers: list[int], count: int, first: int) -> str:
+def how_to_go_on(cfg: Config, folder: Path, classes: list[int], count: int, first: int) -> str:
     """What to do where drawing broke off, as the end of a message; nothing where no command line draws the same."""
     if first != cfg.first:                                       # drawn in a conversation
         return ""
@@ -6040,8 +6086,8 @@ def how_to_go_on(cfg: Config, folder: Path, numbers: list[int], count: int, firs
         flags.append(f"--save_dir {shlex.quote(str(folder))}")
         if not cfg.num_images and not cfg.seeds:
             flags.append(f"--num_images {count}")
-        if numbers and not cfg.classes:
-            flags.append(f"--classes {','.join(map(str, numbers))}")
+        if classes and not cfg.classes:
+            flags.append(f"--classes {','.join(map(str, classes))}")
     command = " ".join(["the same command", *(["with"] if flags else []), *flags])
     return f".\nOnce that is fixed, {command} goes on with the rest"
 

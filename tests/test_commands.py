@@ -982,6 +982,21 @@ def test_a_number_alone_is_a_number_of_images(trained):
         model.generate(3, seeds=[1, 2])
 
 
+@pytest.mark.parametrize("settings", [dict(prediction="eps"), dict(timesteps=30), dict(base_channels=64)])
+def test_load_refuses_another_network_or_schedule(trained, settings):
+    """Around the weights of one another would draw noise without a word, as on the command line."""
+    with pytest.raises(diffuser.UserError, match="does not fit"):
+        diffuser.load(trained, device="cpu", **settings)
+    assert diffuser.load(trained, device="cpu", timesteps=20, steps=3).config.steps == 3
+
+
+@pytest.mark.parametrize("name", ["batch_size", "epochs", "guide_path", "device"])
+def test_generate_refuses_what_is_no_sampling_option(trained, name):
+    """An option of training, or of a whole invocation, would be passed over without a word."""
+    with pytest.raises(diffuser.UserError, match=f"{name} is no sampling option"):
+        diffuser.load(trained, device="cpu").generate(1, **{name: 4})
+
+
 def test_errors_in_python_speak_of_no_flags(trained, capsys):
     """One message, two readers: steps in Python, --steps on the command line; and after a command it is Python again."""
     for _ in range(2):

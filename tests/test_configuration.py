@@ -1,6 +1,7 @@
 """Chapter 1: options, their precedence, their checks."""
 
 import dataclasses
+import json
 import shlex
 
 import pytest
@@ -142,7 +143,7 @@ def test_a_folders_learning_rate_falls_with_the_width(on_a_cpu):
     assert rates == [2e-3, 2e-3, 1e-3, 5e-4]
 
 
-@pytest.mark.parametrize("minutes, w", [(3, 1.0), (30, 1.5), (31, 1.0), (600, 1.0)])
+@pytest.mark.parametrize("minutes, w", [(3, 1.5), (30, 1.5), (31, 1.0), (600, 1.0)])
 def test_a_folders_guidance_follows_the_minutes(on_a_cpu, minutes, w):
     """After half an hour classes are unclear and want more guidance; after more, it costs variety for nothing."""
     assert configure(path_to_data="x", train_minutes=minutes).guidance_scale == w
@@ -414,6 +415,28 @@ def test_a_stronger_option_switches_off_what_would_overrule_it():
     assert configure(stored, ema_decay=0.9).ema_halflife == 0 and configure(stored).ema_halflife == 1000
     assert configure(stored, lr_schedule="linear").lr_cycles is None and configure(stored).lr_cycles == 3
     assert configure(dict(ema_decay=0.9), ema_halflife=5.0).ema_halflife == 5
+
+
+@pytest.mark.parametrize("options", [dict(recipe="ho2020"), dict(config="c.json")])
+def test_a_half_life_takes_the_place_of_a_recipes_decay(options, tmp_path, monkeypatch):
+    """What is asked for can be asked for again, as by the questions, and the command in config.json can be run."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "c.json").write_text(json.dumps(dict(ema_decay=0.9, ema_halflife=3.0)))
+    asked = diffuser.requested(dict(dataset="cifar10", ema_halflife=500_000.0, **options))
+    cfg = diffuser.complete(diffuser.requested(asked))
+    assert cfg.ema_halflife == 500_000
+    words = shlex.split(diffuser.repeating_command(cfg))[2:]
+    assert "--ema_decay" not in words
+    assert diffuser.requested(vars(diffuser.build_parser().parse_args(words)))["ema_halflife"] == 500_000
+
+
+@pytest.mark.parametrize("options", [dict(timesteps=50_000, beta_end=0.02), dict(beta_end=0.6, timesteps=1000)])
+def test_a_schedule_that_leaves_nothing_is_refused_for_eps(options):
+    """x0_hat would be divided by nothing, and every picture be black: told before a run, not after it."""
+    with pytest.raises(UserError, match="leaves nothing of the picture"):
+        configure(dataset="mnist", **options)
+    assert configure(dataset="mnist", prediction="v", **options).prediction == "v"
+    assert configure(dataset="mnist", timesteps=100_000, scale_betas=True).prediction == "eps"
 
 
 @pytest.mark.parametrize("name", ["x" * 300, "é" * 127, "x" * 230, "a/" + "x" * 230, "ab/" * 400 + "z"])

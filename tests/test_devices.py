@@ -356,6 +356,27 @@ def test_training_and_drawing_use_that_rule(folder, monkeypatch):
     assert seen == [("digits", (1, 8, 8), 10)] * 2
 
 
+def test_a_guide_leaves_the_threads_of_its_model(folder, monkeypatch):
+    """The weaker network is built after the model, whose threads count."""
+    weak = diffuser.train(tiny_training(base_channels=8, experiment_name="weak"))
+    strong = diffuser.train(tiny_training(base_channels=16, experiment_name="strong"))
+    seen = []
+    monkeypatch.setattr(diffuser, "use_threads", lambda cfg, shape, classes: seen.append(cfg.base_channels))
+    diffuser.load(strong, device="cpu", guide_path=str(weak), guidance_scale=1.0)
+    assert seen[-1] == 16
+
+
+def test_saving_and_drawing_are_no_sign_of_other_programs(folder, monkeypatch):
+    """They keep few threads busy: the watch looks at training alone."""
+    events = []
+    restart, save = diffuser.CoreWatch.restart, diffuser.save_checkpoint
+    monkeypatch.setattr(diffuser.CoreWatch, "restart", lambda watch: (events.append("restart"), restart(watch)))
+    monkeypatch.setattr(diffuser, "save_checkpoint", lambda *arguments: (events.append("save"), save(*arguments)))
+    diffuser.train(tiny_training(checkpoint_rate=1))
+    saves = [i for i, event in enumerate(events) if event == "save"]
+    assert len(saves) > 1 and all(events[i + 1] == "restart" for i in saves)
+
+
 def fake_clock(monkeypatch, wall, cpu):
     """Let the next looks at the clocks read these seconds."""
     walls, cpus = iter(wall), iter(cpu)

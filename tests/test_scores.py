@@ -183,5 +183,24 @@ def test_a_run_of_minutes_counts_its_scores(folder, fake_judge, monkeypatch):
     cfg = diffuser.dataclasses.replace(settings(batch_size=224), epochs=0, train_minutes=0.2)
     devices = diffuser.Devices(cfg)
     plenty = diffuser.steps_for_minutes(cfg, devices, None, diffuser.time.perf_counter() + 12)[0].iterations
-    few = diffuser.steps_for_minutes(cfg, devices, None, diffuser.time.perf_counter() + 12, None, FakeJudge([]))[0].iterations
-    assert few < plenty / 2
+    fewer, _, end = diffuser.steps_for_minutes(cfg, devices, None, diffuser.time.perf_counter() + 12, None, FakeJudge([]))
+    assert fewer.iterations < plenty / 2 and end > 1
+
+
+def test_a_run_of_minutes_keeps_time_for_its_end(folder, monkeypatch):
+    """The last validation, grid and score come after the last step: corrections on the way do not give their time away."""
+    deadlines = []
+
+    def trial(cfg, devices, state, deadline, *rest):
+        deadlines.append(deadline)
+        return diffuser.dataclasses.replace(cfg, iterations=2), None, 7.0
+
+    class Watched(diffuser.Pace):
+        def __init__(self, trainer, deadline):
+            deadlines.append(deadline)
+            super().__init__(trainer, deadline)
+
+    monkeypatch.setattr(diffuser, "steps_for_minutes", trial)
+    monkeypatch.setattr(diffuser, "Pace", Watched)
+    train(diffuser.dataclasses.replace(settings(score_every=0), epochs=0, train_minutes=0.2))
+    assert deadlines[1] == deadlines[0] - 7
