@@ -460,6 +460,14 @@ def test_how_to_go_on_without_a_folder_of_ones_own(trained, monkeypatch, capsys)
     assert "with --save_dir samples/inference_digits_1 --num_images 4 --classes 3 goes on" in capsys.readouterr().err
 
 
+def test_auto_is_no_number_of_images(trained, folder, monkeypatch, capsys):
+    """It is asked again, since it does not say how many; only q, quit and -1 end the questions."""
+    monkeypatch.setattr("sys.stdin", io.StringIO("3\nauto\n2\nq\n"))
+    assert main(["--mode", "inference", "--steps", "2", "--device", "cpu"]) == 0
+    assert "a number of images, please" in capsys.readouterr().out
+    assert len(os.listdir("samples/inference_digits_1/images")) == 2
+
+
 def test_a_checkpoint_that_is_replaced_while_drawing(trained, folder, monkeypatch, capsys):
     """samples.json has the hash of what was read, though a run has gone on since, or the file is no longer there."""
     digest = hashlib.sha256(trained.read_bytes()).hexdigest()
