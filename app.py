@@ -22,6 +22,7 @@ if __name__ == "__main__" and _signal.getsignal(_signal.SIGINT) is _signal.defau
     _signal.signal(_signal.SIGINT, _signal.SIG_DFL)              # Ctrl-C while torch is imported: no traceback
 
 import argparse
+import asyncio
 import atexit
 import dataclasses
 import functools
@@ -408,7 +409,8 @@ def run_edit(home: Home, key: str, command: str, classes: list[str | None], coun
 
     context = edit.EditContext(model, numbers, count)
     with torch.no_grad():
-        edited = edit.COMMANDS[command].run(context, argparse.Namespace(**arguments))
+        plan = edit.COMMANDS[command].plan(context, argparse.Namespace(**arguments))
+        images = to_uint8(plan.draw())
 
     # How the same is done on the command line, with files of one's own.
     words = ["python", "edit.py", loaded.source["checkpoint"], command]
@@ -421,10 +423,10 @@ def run_edit(home: Home, key: str, command: str, classes: list[str | None], coun
     words += runs.to_words(options)
 
     labels = [numbers[0] if numbers else model.null_class] * count
-    titles = [f"{i}: {heading}" for i, heading in enumerate(edited.headings)]
+    titles = [f"{i}: {heading}" for i, heading in enumerate(plan.headings)]
     record = dict(loaded.source, command=shlex.join(words), config=dataclasses.asdict(model.config))
     names = [f"{i:06}.png" for i in range(count)]
-    return Drawing(key, to_uint8(edited.x), labels, titles, names, record, words, sources)
+    return Drawing(key, images, labels, titles, names, record, words, sources)
 
 
 def uploaded_picture(file: str | None, model: diffuser.Model) -> Path:
@@ -763,9 +765,13 @@ def output_area(label: str) -> Output:
 
 def show_drawing(home: Home, drawing: Drawing) -> tuple:
     """Values for all of an Output, once everything is drawn."""
+    try:
+        download = gr.update(value=pack(drawing), visible=True)
+    except OSError as error:                                     # a full disk takes away the download alone
+        download = gr.update(visible=False)
+        gr.Warning(f"there is no file to download: {error.strerror or error}")
     return (show_pictures(drawing.images, drawing.titles), drawing, -1,
-            gr.update(value=shlex.join(drawing.command), visible=not home.space),
-            gr.update(value=pack(drawing), visible=True))
+            gr.update(value=shlex.join(drawing.command), visible=not home.space), download)
 
 
 def watch_drawing(home: Home, steps: Iterator[Drawing]) -> Iterator[tuple]:
@@ -1112,7 +1118,11 @@ def form_words(places: Places, data: Path | str, dataset: str, recipe: str, leng
     """The command line that the form stands for; data: where pictures of one's own are."""
     options = dict(mode="train", dataset=dataset, path_to_data=str(data),
                    recipe="best" if recipe == "best" else "", experiment_name=name.strip(), **places.options())
-    if length:
+    if length is not None:
+        if length <= 0:
+            raise UserError("how long: more than 0, please")
+        if unit != "minutes" and length != int(length):
+            raise UserError(f"how long: a whole number of {unit}, please")
         options[UNITS[unit]] = float(length) if unit == "minutes" else int(length)
     return runs.to_words(options) + runs.parse_further(further)
 
@@ -1120,8 +1130,8 @@ def form_words(places: Places, data: Path | str, dataset: str, recipe: str, leng
 def start_from_form(places: Places, dataset: str, files: list[str] | None, *settings) -> str:
     """Start the run that the form stands for; returns its key. Raises UserError."""
     name = settings[3].strip()
-    if not name:
-        raise UserError("give the run a name")
+    if not name or "/" in name or "\\" in name:
+        raise UserError("give the run a name, without slashes")
     # First what can be wrong, then what takes room on the disk.
     data = ""
     if dataset == "folder":
@@ -1327,6 +1337,10 @@ class Pages:
         """A page is gone, as far as the connection tells; it may come back at once, or give its sign."""
         with self.lock:
             self.seen.pop(request.session_hash, None)
+        self.look_later()
+
+    def look_later(self) -> None:
+        """Stop the tied runs after a while, unless a page is open then."""
         timer = threading.Timer(GRACE, self.stop_tied)
         timer.daemon = True
         timer.start()
@@ -1342,6 +1356,8 @@ class Pages:
         with self.lock:
             recent = time.monotonic() - 4 * SIGN_SECONDS         # browsers slow the clocks of hidden pages down
             if not always and any(seen > recent for seen in self.seen.values()):
+                if self.tied:                                    # that page may be gone without having said so
+                    self.look_later()
                 return []
             keys = self.tied.copy()
             self.tied.clear()
@@ -1380,8 +1396,10 @@ class OwnPagesOnly:
         host = headers.get("host", "")
         if self.hosts and urllib.parse.urlsplit(f"//{host}").hostname not in self.hosts:
             return "this page is for its own machine"
+        if headers.get("sec-fetch-site") == "cross-site" and headers.get("sec-fetch-mode") != "navigate":
+            return "this page is not for other sites"
         origin = headers.get("origin")
-        if origin and not self.behind_proxy and urllib.parse.urlsplit(origin).netloc != host:
+        if origin and not self.behind_proxy and origin.partition("://")[2] != host:
             return "this page is not for other sites"
 
         path = urllib.parse.unquote(scope["path"]).lower()
@@ -1458,10 +1476,19 @@ def refuse_other_formats() -> None:
     Image.MAX_IMAGE_PIXELS = 2**26
 
 
+def refuse_downloads() -> None:
+    """Let gradio fetch nothing from the internet: it takes addresses in place of files, from whoever asks."""
+    async def refuse(url: str, cache_dir: str) -> str:
+        raise gr.Error("nothing is fetched from elsewhere")
+
+    gr.processing_utils.async_ssrf_protected_download = refuse
+
+
 def serve(args: argparse.Namespace) -> None:
     """Show the page until Ctrl-C."""
     check(args)
     refuse_other_formats()
+    refuse_downloads()
     for number in (signal.SIGINT, signal.SIGTERM):               # also where they were ignored, as behind a &
         signal.signal(number, signal.default_int_handler)
 
@@ -1480,10 +1507,10 @@ def serve(args: argparse.Namespace) -> None:
     guard = Middleware(OwnPagesOnly, hosts=local, behind_proxy=in_the_cloud or args.share)
     auth = None
     if args.password:
-        def auth(_, password: str) -> bool:
+        async def auth(_, password: str) -> bool:
             known = hmac.compare_digest(password.encode(), args.password.encode())
             if not known:
-                time.sleep(0.5)                                  # slows guessing down
+                await asyncio.sleep(0.5)                         # slows guessing down
             return known
 
     theme = gr.themes.Default(font=["system-ui", "sans-serif"], font_mono=["ui-monospace", "monospace"])

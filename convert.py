@@ -519,18 +519,19 @@ def to_diffusers(checkpoint: str, folder: str, raw: bool = False, label: str | N
             raise UserError(f"--label {label}: {checkpoint} was trained without classes")
         number = diffuser.parse_classes([label], model.class_names)[0]
     unet = to_unet2d(model.network, model.config, model.shape, number)
+    scheduler = to_scheduler(model.config)
 
     # The folder is whole before it has its name.
     target.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=f".{target.name}.", dir=target.parent) as aside:
         temporary = Path(aside, target.name)
-        DDPMPipeline(unet, to_scheduler(model.config)).save_pretrained(temporary)
-        describe(temporary, model, state, number)
+        DDPMPipeline(unet, scheduler).save_pretrained(temporary)
+        write_companions(temporary, model, state, number)
         temporary.rename(target)
     return f"{target}: a DDPMPipeline of {unet.num_parameters():,} parameters; how to use it: {target / 'README.md'}"
 
 
-def describe(folder: Path, model: diffuser.Model, state: dict, number: int | None) -> None:
+def write_companions(folder: Path, model: diffuser.Model, state: dict, number: int | None) -> None:
     """Add to an exported model what diffusers has no place for, a grid of samples and the model card.
 
     number: the class that it is for, where that is one alone. Raises OSError.

@@ -2289,6 +2289,10 @@ def select_labels(cfg: Config, data: ImageData) -> ImageData:
         raise UserError(f"--use_labels: dataset {cfg.dataset} has no classes (subfolders make them, or --label_column)")
     if cfg.use_labels is False:
         return dataclasses.replace(data, labels=torch.zeros_like(data.labels), class_names=[])
+    long = [name for name in data.class_names if len(name) > MAX_CLASS_NAME]
+    if long:
+        raise UserError(f"the class {long[0][:60]}... has a name of {len(long[0]):,} characters, {MAX_CLASS_NAME:,} at "
+                        "most: name another --label_column, or use --no-use_labels")
     return data
 
 

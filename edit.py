@@ -19,6 +19,7 @@ if __name__ == "__main__" and _signal.getsignal(_signal.SIGINT) is _signal.defau
     _signal.signal(_signal.SIGINT, _signal.SIG_DFL)              # Ctrl-C while torch is imported: no traceback
 
 import argparse
+import hashlib
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -262,18 +263,19 @@ def parse_seeds(text: str) -> tuple[int, int]:
 
 
 @dataclass(frozen=True)
-class Edited:
-    """What a command makes. x: [N, C, H, W] in [-1, 1]; headings: one for each image.
+class Plan:
+    """What a command is going to make, with all that it needs read and checked.
 
-    sources: what they were made from, uint8 [1, C, H, W] each, by what it is called.
+    draw: makes the images, [N, C, H, W] in [-1, 1]; headings: one for each of them; sources: what they are made from,
+    uint8 [1, C, H, W] each, by what it is called.
     """
 
-    x: Tensor
+    draw: Callable[[], Tensor]
     headings: list[str]
     sources: dict[str, Tensor]
 
 
-def run_interpolate(context: EditContext, args: argparse.Namespace) -> Edited:
+def plan_interpolate(context: EditContext, args: argparse.Namespace) -> Plan:
     """Images on the way from one seed's to another's, and from one class to another where two are given.
 
     Raises UserError.
@@ -295,14 +297,17 @@ def run_interpolate(context: EditContext, args: argparse.Namespace) -> Edited:
         denoise = blend_denoisers(denoise, context.denoiser(second_labels), weights)
         xT = torch.lerp(xT, context.start(noise, second_labels), weights.view(-1, 1, 1, 1))
 
-    *_, (_, x, _) = context.sampler(denoise, xT, context.ts, context.alpha_bar, context.draw_noise)
+    def draw() -> Tensor:
+        *_, (_, x, _) = context.sampler(denoise, xT, context.ts, context.alpha_bar, context.draw_noise)
+        return x
+
     headings = [f"{weight:.2g}" for weight in weights.tolist()]
     headings[-1] = f"seed {second_seed}"
     headings[0] = f"seed {first_seed}"                           # one image alone is the first
-    return Edited(x, headings, {})
+    return Plan(draw, headings, {})
 
 
-def run_vary(context: EditContext, args: argparse.Namespace) -> Edited:
+def plan_vary(context: EditContext, args: argparse.Namespace) -> Plan:
     """Variations of a picture. Raises UserError."""
     if not 0 < args.strength <= 1:
         raise UserError(f"--strength is above 0 and at most 1, not {args.strength:g}")
@@ -310,11 +315,11 @@ def run_vary(context: EditContext, args: argparse.Namespace) -> Edited:
     picture = read_picture(args.picture, context.model.shape)
     x0 = context.repeat_picture(picture)
     denoise = context.denoiser(context.labels[0])
-    x = vary(context.sampler, denoise, x0, args.strength, context.ts, context.alpha_bar, context.draw_noise)
-    return Edited(x, context.numbers, {"original": picture})
+    draw = partial(vary, context.sampler, denoise, x0, args.strength, context.ts, context.alpha_bar, context.draw_noise)
+    return Plan(draw, context.numbers, {"original": picture})
 
 
-def run_inpaint(context: EditContext, args: argparse.Namespace) -> Edited:
+def plan_inpaint(context: EditContext, args: argparse.Namespace) -> Plan:
     """A picture painted anew where a mask is white. Raises UserError."""
     if args.jump_length < 1 or args.resamples < 1:
         raise UserError("--jump_length and --resamples are 1 or more")
@@ -324,19 +329,19 @@ def run_inpaint(context: EditContext, args: argparse.Namespace) -> Edited:
     x0 = context.repeat_picture(picture)
     labels = context.labels[0]
     xT = context.start(context.draw_noise(), labels)
-    x = inpaint(context.sampler, context.denoiser(labels), xT, x0, mask.to(x0.device), context.ts, context.alpha_bar,
-                context.draw_noise, args.jump_length, args.resamples)
+    draw = partial(inpaint, context.sampler, context.denoiser(labels), xT, x0, mask.to(x0.device), context.ts,
+                   context.alpha_bar, context.draw_noise, args.jump_length, args.resamples)
 
     grey = torch.tensor(127, dtype=torch.uint8)
     hole = torch.where(mask > 0, grey, picture)
-    return Edited(x, context.numbers, {"original": picture, "known part": hole})
+    return Plan(draw, context.numbers, {"original": picture, "known part": hole})
 
 
 @dataclass(frozen=True)
 class Command:
-    """A command: what it runs, what --help says of it, the options of diffuser.py and the pictures that it takes."""
+    """A command: its plan, what --help says of it, the options of diffuser.py and the pictures that it takes."""
 
-    run: Callable[[EditContext, argparse.Namespace], Edited]
+    plan: Callable[[EditContext, argparse.Namespace], Plan]
     help: str
     options: tuple[str, ...]
     max_classes: int = 1
@@ -347,11 +352,11 @@ SHARED_OPTIONS = ("device", "precision", "sampler", "steps", "spacing", "eta", "
                   "guidance_interval")
 
 COMMANDS = {
-    "interpolate": Command(run_interpolate, "images on the way from one seed's to another's",
+    "interpolate": Command(plan_interpolate, "images on the way from one seed's to another's",
                            options=(*SHARED_OPTIONS, "start"), max_classes=2),
-    "vary": Command(run_vary, "variations of a picture", options=(*SHARED_OPTIONS, "seed"),
+    "vary": Command(plan_vary, "variations of a picture", options=(*SHARED_OPTIONS, "seed"),
                     pictures="PICTURE "),
-    "inpaint": Command(run_inpaint, "a picture painted anew where a mask is white",
+    "inpaint": Command(plan_inpaint, "a picture painted anew where a mask is white",
                        options=(*SHARED_OPTIONS, "seed", "start"), pictures="PICTURE MASK "),
 }
 
@@ -361,8 +366,11 @@ def choose_folder(args: argparse.Namespace) -> Path:
     if not args.save_dir:
         return unused_path(Path("samples"), f"edit_{args.command}_")
     folder = Path(args.save_dir)
-    if folder.exists() and any(folder.iterdir()) and not (folder / "edit.json").exists():
-        raise UserError(f"{folder} is not empty: give another --save_dir")
+    if folder.exists() and not (folder / "edit.json").exists():
+        # What is left of an edit that a full disk broke off at once counts as nothing.
+        others = [path for path in folder.iterdir() if path.name not in ("images", ".images.lock")]
+        if others or any(folder.glob("images/*")):
+            raise UserError(f"{folder} is not empty: give another --save_dir")
     return folder
 
 
@@ -374,8 +382,8 @@ def usual_settings(command: str, timesteps: int) -> dict:
 
 
 def edit_request(record: dict) -> dict:
-    """What two edit.json have in common where they ask for the same images."""
-    return {name: value for name, value in record.items() if name not in ("checkpoint", "save_dir")}
+    """What two edit.json have in common where they ask for the same images: of files their content, not their names."""
+    return {name: value for name, value in record.items() if name not in ("checkpoint", "save_dir", "picture", "mask")}
 
 
 def load_model(args: argparse.Namespace) -> tuple[diffuser.Model, dict]:
@@ -400,6 +408,8 @@ def load_model(args: argparse.Namespace) -> tuple[diffuser.Model, dict]:
 def edit(args: argparse.Namespace) -> str:
     """Do what the command line asks for; returns what to say of it. Raises UserError, OSError."""
     command = COMMANDS[args.command]
+    if not 1 <= args.num_images <= 100:                          # they are drawn in one batch
+        raise UserError("--num_images lies between 1 and 100")
     folder = choose_folder(args)
     model, source = load_model(args)
 
@@ -408,24 +418,21 @@ def edit(args: argparse.Namespace) -> str:
         classes = diffuser.parse_classes(args.classes, model.class_names)
     if len(classes) > command.max_classes:
         raise UserError(f"--classes: {args.command} takes at most {command.max_classes}")
-    if not 1 <= args.num_images <= 100:                          # they are drawn in one batch
-        raise UserError("--num_images lies between 1 and 100")
+    plan = command.plan(EditContext(model, classes, args.num_images), args)
 
     settings = {name: value for name, value in vars(args).items() if name != "debug"}
+    for name in ("picture", "mask"):
+        if name in settings:
+            settings[f"{name}_sha256"] = hashlib.sha256(Path(settings[name]).read_bytes()).hexdigest()
     pictures = PictureFolder(folder, "edit.json", settings | source, edit_request, name=lambda i: f"{i:06}.png",
                              count=args.num_images, shape=model.shape, last="grid.png")
-    pictures.require_open()
-
-    context = EditContext(model, classes, args.num_images)
-    edited = command.run(context, args)
-
-    images = to_uint8(edited.x)
     again = "the same command" if args.save_dir else f"the same command with --save_dir {folder}"
     with pictures.hold(f".\nOnce that is fixed, {again} goes on with the rest"):
+        images = to_uint8(plan.draw())
         for i in pictures.missing():
             save_png(images[i], pictures.path(i))
-        shown = torch.cat([*edited.sources.values(), images])
-        headings = [*edited.sources, *edited.headings]
+        shown = torch.cat([*plan.sources.values(), images])
+        headings = [*plan.sources, *plan.headings]
         save_grid(shown, folder / "grid.png", headings, columns=min(10, len(shown)))
     return f"{len(images)} images in {folder / 'images'}, grid {folder / 'grid.png'}"
 

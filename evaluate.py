@@ -25,7 +25,7 @@ if __name__ == "__main__" and _signal.getsignal(_signal.SIGINT) is _signal.defau
 import argparse
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
 
@@ -111,11 +111,10 @@ def read_all(files: ImageSource, path: str, shape: Shape | None = None) -> Image
         except Exception as error:                               # broken files raise errors of every kind
             raise UserError(f"{files.name_of(0)} in {path} cannot be read ({first_line(error)})") from error
 
-    # Decode all of them, then say which cannot be read.
     decoded = DecodedImages(files, shape)
-    items = [decoded[i] for i in tqdm(range(len(files)), "reading", leave=False, disable=None)]
     pixels = []
-    for i, item in enumerate(items):
+    for i in tqdm(range(len(files)), "reading", leave=False, disable=None):
+        item = decoded[i]
         if isinstance(item, str):
             raise UserError(f"{files.name_of(i)} in {path} cannot be read ({item}): remove it")
         pixels.append(torch.from_numpy(item[0]))
@@ -222,9 +221,9 @@ def classifier_scores(generated: ImageData, stats: ReferenceStats) -> dict[str, 
 MOST_REAL = 1000                                                 # real images that drawn ones are held against
 
 
-def look_for_copies(path: str, generated: ImageData, reference: Reference, stats: ReferenceStats,
+def look_for_copies(path: str, names: list[str], generated: ImageData, reference: Reference, stats: ReferenceStats,
                     page: Path) -> dict[str, float]:
-    """The figures of diffuser_lib/copies.py for a folder of images, by pixels and by the judge's features.
+    """The figures of diffuser_lib/copies.py for images of these names, by pixels and by the judge's features.
 
     Real images are those of the reference's own test part; where it has none, some of the training images, each held
     against the others. Writes the page.
@@ -250,10 +249,9 @@ def look_for_copies(path: str, generated: ImageData, reference: Reference, stats
         comparisons.append(copies.compare(space, drawn, usual))
 
     title = f"{len(generated.images):,} images of {path} against {len(training.images):,} of {reference.name}"
-    files = find_images(path)
-    names = [files.name_of(i) for i in range(len(files))]
-    warn_on_oserror(str(page), lambda: copies.write_page(
-        page, title, names, generated.images, training.images, comparisons))
+    if warn_on_oserror(str(page), lambda: copies.write_page(
+            page, title, names, generated.images, training.images, comparisons)):
+        print(f"the nearest pairs are in {page}")
 
     figures = {}
     for comparison in comparisons:
@@ -490,7 +488,7 @@ def too_few_for(metric: str, generated: int, real: int, args: argparse.Namespace
     if metric in ("accuracy", "distance"):
         trained_on = real if args.test else real - real // 6
         if trained_on < 10:
-            return f"{real} real images are too few to train a judge on: it needs 12"
+            return f"{real} real images are too few to train a judge on: it needs a dozen"
         real = trained_on
     if generated < least:
         return f"{generated} images are too few for {title}: it needs {least}, since {why}"
@@ -512,16 +510,42 @@ def choose_possible(metrics: list[str], generated: int, real: int, args: argpars
     return possible
 
 
-def evaluate(args: argparse.Namespace) -> dict[str, float]:
-    """The figures that the command line asks for, by name. Raises UserError."""
+def without_accuracy(metrics: list[str], generated: ImageData, reference: Reference) -> list[str]:
+    """The metrics but for accuracy, where there are no classes to be right about; says why. Raises UserError where
+    none is left."""
+    class_names = reference.train.class_names
+    if "accuracy" not in metrics:
+        return metrics
+    if len(class_names) >= 2 and labels_in_reference(generated, class_names) is not None:
+        return metrics
+
+    problem = f"accuracy needs the classes of {reference.name} in names of files (000012_cat.png) or folders"
+    if len(class_names) < 2:
+        problem = f"accuracy needs classes, which {reference.name} does not have"
+    left = [metric for metric in metrics if metric != "accuracy"]
+    if not left:
+        raise UserError(f"{problem}; a distance needs {FEATURES + 1} images")
+    if len(class_names) >= 2:                                    # without any, nobody expects an accuracy
+        warn(f"evaluate: left out: {problem}")
+    return left
+
+
+def evaluate(args: argparse.Namespace) -> Iterator[dict[str, float]]:
+    """The figures that the command line asks for, by name, as they are found. Raises UserError."""
     if args.num_images < 1 or args.kid_subset_size < 2:
         raise UserError("--num_images has to be at least 1, --kid_subset_size at least 2")
     if args.copies and (args.bpd or not args.copies.endswith(".html")):
         raise UserError("--copies is for a folder of images: evaluate.py DIR --against DATA --copies PAGE.html")
     if args.bpd:
-        return checkpoint_bpd(args.bpd, args.data_dir, args.num_images)
+        if args.folder or args.against or args.test or args.metrics:
+            raise UserError("--bpd is about a model, not about images: leave out the folder, --against, --test and "
+                            "--metrics")
+        yield checkpoint_bpd(args.bpd, args.data_dir, args.num_images)
+        return
     if not args.folder or not args.against:
         raise UserError("name a folder of images and what to hold them --against: evaluate.py DIR --against mnist")
+    if args.test:
+        find_images(args.test)                                   # raises UserError
 
     # Counts and packages first: reading, training a judge and Inception take their time.
     metrics = []
@@ -536,47 +560,46 @@ def evaluate(args: argparse.Namespace) -> dict[str, float]:
     if args.copies and there < 12:
         raise UserError(f"{there} real images are too few to tell copies: it needs 12, and a hundred say more")
 
-    generated = read_images(args.folder)
+    files = find_images(args.folder)
+    names = [files.name_of(i) for i in range(len(files))]
+    generated = read_all(files, args.folder)
     reference = load_reference(args.against, args.data_dir, tuple(generated.images.shape[1:]), args.test)
-    figures: dict[str, float] = {"images": len(generated.images)}
-    class_names = reference.train.class_names
+    yield {"images": len(generated.images)}
+
+    metrics = without_accuracy(metrics, generated, reference)
     by_judge = "accuracy" in metrics or "distance" in metrics
-    if by_judge and (len(class_names) < 2 or labels_in_reference(generated, class_names) is None):
-        problem = f"accuracy needs the classes of {reference.name} in names of files (000012_cat.png) or folders"
-        if len(class_names) < 2:
-            problem = f"accuracy needs classes, which {reference.name} does not have"
-        if "distance" not in metrics:
-            raise UserError(f"{problem}; a distance needs {FEATURES + 1} images")
-        if len(class_names) >= 2:                                # without any, nobody expects an accuracy
-            warn(f"evaluate: left out: {problem}")
     if by_judge or args.copies:
         stats = judge_of(reference, args.data_dir)
     if by_judge:
-        figures |= classifier_scores(generated, stats)
+        yield classifier_scores(generated, stats)
     inception = [name for name in metrics if name in METRICS]
     if inception:
         real = reference.everything().images
-        figures |= inception_scores(generated.images, real, inception, args.weights, args.features,
-                                    args.kid_subset_size)
+        yield inception_scores(generated.images, real, inception, args.weights, args.features, args.kid_subset_size)
     if args.copies:
-        figures |= look_for_copies(args.folder, generated, reference, stats, Path(args.copies))
-    return figures
+        yield look_for_copies(args.folder, names, generated, reference, stats, Path(args.copies))
 
 
 def run(args: argparse.Namespace) -> None:
-    """Print what the command line asks for, and write it to a file where one is given. Raises UserError, OSError."""
+    """Print what the command line asks for, and write it to a file where one is given. Raises UserError, OSError.
+
+    What is found is kept where something fails after it.
+    """
     start_time = time.perf_counter()
     for flag in ("json", "copies"):
         if getattr(args, flag):
             require_writable(getattr(args, flag), f"--{flag}")
-    figures = evaluate(args)
-    for name, value in figures.items():
-        print(f"{name:48} {value:.5g}")
+    figures = {}
+    try:
+        for found in evaluate(args):
+            figures |= found
+            for name, value in found.items():
+                shown = str(value) if isinstance(value, int) else f"{value:.5g}"
+                print(f"{name:48} {shown}", flush=True)
+    finally:
+        if args.json and figures:
+            write_json(Path(args.json), figures)
     print(f"{'seconds':48} {time.perf_counter() - start_time:.0f}")
-    if args.copies and Path(args.copies).exists():
-        print(f"the nearest pairs are in {args.copies}")
-    if args.json:
-        write_json(Path(args.json), figures)
 
 
 def main(argv: list[str] | None = None) -> int:

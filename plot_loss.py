@@ -187,12 +187,13 @@ def summary(name: object, points: Sequence[Point], validation: Sequence[Point] =
 
 
 def find_runs(samples_dir: str | Path) -> list[Path]:
-    """The sample folders in `samples_dir` and those at ./samples_*, by the time of their newest sample."""
-    newest = {}                                                  # newest sample: its folder
+    """The sample folders in `samples_dir` and those at ./samples_*, by the time of their newest sample, or of their
+    metrics where there is none yet."""
+    newest = {}                                                  # newest file: its folder
     for folder in [*Path(samples_dir).glob("*"), *Path().glob("samples_*")]:
         samples = [path for path in folder.glob("epoch_*") if SAMPLE_NAME.fullmatch(path.name)]
-        for sample in newest_first(samples)[:1]:
-            newest[sample] = folder
+        for file in newest_first(samples or list(folder.glob("metrics.csv")))[:1]:
+            newest[file] = folder
     return [newest[sample] for sample in newest_first(newest)]
 
 
@@ -217,7 +218,7 @@ def load_run(directory: Path) -> dict[str, list[Point]]:
 
     runs = find_runs(directory)
     example = f", such as {runs[0]}" if runs else ""
-    raise UserError(f"there is no run in {directory}: it holds no metrics.csv with losses and no file named like "
+    raise UserError(f"there is no run in {directory}: it holds no metrics.csv with losses by epoch and no file like "
                     f"epoch_50_loss_0.1234.png; give a run's sample folder{example}")
 
 
@@ -409,14 +410,16 @@ def draw_figure(runs: Curves, window: float, validation: Curves = (), rates: Cur
     lr = select(runs, rates)
 
     # Draw, losses on axes that can be compared. A panel that no run has numbers for is left out.
-    count = 2 + bool(validation) + bool(rates)
+    has_validation = any(points for _, points in held_out)
+    has_rates = any(points for _, points in lr)
+    count = 2 + has_validation + has_rates
     figure = plt.figure(figsize=(12, (5 if count == 2 else 8) + 0.1 * len(runs)), layout="constrained")
     first = figure.add_subplot()
     draw_panel(first, raw, "raw loss", log)
     draw_panel(figure.add_subplot(sharey=first), smooth, f"sliding average over {window:g} epochs", log)
-    if validation:
+    if has_validation:
         draw_panel(figure.add_subplot(sharey=first), held_out, "validation loss", log)
-    if rates:
+    if has_rates:
         draw_panel(figure.add_subplot(), lr, "learning rate", False, "learning rate")
     arrange(figure)
     figure.canvas.mpl_connect("resize_event", lambda event: arrange(figure))

@@ -620,6 +620,7 @@ def work(options: argparse.Namespace) -> None:
         # A run has metrics or grids; load_run says what is wrong where there are none of either.
         if not os.path.isfile(directory / "metrics.csv"):
             load_run(directory)
+    for directory in directories:
         try:
             path = write_report(directory)
         except OSError as error:

@@ -271,7 +271,9 @@ def launch(words: list[str], folder: Path) -> str:
 
 def resume_run(places: Places, run: Run) -> str:
     """Go on with a run from its newest checkpoint; returns its key. Raises UserError."""
-    kept = diffuser.kept_checkpoints(run.cfg) if run.cfg else []
+    kept = []
+    if run.cfg and diffuser.samples_path(run.cfg) == run.folder:         # else one that was set aside or renamed
+        kept = [path for path in diffuser.kept_checkpoints(run.cfg) if is_of(places, run, path)]
     if not kept:
         raise UserError(f"{run.name} has no checkpoint to go on from: start it again")
     # What no checkpoint keeps: the options about a single invocation that differ from their defaults.
@@ -357,7 +359,8 @@ def keep_uploads(folder: Path, files: list[str], name: str) -> Path:
     for path in pictures:
         try:
             with open_image(path) as picture:
-                endings.append(picture.format.lower())
+                kind = picture.format.lower()
+                endings.append("jpg" if kind == "mpo" else kind)         # JPEG files with several pictures
         except Exception as error:                               # Pillow raises many kinds
             raise UserError(f"{Path(path).name} cannot be read as a picture ({first_line(error)})") from None
 
@@ -444,8 +447,10 @@ def parts_of(places: Places, run: Run) -> list[Path]:
         checkpoint = diffuser.checkpoint_path(run.cfg, 0)
         if run.cfg.experiment_name:
             place = checkpoint.parents[1]
-            found = [place]
-            owned = all(is_of(places, run, path) for path in place.glob("*/model.pt"))
+            own = [path.parent for path in place.glob("*/model.pt")]
+            others = [path for path in place.glob("*") if path.is_dir() and path not in own]       # runs named NAME/...
+            found = own if others else [place]
+            owned = all(is_of(places, run, path / "model.pt") for path in own)
         else:
             place = checkpoint
             found = [*diffuser.kept_checkpoints(run.cfg), diffuser.best_path(run.cfg)]
@@ -477,8 +482,10 @@ def remove(path: Path) -> None:
 
 def delete_run(places: Places, run: Run) -> None:
     """Delete all that is this run's alone. Raises UserError."""
-    for path in parts_of(places, run):
-        try:
-            remove(path)
-        except OSError as error:
-            raise UserError(f"{path} cannot be deleted: {error.strerror}") from error
+    with STARTING:                                               # nobody resumes it meanwhile
+        now = dataclasses.replace(run, process=process_of(run.folder))
+        for path in parts_of(places, now):
+            try:
+                remove(path)
+            except OSError as error:
+                raise UserError(f"{path} cannot be deleted: {error.strerror}") from error

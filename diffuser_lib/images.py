@@ -285,7 +285,7 @@ class ImageFiles(ImageSource):
         if len(folders) == 1:
             return []
         short = [os.path.basename(folder) or "unsorted" for folder in folders]
-        return short if len(set(short)) == len(short) else folders
+        return short if len(set(short)) == len(short) else [folder or "unsorted" for folder in folders]
 
     def __len__(self) -> int:
         return len(self.names)

@@ -81,7 +81,7 @@ class MetricsFile:
 
     def write_all(self) -> None:
         """Write the file anew and go on at its end. Raises OSError."""
-        self.close()
+        self.close_file()
         header = ",".join(self.columns) + "\n"
         text = header + "".join(self.line(row) for row in self.rows)
         write_atomically(self.path, lambda file: file.write(text.encode()))
@@ -107,6 +107,13 @@ class MetricsFile:
         return numbers
 
     def close(self) -> None:
+        """The file's end, with a last attempt at rows that could not be written."""
+        if self.file is None and self.rows:
+            warn_on_oserror(str(self.path), self.write_all)
+        self.close_file()
+
+    def close_file(self) -> None:
+        """Write no more, for now."""
         if self.file is not None:
             self.file.close()
             self.file = None

@@ -670,8 +670,12 @@ class TarImages(PackedImages):
 
 
 def read_samples(archive: tarfile.TarFile, label_column: str) -> Iterator[tuple[tarfile.TarInfo, object]]:
-    """(image, label or None) of each sample. Its files follow one another. Raises what tarfile raises."""
-    key, image, label = None, None, None
+    """(image, label or None) of each sample. Its files follow one another. Raises what tarfile raises.
+
+    A sample is what is called the same up to the first dot. Where none of its files is called NAME.jpg or the like, all
+    of its pictures are taken, as those of IMG.2024.jpg and IMG.2025.jpg are.
+    """
+    key, image, label, others = None, None, None, []
     end = -1
     for member in iter(archive.next, None):
         if archive.offset <= end or member.size < 0:             # which would lead round in circles
@@ -684,17 +688,19 @@ def read_samples(archive: tarfile.TarFile, label_column: str) -> Iterator[tuple[
         stem, _, ending = name.partition(".")
         ending = f".{ending.lower()}"
         if (folder, stem) != key:
-            if image:
-                yield image, label
-            key, image, label = (folder, stem), None, None
+            for picture in [image] if image else others:
+                yield picture, label
+            key, image, label, others = (folder, stem), None, None, []
 
         if ending in ENDINGS and image is None:
             image = member
+        elif ending.endswith(ENDINGS):                           # a second picture, such as a mask; or a name with dots
+            others.append(member)
         elif ending in (".cls", ".json") and member.size <= MAX_TEXT:
             found = read_label(archive.extractfile(member).read(), ending, label_column)
             label = found if label is None else label
-    if image:
-        yield image, label
+    for picture in [image] if image else others:
+        yield picture, label
 
 
 def read_label(content: bytes, ending: str, label_column: str) -> object:

@@ -1,5 +1,6 @@
 """The page: in a real browser, as somebody uses it who has never trained a model, and as somebody who attacks it."""
 
+import asyncio
 import html
 import io
 import json
@@ -553,6 +554,9 @@ def test_other_sites_cannot_use_the_page(server):
     form = {"Content-Type": "multipart/form-data; boundary=x"}
     upload = b'--x\r\nContent-Disposition: form-data; name="files"; filename="a.txt"\r\n\r\nabc\r\n--x--\r\n'
     assert call(server.address, "/config", headers=elsewhere)[0] == 403
+    assert call(server.address, "/config", headers={"Origin": "http://["})[0] == 403
+    assert call(server.address, "/config", headers={"Sec-Fetch-Site": "cross-site", "Sec-Fetch-Mode": "cors"})[0] == 403
+    assert call(server.address, "/", headers={"Sec-Fetch-Site": "cross-site", "Sec-Fetch-Mode": "navigate"})[0] == 200
     assert call(server.address, "/gradio_api/upload", upload, {**form, **elsewhere})[0] == 403
     assert call(server.address, "/gradio_api/upload", upload, form)[0] == 200
     assert call(server.address, "/config", headers={"Host": f"rebound.example:{port}"})[0] == 403
@@ -565,6 +569,51 @@ def test_nothing_is_fetched_for_whoever_asks(server):
                  "proxy=https://example.com/"):
         status, _ = call(server.address, f"/gradio_api/{path}")
         assert status in (403, 404), path
+
+
+def test_an_address_in_place_of_an_upload_is_not_fetched(monkeypatch):
+    """gradio would download it for whoever calls; what it calls for that refuses."""
+    monkeypatch.setattr(app.gr.processing_utils, "async_ssrf_protected_download", None)
+    app.refuse_downloads()
+    field = app.gr.File()
+    with pytest.raises(app.gr.Error, match="nothing is fetched"):
+        asyncio.run(field.async_move_resource_to_block_cache("https://example.com/picture.png"))
+
+
+@pytest.mark.parametrize("name, length, unit, words", [
+    ("", 3, "epochs", "give the run a name"), ("a/b", 3, "epochs", "without slashes"), ("a\\b", 3, "epochs", "without slashes"),
+    ("a", 0, "epochs", "more than 0"), ("a", -1, "minutes", "more than 0"), ("a", 2.7, "epochs", "a whole number")])
+def test_a_form_that_makes_no_run_is_told(tmp_path, monkeypatch, name, length, unit, words):
+    """A name whose run the page could not find again, and a length that would be taken for another."""
+    monkeypatch.setattr(runs, "launch", lambda *arguments: pytest.fail("it was started"))
+    places = runs.Places(tmp_path / "checkpoints", tmp_path / "samples")
+    with pytest.raises(UserError, match=words):
+        app.start_from_form(places, "digits", None, "preset", length, unit, name, "")
+
+
+def test_a_full_disk_takes_only_the_download_away(monkeypatch):
+    """What is drawn stays on the page and can be gone on from."""
+    told = []
+    monkeypatch.setattr(app, "pack", lambda drawing: (_ for _ in ()).throw(OSError(28, "No space left on device")))
+    monkeypatch.setattr(app.gr, "Warning", told.append)
+    pictures = torch.zeros(2, 1, 8, 8, dtype=torch.uint8)
+    drawing = app.Drawing("key", pictures, [0, 1], ["0", "1"], ["0.png", "1.png"], {}, ["python"], {})
+    shown = app.show_drawing(types.SimpleNamespace(space=False), drawing)
+    assert shown[1] is drawing and shown[-1]["visible"] is False and "No space left" in told[0]
+
+
+def test_tied_runs_are_looked_for_until_no_page_is_open(tmp_path, monkeypatch):
+    """A page may be gone without a word: as long as one seems open, it is looked once more."""
+    later = []
+    pages = app.Pages(runs.Places(tmp_path / "checkpoints", tmp_path / "samples"))
+    monkeypatch.setattr(pages, "look_later", lambda: later.append(1))
+    pages.sign(types.SimpleNamespace(session_hash="page"))
+    assert pages.stop_tied() == [] and not later
+    pages.tie("run")
+    assert pages.stop_tied() == [] and later == [1] and pages.tied == {"run"}
+    pages.seen.clear()
+    pages.stop_tied()
+    assert not pages.tied and later == [1]
 
 
 def test_help_among_the_options_ends_nothing(server):

@@ -365,6 +365,14 @@ def test_a_folder_without_images_is_refused(tmp_path, what):
         load_data(folder_config(tmp_path / what, tmp_path))
 
 
+def test_a_class_name_that_no_checkpoint_holds_is_told_before_training():
+    """Text in place of a label would be trained on, and its checkpoint refused."""
+    data = diffuser.ImageData(torch.zeros(4, 1, 8, 8, dtype=torch.uint8), torch.tensor([0, 1, 0, 1]), ["cat", "x" * 1001])
+    with pytest.raises(diffuser.UserError, match="1,001 characters, 1,000 at"):
+        diffuser.select_labels(diffuser.configure(dataset="folder"), data)
+    assert diffuser.select_labels(diffuser.configure(dataset="folder", use_labels=False), data).class_names == []
+
+
 def numbered(n=50):
     images = torch.arange(n, dtype=torch.uint8).view(n, 1, 1, 1).expand(n, 1, 4, 4).clone()
     return ImageData(images, torch.arange(n), [str(i) for i in range(n)])

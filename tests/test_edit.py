@@ -3,6 +3,7 @@
 import hashlib
 import json
 import math
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -13,6 +14,7 @@ from PIL import Image
 import diffuser
 import edit
 from diffuser import Diffusion, alpha_bar_table, configure
+from diffuser_lib import images
 from diffuser_lib.files import UserError
 
 TABLE = alpha_bar_table(configure(timesteps=200, schedule_type="cosine"))
@@ -295,6 +297,35 @@ def test_an_edit_that_a_full_disk_broke_off_goes_on(trained, monkeypatch, capsys
     assert edit.main(command) == 0 and written == ["000004.png", "000005.png"]
     assert Image.open("broken/grid.png").width == 7 * 68 + 4
     assert edit.main(command) == 2 and "all that are asked for" in capsys.readouterr().err
+
+
+def test_a_folder_that_cannot_be_written_is_told_before_drawing(trained, monkeypatch, capsys):
+    """Nothing is drawn that could not be kept; what an attempt has left there is no hindrance to the next."""
+    folder, path = trained
+    monkeypatch.chdir(folder)
+    drawn = []
+    monkeypatch.setattr(edit, "vary", lambda *arguments: drawn.append(1))
+    monkeypatch.setattr(images, "write_json", lambda *arguments: (_ for _ in ()).throw(OSError(28, "No space left on device")))
+    command = [str(path), "vary", "three.png", "--num_images", "2", "--steps", "3", "--save_dir", "no_room"]
+    assert edit.main(command) == 1 and not drawn and "No space left" in capsys.readouterr().err
+    monkeypatch.undo()
+    monkeypatch.chdir(folder)
+    assert edit.main(command) == 0
+
+
+def test_another_picture_under_the_same_name_is_another_request(trained, monkeypatch, capsys):
+    """What is edited is known by its content: after a change of the mask nothing of before is gone on with."""
+    folder, path = trained
+    monkeypatch.chdir(folder)
+    mask = Image.open("mask.png").convert("L")
+    mask.save("changing.png")
+    command = [str(path), "inpaint", "three.png", "changing.png", "--num_images", "2", "--steps", "3", "--save_dir", "masked"]
+    assert edit.main(command) == 0
+    mask.point(lambda value: 255 - value).save("changing.png")
+    assert edit.main(command) == 2 and "another request" in capsys.readouterr().err
+    Path("renamed.png").write_bytes(Path("three.png").read_bytes())
+    mask.save("changing.png")
+    assert edit.main([*command[:2], "renamed.png", *command[3:]]) == 2 and "all that are asked for" in capsys.readouterr().err
 
 
 def test_the_message_of_a_full_disk_names_the_folder_to_go_on_in(trained, monkeypatch, capsys):

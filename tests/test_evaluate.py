@@ -208,6 +208,27 @@ def test_the_judge_knows_digits_from_noise(folder, digits_judge):
     assert "it needs 129" in done.stderr and "accuracy" in done.stdout and "distance" not in done.stdout
 
 
+def test_what_is_found_is_kept_where_something_fails_later(monkeypatch, capsys, tmp_path):
+    """A judge takes a quarter of an hour: its figures are printed and in the file though Inception fails after it."""
+    monkeypatch.chdir(tmp_path)
+
+    def stages(args):
+        yield {"images": 123456, "accuracy": 0.5}
+        raise UserError("no weights")
+
+    monkeypatch.setattr(evaluate, "evaluate", stages)
+    assert evaluate.main(["DIR", "--against", "digits", "--json", "f.json"]) == 2
+    assert json.loads((tmp_path / "f.json").read_text()) == {"images": 123456, "accuracy": 0.5}
+    assert "123456" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("flags", [["out"], ["--against", "digits"], ["--test", "out"], ["--metrics", "judge"]])
+def test_a_bound_takes_no_images(flags, capsys):
+    """--bpd is about a model: what asks for figures of images beside it is refused, not passed over."""
+    assert evaluate.main([*flags, "--bpd", "some.pt"]) == 2
+    assert "leave out the folder" in capsys.readouterr().err
+
+
 # ------------------------------------------------------------------------------------------------
 # The variational bound, where everything is known: data N(0.1, 0.2^2) and its exact denoiser.
 

@@ -104,6 +104,20 @@ def test_a_step_that_is_no_number_is_left_out(path):
     assert [row["step"] for row in MetricsFile(path, 2).rows] == ["1", "2"]
 
 
+def test_rows_of_a_full_disk_are_written_at_the_end(path, monkeypatch):
+    """Also where no other row follows, once there is room."""
+    file = written(path, 1)
+    with monkeypatch.context() as full:
+        full.setattr(MetricsFile, "write_last", lambda self: (setattr(self, "file", None), (_ for _ in ()).throw(OSError(28, "full")))[1])
+        full.setattr(metrics, "write_atomically", lambda *a: (_ for _ in ()).throw(OSError(28, "full")))
+        file.file.close()
+        file.file = None
+        file.add(dict(step=2, loss=0.5))
+    assert steps(path) == [1]
+    file.close()
+    assert steps(path) == [1, 2]
+
+
 def test_new_columns_appear(path):
     """Numbers that an older version or an earlier part of the run did not have: a column more, empty before; one that is
     no longer there stays, empty from now on."""
@@ -310,7 +324,7 @@ def test_a_spoilt_config_json_is_no_obstacle(tmp_path, content):
 
 
 def test_a_full_disk_at_the_start_is_told_and_survived(tmp_path, monkeypatch, capsys):
-    """Neither config.json nor metrics.csv can be written: warnings, no error."""
+    """Neither config.json nor metrics.csv can be written, at first and at the end: warnings, no error."""
     monkeypatch.setattr(metrics, "write_atomically", no_space)
     monkeypatch.setattr(metrics, "write_json", no_space)
     logger = MetricsLogger(tmp_path, {}, 0, {})
@@ -318,7 +332,7 @@ def test_a_full_disk_at_the_start_is_told_and_survived(tmp_path, monkeypatch, ca
     logger.close({})
     errors = capsys.readouterr().err
     assert errors.count("config.json could not be written") == 2
-    assert errors.count("metrics.csv could not be written") == 1
+    assert errors.count("metrics.csv could not be written") == 2
 
 
 def test_trackers_get_the_numbers_of_a_row_and_of_the_machine(tmp_path, monkeypatch):

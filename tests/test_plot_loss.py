@@ -496,6 +496,27 @@ def test_missing_directory_file_and_empty_directory_are_each_one_line(tmp_path):
     assert_refused(command(tmp_path, "empty"), "empty", "epoch_50_loss_0.1234.png", "give")
 
 
+def test_a_run_without_a_grid_yet_is_listed(tmp_path):
+    """It has numbers already."""
+    (tmp_path / "samples" / "young").mkdir(parents=True)
+    (tmp_path / "samples" / "young" / "metrics.csv").write_text("step,epoch,loss\n1,1,0.5\n2,2,0.4\n")
+    result = command(tmp_path, "--list", "--no-show", stdin="\n")
+    assert result.returncode == 0 and "young" in result.stdout, result.stderr
+
+
+def test_a_panel_without_numbers_is_left_out(tmp_path):
+    """A validation loss that is nan throughout has nothing to show."""
+    folder = tmp_path / "run"
+    folder.mkdir()
+    panels = []
+    for number in ("nan", "0.4"):
+        (folder / "metrics.csv").write_text(f"step,epoch,loss,val_loss,lr\n1,1,0.5,{number},0.1\n2,2,0.4,{number},0.1\n")
+        curves = {name: [("run", points)] for name, points in plot_loss.load_run(folder).items()}
+        figure = plot_loss.draw_figure(curves["loss"], 2, curves["val_loss"], curves["lr"])
+        panels.append(len(figure.axes))
+    assert panels == [3, 4]
+
+
 def test_parent_of_the_runs_is_met_with_a_suggestion(three_runs):
     """`plot_loss.py samples` names a run inside it that would work."""
     assert_refused(command(three_runs, "samples"), str(Path("samples/new")))

@@ -476,6 +476,14 @@ def test_command_writes_what_the_function_writes(tmp_path):
     assert (tmp_path / "report.html").read_bytes() == written
 
 
+def test_one_folder_that_is_no_run_stops_all_before_any(tmp_path):
+    """Of several runs no report is written where one of them is none."""
+    make_run(tmp_path / "a")
+    (tmp_path / "b").mkdir()
+    refused(command("a", "b", cwd=tmp_path), "there is no run in b")
+    assert not (tmp_path / "a" / "report.html").exists()
+
+
 def test_command_asks_which_run(tmp_path):
     """Without a folder the runs are listed, as for the figure."""
     make_run(tmp_path / "samples" / "run")

@@ -237,6 +237,12 @@ def test_uploads_are_kept_under_names_of_ours(folder, image_folder):
     assert kept == folder / "uploads" / "mine_1" and len(list(kept.iterdir())) == len(files)
     assert {path.stem for path in kept.iterdir()} == {f"{i:06}" for i in range(len(files))}
 
+    # A camera's file of several JPEG pictures is one that training finds.
+    several = Image.new("RGB", (16, 16), "red")
+    several.save(folder / "several.jpg", format="MPO", save_all=True, append_images=[Image.new("RGB", (16, 16))])
+    [copied] = runs.keep_uploads(folder / "uploads", [str(folder / "several.jpg")], "camera").iterdir()
+    assert copied.name == "000000.jpg" and diffuser.open_image(copied).format == "MPO"
+
     packed = folder / "pictures.zip"
     with zipfile.ZipFile(packed, "w") as archive:
         for path in image_folder.rglob("*.png"):
@@ -313,6 +319,12 @@ def test_deleting_takes_one_run_alone(folder):
     runs.delete_run(PLACES, unnamed)
     assert not unnamed.folder.exists() and not list((folder / "checkpoints").glob("*.pt"))
 
+    # One whose name begins with this one's, in a folder of this one's.
+    third = trained("third")
+    inner = diffuser.train(tiny_training(experiment_name="third/v1.5"))
+    runs.delete_run(PLACES, third)
+    assert inner.is_file() and not list((folder / "checkpoints" / "third").glob("checkpoint_*"))
+
     # A folder that says it is another run's.
     moved = second.folder.rename(second.folder.with_name("samples_copy"))
     runs.delete_run(PLACES, runs.find_run(PLACES, moved.name))
@@ -326,6 +338,24 @@ def test_a_checkpoint_of_two_runs_is_not_deleted_with_one(folder):
     runs.delete_run(PLACES, first)
     [kept] = (folder / "checkpoints").glob("diffusion_checkpoint_digits_20_8_attention.pt")
     assert not first.folder.exists() and diffuser.load_checkpoint(kept)["config"]["schedule_type"] == "linear"
+
+
+def test_a_run_that_has_begun_meanwhile_is_not_deleted(folder, monkeypatch):
+    """Deleting looks once more whether it trains: what is known of a run may be old."""
+    run = trained("first")
+    monkeypatch.setattr(runs, "process_of", lambda place: 12345)
+    with pytest.raises(UserError, match="stop it first"):
+        runs.delete_run(PLACES, run)
+    assert run.folder.exists()
+
+
+def test_a_run_that_was_set_aside_resumes_no_other(folder):
+    """Its checkpoint has gone: the one under its name is that of the run which began anew."""
+    trained("first")
+    diffuser.train(tiny_training(experiment_name="first", resume="never", learning_rate=3e-3))
+    [aside] = (folder / "samples").glob("*_old1")
+    with pytest.raises(UserError, match="no checkpoint to go on from"):
+        runs.resume_run(PLACES, runs.find_run(PLACES, aside.name))
 
 
 @pytest.mark.parametrize("name", ["../..", "/etc", ".", "..", "a/../../b"])

@@ -479,6 +479,14 @@ def test_a_tar_file_of_class_folders(tmp_path, pixels):
     check_same(load(tmp_path / "set.tar", tmp_path), pixels, ["cat", "dog", "emu"])
 
 
+def test_names_with_dots_in_a_tar_file(tmp_path, pixels):
+    """WebDataset's samples end at the first dot, and masks beside a picture are none; names as of screenshots are read."""
+    names = ["a/IMG.2024.png", "a/IMG.2025.png", "b/000.mask.png", "b/000.png", "b/000.left.png", "b/Screenshot 10.32.11.png"]
+    write_tar(tmp_path / "set.tar", [(name, png(pixels[i])) for i, name in enumerate(names)])
+    data = load(tmp_path / "set.tar", tmp_path)
+    check_same(data, pixels[[0, 1, 3, 5]], ["a", "b"], [0, 0, 1, 1])
+
+
 def test_hostile_tar_files(tmp_path, pixels):
     """Links, devices and names that lead out are never followed or made; what cannot be read is skipped and listed."""
     members = [(f"/etc/{i:02}.{ending}", content) for i in range(COUNT)
