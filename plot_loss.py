@@ -251,8 +251,9 @@ def choose_runs(runs: list[Path], script: str) -> list[Path]:
     """
     print("Sample folders, newest first:")
     for place, folder in enumerate(runs, start=1):
-        last_epoch = parse_losses(folder)[-1][0]
-        print(f"  {place}  {folder}  (to epoch {last_epoch:.10g})")
+        grids = parse_losses(folder)
+        extent = f"to epoch {grids[-1][0]:.10g}" if grids else "no grid yet"
+        print(f"  {place}  {folder}  ({extent})")
 
     while True:
         try:

@@ -500,7 +500,7 @@ def test_a_run_without_a_grid_yet_is_listed(tmp_path):
     """It has numbers already."""
     (tmp_path / "samples" / "young").mkdir(parents=True)
     (tmp_path / "samples" / "young" / "metrics.csv").write_text("step,epoch,loss\n1,1,0.5\n2,2,0.4\n")
-    result = command(tmp_path, "--list", "--no-show", stdin="\n")
+    result = command(tmp_path, "--list", "--no-show", answers="\n")
     assert result.returncode == 0 and "young" in result.stdout, result.stderr
 
 
