@@ -251,7 +251,7 @@ def require_deterministic(cfg: diffuser.Config) -> None:
         raise UserError("interpolate wants a sampler that adds no noise: --sampler dpmpp, heun or ddim, --eta 0")
 
 
-def parse_seeds(text: str) -> tuple[int, int]:
+def parse_seed_pair(text: str) -> tuple[int, int]:
     """Two seeds, written 1,2. Raises UserError."""
     try:
         seeds = [int(seed) for seed in text.split(",")]
@@ -281,7 +281,7 @@ def plan_interpolate(context: EditContext, args: argparse.Namespace) -> Plan:
     Raises UserError.
     """
     require_deterministic(context.cfg)
-    first_seed, second_seed = parse_seeds(args.seeds)
+    first_seed, second_seed = parse_seed_pair(args.seeds)
     first_noise = context.noise_source(first_seed, range(1))()[0]                          # [C, H, W]
     second_noise = context.noise_source(second_seed, range(1))()[0]
 

@@ -65,7 +65,7 @@ class ImageData:
             self.labels = torch.zeros(len(self.images), dtype=torch.int64)
 
     def digest(self) -> str:
-        """A fingerprint of the labels and of a hundred images, to tell one set from another."""
+        """A fingerprint of the labels and of some images, a hundred at most, to tell one set from another."""
         some = self.images[:: math.ceil(len(self.images) / 100)].contiguous()
         return hashlib.sha256(self.labels.numpy().tobytes() + some.numpy().tobytes()).hexdigest()
 
@@ -104,9 +104,12 @@ def open_image(file: str | Path | BinaryIO) -> Image.Image:
     """
     try:
         with strict_pillow():
-            return Image.open(file, formats=FORMATS)
+            picture = Image.open(file, formats=FORMATS)
     except UnidentifiedImageError:                               # its message names an object in memory
         raise ValueError(f"its content is no {', '.join(FORMATS)} picture") from None
+    if picture.width * picture.height > Image.MAX_IMAGE_PIXELS:  # Pillow's own warning knows nothing of threads
+        raise ValueError(f"it has {picture.width * picture.height:,} pixels, {Image.MAX_IMAGE_PIXELS:,} at most")
+    return picture
 
 
 def require_images(path: str, flag: str) -> None:

@@ -290,7 +290,7 @@ def picture_of(content: bytes | None) -> Image.Image:
     if content is None:
         raise ValueError("it has no bytes")
     if len(content) > MAX_UNPACKED:
-        raise ValueError("it unpacks to more than 256 MiB")
+        raise ValueError(f"it unpacks to more than {MAX_UNPACKED >> 20} MiB")
     return open_image(io.BytesIO(content))
 
 
@@ -384,7 +384,7 @@ class NpzImages(PackedImages):
     def read_labels(self, archive: zipfile.ZipFile, entry: zipfile.ZipInfo, count: int, asked: bool) -> Labels | None:
         """An array of labels; None where it holds no single number or word for each image, unless `asked`."""
         if entry.file_size > MAX_UNPACKED:
-            raise UserError(f"{self.what}: {entry.filename} unpacks to more than 256 MiB")
+            raise UserError(f"{self.what}: {entry.filename} unpacks to more than {MAX_UNPACKED >> 20} MiB")
         with archive.open(entry) as file:
             read_array_header(file, entry.file_size)
         with archive.open(entry) as file:
@@ -660,7 +660,7 @@ class TarImages(PackedImages):
 
     def open_item(self, i: int) -> Image.Image:
         if self.sizes[i] > MAX_UNPACKED:
-            raise ValueError("it takes more than 256 MiB")
+            raise ValueError(f"it takes more than {MAX_UNPACKED >> 20} MiB")
         file = self.open_once(self.paths[self.file_numbers[i]])
         file.seek(self.offsets[i])
         return picture_of(file.read(self.sizes[i]))

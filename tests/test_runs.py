@@ -340,6 +340,26 @@ def test_a_checkpoint_of_two_runs_is_not_deleted_with_one(folder):
     assert not first.folder.exists() and diffuser.load_checkpoint(kept)["config"]["schedule_type"] == "linear"
 
 
+def test_uploads_go_with_the_last_run_that_trains_on_them(folder, image_folder):
+    """They would fill the disk; pictures that stand elsewhere stay."""
+    files = [str(path) for path in sorted(image_folder.glob("cat/*"))]
+    uploaded = runs.keep_uploads(PLACES.data / "uploads", files, "mine")
+
+    def trained_on(name, path):
+        cfg = tiny_training(experiment_name=name, dataset="folder", img_size=(8, 8), path_to_data=str(path))
+        diffuser.train(cfg)
+        return runs.find_run(PLACES, diffuser.samples_path(cfg).name)
+
+    first, second = (trained_on(name, uploaded) for name in ("first", "second"))
+    elsewhere = trained_on("elsewhere", image_folder)
+    assert uploaded not in runs.parts_of(PLACES, first)
+    runs.delete_run(PLACES, first)
+    assert uploaded.exists()
+    runs.delete_run(PLACES, second)
+    runs.delete_run(PLACES, elsewhere)
+    assert not uploaded.exists() and image_folder.exists()
+
+
 def test_a_run_that_has_begun_meanwhile_is_not_deleted(folder, monkeypatch):
     """Deleting looks once more whether it trains: what is known of a run may be old."""
     run = trained("first")
