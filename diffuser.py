@@ -5007,7 +5007,9 @@ def train_locked(cfg: Config, devices: Devices, signals: Signals, data: ImageDat
     monitor.find_best()
     if logger and cfg.report:                                    # it stands beside the samples there
         warn_on_oserror(str(folder / "real.png"), monitor.draw_real)
-    hide_bar = None if processes.is_main else True               # None: tqdm hides it where there is no terminal
+    hide_bar = None                                              # tqdm hides it where there is no terminal
+    if not processes.is_main or trainer.step >= trainer.total:
+        hide_bar = True
     try:
         # Before this Ctrl-C ends the process at once: there is nothing to save yet.
         with (signals.catch(*stop_signals()),
@@ -5064,6 +5066,8 @@ def announce(trainer: Trainer, path: Path | None) -> None:
     others = newest_first(p for p in others if "_old" not in p.stem and not is_best(p))
     if trainer.step:
         print0(f"resuming from {path} at step {trainer.step} of {trainer.total}")
+        if trainer.step >= trainer.total:
+            print0("nothing is left to train: a greater length goes on, --resume never begins anew")
     elif others and cfg.resume == "auto" and not cfg.experiment_name:
         print0(f"starting a new run: other settings than those of {others[0]}")
 

@@ -15,7 +15,7 @@ import weakref
 import prepared
 import pytest
 import torch
-from conftest import ROOT, SLOWLY, TINY_FLAGS, some_digits, tiny_training, tiny_unet
+from conftest import ROOT, SLOWLY, TINY_FLAGS, some_digits, tiny_training, tiny_unet, trained_before
 from PIL import Image
 
 import diffuser
@@ -581,6 +581,15 @@ def test_devices_are_picked_in_order(monkeypatch):
     assert diffuser.pick_device("auto").type == "mps" and diffuser.pick_device("cpu").type == "cpu"
     with pytest.raises(UserError, match="device cuda"):
         diffuser.pick_device("cuda")
+
+
+@pytest.mark.parametrize("steps, left", [(2, False), (4, False), (6, True)])
+def test_a_run_that_has_its_length_says_so(folder, capsys, steps, left):
+    """The same command, or one for fewer steps, trains no more and says what would."""
+    trained_before()
+    diffuser.train(tiny_training(iterations=steps))
+    out = capsys.readouterr().out
+    assert ("nothing is left to train" in out) is not left and f"at step 4 of {steps}" in out
 
 
 def test_a_finished_run_has_a_report_and_does_not_depend_on_it(folder, monkeypatch, capsys):
