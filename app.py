@@ -643,10 +643,11 @@ def keep_choice(choices: list[tuple[str, str]], key: str | None):
     return gr.update(choices=choices, value=value)
 
 
-def passed_over(home: Home) -> str:
-    """A line for each file that is no checkpoint."""
+def passed_over(home: Home) -> dict:
+    """What shows a line for each file that is no checkpoint."""
     _, unusable = home.checkpoints()
-    return "".join(note(f"passed over: {reason}") for reason in unusable[:5])
+    text = "".join(note(f"passed over: {reason}") for reason in unusable[:5])
+    return gr.update(value=text, visible=bool(text))
 
 
 @dataclass(frozen=True)
@@ -706,7 +707,7 @@ def drawing_controls(home: Home, label: str) -> DrawingControls:
 def take_own_values(home: Home, key: str | None):
     """What the controls of one way to draw become when a checkpoint is chosen."""
     if not key:
-        return "", None, gr.skip(), gr.skip(), gr.skip()
+        return gr.update(visible=False), None, gr.skip(), gr.skip(), gr.skip()
     model = home.load(key).model
     own = own_settings(model)
     samples = home.find(key).samples
@@ -817,7 +818,7 @@ class DrawForm:
 def draw_form(home: Home) -> DrawForm:
     """The form, which follows the checkpoint that is chosen."""
     first = drawing_controls(home, "checkpoint")
-    unusable = gr.HTML(passed_over(home))
+    unusable = gr.HTML(visible=False)                            # an empty one would take room
     buttons = gr.CheckboxGroup(choices=[], label="classes", info="none: all of them in turn", visible=False)
     text = gr.Textbox(label="classes", info="names or numbers, such as 3, 5 or 3-5", visible=False)
     count = gr.Slider(1, MOST_IMAGES, 16, step=1, label="images")
