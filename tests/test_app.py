@@ -13,6 +13,7 @@ import types
 import urllib.error
 import urllib.request
 import zipfile
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
@@ -576,8 +577,12 @@ def test_an_address_in_place_of_an_upload_is_not_fetched(monkeypatch):
     monkeypatch.setattr(app.gr.processing_utils, "async_ssrf_protected_download", None)
     app.refuse_downloads()
     field = app.gr.File()
-    with pytest.raises(app.gr.Error, match="nothing is fetched"):
+
+    def fetch():                                                 # a browser's loop runs in this thread
         asyncio.run(field.async_move_resource_to_block_cache("https://example.com/picture.png"))
+
+    with ThreadPoolExecutor(1) as thread, pytest.raises(app.gr.Error, match="nothing is fetched"):
+        thread.submit(fetch).result()
 
 
 @pytest.mark.parametrize("name, length, unit, words", [
