@@ -515,7 +515,7 @@ class FolderNetwork:
 
 
 # The first row was found on sets of 300 to 3,000 pictures in three minutes of two CPU cores, the next two on CIFAR-10
-# in four minutes to two hours: see benchmarks/README.md. The shorter the time, the coarser the patches, because they
+# in four to 95 minutes: see benchmarks/README.md. The shorter the time, the coarser the patches, because they
 # let the network see each picture more often, and the stronger the guidance, because it makes up for unclear classes.
 # Longer rows follow from that: each has about four times the arithmetic per image of the one before.
 FOLDER_NETWORKS = (
@@ -556,7 +556,7 @@ def picture_preset(known: dict, shape: tuple[int, int, int] | None = None) -> di
     preset["optimizer"] = row.optimizer
     preset["guidance_scale"] = row.guidance_scale
     settings = {**preset, **known}
-    if settings["prediction"] == "x0":                           # the others weigh details more by themselves
+    if settings["prediction"] == "x0" and not settings.get("min_snr_gamma"):     # other losses weigh details otherwise
         preset["detail_weight"] = 4.0
     levels = len(settings["channel_mults"])
     preset["attention_levels"] = (max(0, levels - 1),)           # the coarsest
@@ -2666,22 +2666,23 @@ class CoreWatch:
     def __init__(self, threads: int):
         self.threads = threads
         self.told = threads == 1                                 # nobody to wait for
-        self.restart()
+        self.wall_time = 0.0                                     # of the steps since the last look
+        self.cpu_time = 0.0
 
-    def restart(self) -> None:
-        """Look at the time from here on: what comes before was not training, or has been looked at."""
-        self.wall_time = time.perf_counter()
-        self.cpu_time = time.process_time()
+    @contextmanager
+    def watch(self) -> Iterator[None]:
+        """Count the time of a step. That of saving and drawing does not count: it keeps few threads busy."""
+        wall, cpu = time.perf_counter(), time.process_time()
+        yield
+        self.wall_time += time.perf_counter() - wall
+        self.cpu_time += time.process_time() - cpu
 
     def look(self) -> str:
-        """What to say of the time since the last look; empty where all is well, or has been said."""
-        if self.told:
+        """What to say of the steps since the last look; empty where all is well, or has been said."""
+        if self.told or self.wall_time < self.SECONDS:
             return ""
-        wall = time.perf_counter() - self.wall_time
-        if wall < self.SECONDS:
-            return ""
-        share = (time.process_time() - self.cpu_time) / wall / self.threads
-        self.restart()
+        share = self.cpu_time / self.wall_time / self.threads
+        self.wall_time = self.cpu_time = 0.0
         if share > self.ENOUGH:
             return ""
         self.told = True
@@ -2850,7 +2851,7 @@ def alpha_bar_table(cfg: Config) -> Tensor:
     alpha_bar = torch.cumprod(1 - beta, 0)
     if cfg.zero_terminal_snr:
         return zero_terminal_snr(alpha_bar)
-    if cfg.prediction == "eps" and alpha_bar[-1] < 1e-60:        # x0_hat = (x_t - s eps) / a would overflow
+    if cfg.prediction == "eps" and alpha_bar[-1] < 1e-60:        # x0_hat = (x_t - s eps) / a has no digit left
         raise UserError(f"--schedule_type {cfg.schedule_type} with {cfg.timesteps} timesteps leaves nothing of the "
                         "picture at T, where eps says nothing about it: take --scale_betas, a lower --beta_end or "
                         "another --prediction")
@@ -5205,7 +5206,8 @@ class TrainingLoop:
         Raises UserError where it was stopped, has diverged for good, or could not be saved.
         """
         while not self.done:
-            self.trainer.train_step()
+            with self.cores.watch():
+                self.trainer.train_step()
             due = self.look()
             self.log(due)
             if self.roll_back_if_diverged(due):
@@ -5273,7 +5275,6 @@ class TrainingLoop:
         self.signals.save = self.signals.save or self.save_wanted
         self.signals.poll_at_once()
         self.monitor.restart_clock()
-        self.cores.restart()
         self.pace.restart(self.trainer.step)
         self.done = False
         return True
@@ -5330,7 +5331,6 @@ class TrainingLoop:
                 warn_on_oserror(f"a grid of samples in {self.monitor.folder}",
                                 partial(self.monitor.show_grid, self.loss))
         self.monitor.restart_clock()
-        self.cores.restart()
 
     def save(self) -> None:
         """The checkpoint of this step; where it cannot be written, the one before stays as it is."""

@@ -597,7 +597,7 @@ def run(args: argparse.Namespace) -> None:
                 shown = str(value) if isinstance(value, int) else f"{value:.5g}"
                 print(f"{name:48} {shown}", flush=True)
     finally:
-        if args.json and figures:
+        if args.json and figures.keys() - {"images"}:            # something was found
             write_json(Path(args.json), figures)
     print(f"{'seconds':48} {time.perf_counter() - start_time:.0f}")
 

@@ -458,18 +458,18 @@ def parts_of(places: Places, run: Run) -> list[Path]:
         # Runs that differ in little can share the names of their checkpoints.
         if owned and process_of(place) is None:
             parts += found
-        if is_its_upload(places, run):
-            parts.append(Path(run.cfg.path_to_data))
+    if run.cfg and is_its_upload(places, run):
+        parts.append(Path(run.cfg.path_to_data))
     return [path for path in parts if path.exists()]
 
 
 def is_its_upload(places: Places, run: Run) -> bool:
     """Whether a run's pictures were uploaded for it, and no other run trains on them."""
-    data = Path(run.cfg.path_to_data)
-    if data.parent != places.data / "uploads":
+    data = Path(run.cfg.path_to_data).resolve()
+    if data.parent != (places.data / "uploads").resolve():
         return False
-    others = [other for other in read_runs(places) if other.folder != run.folder and other.cfg]
-    return all(Path(other.cfg.path_to_data) != data for other in others)
+    others = [other for other in read_runs(places) if other.folder != run.folder]
+    return all(other.cfg and Path(other.cfg.path_to_data).resolve() != data for other in others)
 
 
 def is_of(places: Places, run: Run, path: Path) -> bool:

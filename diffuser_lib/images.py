@@ -288,7 +288,12 @@ class ImageFiles(ImageSource):
         if len(folders) == 1:
             return []
         short = [os.path.basename(folder) or "unsorted" for folder in folders]
-        return short if len(set(short)) == len(short) else [folder or "unsorted" for folder in folders]
+        if len(set(short)) == len(short):
+            return short
+        unsorted = "unsorted"
+        while unsorted in folders:
+            unsorted += "_"
+        return [folder or unsorted for folder in folders]
 
     def __len__(self) -> int:
         return len(self.names)

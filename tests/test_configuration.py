@@ -154,6 +154,7 @@ def test_details_weigh_more_where_the_network_predicts_pictures(on_a_cpu):
     """Whose loss has nothing to say of them by itself; v and eps weigh them already."""
     assert configure(path_to_data="x").detail_weight == configure(dataset="cifar10", recipe="best").detail_weight == 4.0
     assert configure(path_to_data="x", prediction="v").detail_weight == 0
+    assert configure(path_to_data="x", min_snr_gamma=5.0).detail_weight == 0
     assert configure(path_to_data="x", detail_weight=1.0).detail_weight == 1.0
 
 

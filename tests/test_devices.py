@@ -367,33 +367,46 @@ def test_a_guide_leaves_the_threads_of_its_model(folder, monkeypatch):
 
 
 def test_saving_and_drawing_are_no_sign_of_other_programs(folder, monkeypatch):
-    """They keep few threads busy: the watch looks at training alone."""
-    events = []
-    restart, save = diffuser.CoreWatch.restart, diffuser.save_checkpoint
-    monkeypatch.setattr(diffuser.CoreWatch, "restart", lambda watch: (events.append("restart"), restart(watch)))
-    monkeypatch.setattr(diffuser, "save_checkpoint", lambda *arguments: (events.append("save"), save(*arguments)))
-    diffuser.train(tiny_training(checkpoint_rate=1))
-    saves = [i for i, event in enumerate(events) if event == "save"]
-    assert len(saves) > 1 and all(events[i + 1] == "restart" for i in saves)
+    """They keep few threads busy: only steps are watched."""
+    watches = []
+    save = diffuser.save_checkpoint
+
+    class Watched(diffuser.CoreWatch):
+        def __init__(self, threads):
+            super().__init__(2)
+            watches.append(self)
+
+    monkeypatch.setattr(diffuser, "CoreWatch", Watched)
+    monkeypatch.setattr(diffuser, "save_checkpoint", lambda *arguments: (diffuser.time.sleep(5), save(*arguments)))
+    diffuser.train(tiny_training(iterations=2))
+    [watch] = watches
+    assert 0 < watch.wall_time < 5 and watch.cpu_time > 0
 
 
-def fake_clock(monkeypatch, wall, cpu):
-    """Let the next looks at the clocks read these seconds."""
-    walls, cpus = iter(wall), iter(cpu)
-    monkeypatch.setattr(diffuser.time, "perf_counter", lambda: next(walls))
-    monkeypatch.setattr(diffuser.time, "process_time", lambda: next(cpus))
+def step_took(monkeypatch, watch, wall, cpu):
+    """Let a step take these seconds by either clock."""
+    with monkeypatch.context() as clocks:
+        walls, cpus = iter([0.0, wall]), iter([0.0, cpu])
+        clocks.setattr(diffuser.time, "perf_counter", lambda: next(walls))
+        clocks.setattr(diffuser.time, "process_time", lambda: next(cpus))
+        with watch.watch():
+            pass
 
 
 @pytest.mark.parametrize("threads, cpu, told", [(2, 19.0, False), (2, 13.0, True), (1, 5.0, False)])
 def test_cores_that_others_hold_are_told(monkeypatch, threads, cpu, told):
     """Threads that get much less than all of their time are told, with how to give the run fewer of them."""
-    fake_clock(monkeypatch, [0.0, 10.0, 10.0], [0.0, cpu, cpu])
-    advice = diffuser.CoreWatch(threads).look()
+    watch = diffuser.CoreWatch(threads)
+    step_took(monkeypatch, watch, 10.0, cpu)
+    advice = watch.look()
     assert bool(advice) is told and (not told or ("OMP_NUM_THREADS=1" in advice and "65%" in advice))
 
 
 def test_cores_are_told_of_once(monkeypatch):
     """The advice comes once in a run, and not before there is enough to look at."""
-    fake_clock(monkeypatch, [0.0, 5.0, 12.0, 12.0, 40.0], [0.0, 12.0, 12.0, 12.0])
     watch = diffuser.CoreWatch(2)
-    assert [bool(watch.look()) for _ in range(3)] == [False, True, False]
+    told = []
+    for wall, cpu in ((5.0, 6.0), (7.0, 6.0), (28.0, 28.0)):
+        step_took(monkeypatch, watch, wall, cpu)
+        told.append(bool(watch.look()))
+    assert told == [False, True, False]

@@ -208,6 +208,19 @@ def test_the_judge_knows_digits_from_noise(folder, digits_judge):
     assert "it needs 129" in done.stderr and "accuracy" in done.stdout and "distance" not in done.stdout
 
 
+def test_figures_of_before_are_not_replaced_by_nothing(monkeypatch, tmp_path):
+    """Where it fails before anything is found, the file of an earlier call stays."""
+    def stages(args):
+        yield {"images": 5}
+        raise UserError("no judge")
+
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "f.json").write_text("{}")
+    monkeypatch.setattr(evaluate, "evaluate", stages)
+    assert evaluate.main(["DIR", "--against", "digits", "--json", "f.json"]) == 2
+    assert (tmp_path / "f.json").read_text() == "{}"
+
+
 def test_what_is_found_is_kept_where_something_fails_later(monkeypatch, capsys, tmp_path):
     """A judge takes a quarter of an hour: its figures are printed and in the file though Inception fails after it."""
     monkeypatch.chdir(tmp_path)

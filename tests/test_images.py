@@ -306,6 +306,15 @@ def overlapping_zip(path, entries):
             archive.NameToInfo[twin.filename] = twin
 
 
+def test_every_class_of_folders_has_a_name_of_its_own():
+    """Its last part where that tells them apart, else all of it; what lies in no folder is called by no other's name."""
+    name = ImageFiles.name_classes
+    assert name(["", "cat"]) == ["unsorted", "cat"] and name(["a/cat", "b/dog"]) == ["cat", "dog"]
+    assert name(["a/cat", "b/cat"]) == ["a/cat", "b/cat"]
+    assert name(["", "a/cat", "b/cat"]) == ["unsorted", "a/cat", "b/cat"]
+    assert name(["", "unsorted"]) == ["unsorted_", "unsorted"]
+
+
 def test_a_zip_file_whose_entries_overlap_is_refused(tmp_path):
     """A few bytes named a million times: one line, before anything is unpacked."""
     overlapping_zip(tmp_path / "bomb.zip", 1000)
