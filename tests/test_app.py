@@ -161,7 +161,7 @@ def test_drawing_is_watched_and_repeated_on_the_command_line(window, server):
     window.page.get_by_label("8", exact=True).check()
     window.page.get_by_label("images").first.fill("4")
     window.page.get_by_text("How it is drawn", exact=True).first.click()
-    window.page.get_by_role("spinbutton", name=re.compile("steps")).first.fill("20")
+    window.page.get_by_role("spinbutton", name=re.compile("steps")).first.fill("100")
     window.click("draw")
     seen = set()
     while not window.page.get_by_role("button", name="download as ZIP").locator("visible=true").count():
@@ -174,7 +174,7 @@ def test_drawing_is_watched_and_repeated_on_the_command_line(window, server):
     with window.page.expect_download() as download:
         window.page.get_by_role("button", name="download as ZIP").locator("visible=true").click()
     command = window.command()
-    assert command.startswith("python diffuser.py --mode inference") and "--steps 20" in command
+    assert command.startswith("python diffuser.py --mode inference") and "--steps 100" in command
     done = cli(*command.split()[2:], "--save_dir", "drawn", cwd=server.folder)
     assert done.returncode == 0, done.stderr
     with zipfile.ZipFile(download.value.path()) as archive:

@@ -717,7 +717,7 @@ def test_the_number_of_steps_follows_the_pace(folder, monkeypatch, capsys):
     comes down to its end and the number is stored, also in a checkpoint on the way."""
     ticks = itertools.count()
     monkeypatch.setattr(diffuser.time, "perf_counter", lambda: next(ticks) / 10)  # each look at the clock takes 0.1 s
-    for seconds, longer in ((0.0, False), (15.0, True)):
+    for seconds, longer in ((0.0, False), (30.0, True)):
         cfg = tiny_training(iterations=50, experiment_name=str(longer), checkpoint_rate=5, num_keep_checkpoints=99)
         run = Trainer(cfg, Devices(cfg))
         pace = diffuser.Pace(run, next(ticks) / 10 + seconds)
