@@ -221,9 +221,9 @@ def classifier_scores(generated: ImageData, stats: ReferenceStats) -> dict[str, 
 MOST_REAL = 1000                                                 # real images that drawn ones are held against
 
 
-def look_for_copies(path: str, names: list[str], generated: ImageData, reference: Reference, stats: ReferenceStats,
+def look_for_copies(path: str, files: ImageSource, generated: ImageData, reference: Reference, stats: ReferenceStats,
                     page: Path) -> dict[str, float]:
-    """The figures of diffuser_lib/copies.py for images of these names, by pixels and by the judge's features.
+    """The figures of diffuser_lib/copies.py for the images at a path, by pixels and by the judge's features.
 
     Real images are those of the reference's own test part; where it has none, some of the training images, each held
     against the others. Writes the page.
@@ -249,6 +249,7 @@ def look_for_copies(path: str, names: list[str], generated: ImageData, reference
         comparisons.append(copies.compare(space, drawn, usual))
 
     title = f"{len(generated.images):,} images of {path} against {len(training.images):,} of {reference.name}"
+    names = [files.name_of(i) for i in range(len(files))]
     if warn_on_oserror(str(page), lambda: copies.write_page(
             page, title, names, generated.images, training.images, comparisons)):
         print(f"the nearest pairs are in {page}")
@@ -548,20 +549,18 @@ def evaluate(args: argparse.Namespace) -> Iterator[dict[str, float]]:
         find_images(args.test)                                   # raises UserError
 
     # Counts and packages first: reading, training a judge and Inception take their time.
+    files = find_images(args.folder)
+    there = count_reference(args.against)
     metrics = []
     if args.metrics or not args.copies:
         wanted = choose_metrics(args)
         inception = [name for name in wanted if name in METRICS]
         if inception:
             require_inception(inception, args.weights)
-        metrics = choose_possible(wanted, len(find_images(args.folder)), count_reference(args.against), args)
-
-    there = count_reference(args.against)
+        metrics = choose_possible(wanted, len(files), there, args)
     if args.copies and there < 12:
         raise UserError(f"{there} real images are too few to tell copies: it needs 12, and a hundred say more")
 
-    files = find_images(args.folder)
-    names = [files.name_of(i) for i in range(len(files))]
     generated = read_all(files, args.folder)
     reference = load_reference(args.against, args.data_dir, tuple(generated.images.shape[1:]), args.test)
     yield {"images": len(generated.images)}
@@ -577,7 +576,7 @@ def evaluate(args: argparse.Namespace) -> Iterator[dict[str, float]]:
         real = reference.everything().images
         yield inception_scores(generated.images, real, inception, args.weights, args.features, args.kid_subset_size)
     if args.copies:
-        yield look_for_copies(args.folder, names, generated, reference, stats, Path(args.copies))
+        yield look_for_copies(args.folder, files, generated, reference, stats, Path(args.copies))
 
 
 def run(args: argparse.Namespace) -> None:

@@ -194,7 +194,7 @@ def find_runs(samples_dir: str | Path) -> list[Path]:
         samples = [path for path in folder.glob("epoch_*") if SAMPLE_NAME.fullmatch(path.name)]
         for file in newest_first(samples or list(folder.glob("metrics.csv")))[:1]:
             newest[file] = folder
-    return [newest[sample] for sample in newest_first(newest)]
+    return [newest[file] for file in newest_first(newest)]
 
 
 def load_run(directory: Path) -> dict[str, list[Point]]:
