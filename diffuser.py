@@ -515,15 +515,16 @@ class FolderNetwork:
 
 
 # The first row was found on sets of 300 to 3,000 pictures in three minutes of two CPU cores, the next two on CIFAR-10
-# in four to 95 minutes: see benchmarks/README.md. The shorter the time, the coarser the patches, because they
-# let the network see each picture more often, and the stronger the guidance, because it makes up for unclear classes.
-# Longer rows follow from that: each has about four times the arithmetic per image of the one before.
+# in four to 95 minutes, the last one there in twenty minutes of a GPU: see benchmarks/README.md. The shorter the time,
+# the coarser the patches, because they let the network see each picture more often, and the stronger the guidance,
+# because it makes up for unclear classes. Each of the last two rows has about four times the arithmetic per image of
+# the one before.
 FOLDER_NETWORKS = (
     FolderNetwork(10, 32, 8, 64, (1, 2), 16, 1.5, "adamw"),
     FolderNetwork(30, 64, 16, 64, (1, 2), 128, 1.5),
     FolderNetwork(150, 64, 16, 64, (1, 2), 128, 1.0),
     FolderNetwork(240, 64, 16, 128, (1, 2), 128, 1.0),
-    FolderNetwork(math.inf, 64, 32, 128, (1, 2, 2), 128, 1.0),
+    FolderNetwork(math.inf, 64, 32, 128, (1, 2, 2), 128, 0.5),
 )
 FOLDER_MINUTES = 3.0                                             # of training, where no length is asked for
 ACCELERATOR = 30                                                 # times as fast as two CPU cores, roughly
@@ -2597,7 +2598,7 @@ def choose_compute(cfg: Config, device: torch.device, calls: int = 0, stored: di
     compiled = cfg.compile
     if compiled is None:                                         # on a CPU it gains nothing: benchmarks/
         data_parallel = world_size() == 1 and (cfg.num_gpus or torch.cuda.device_count()) > 1
-        long = calls >= 20_000 and not 0 < cfg.train_minutes < 20            # compiling takes a minute or two
+        long = calls >= 20_000 and not 0 < cfg.train_minutes < 8             # compiling takes a minute and a half
         worth_it = kept.get("compiled", device.type == "cuda" and long)
         compiled = worth_it and not data_parallel
 

@@ -143,9 +143,9 @@ def test_a_folders_learning_rate_falls_with_the_width(on_a_cpu):
     assert rates == [2e-3, 2e-3, 1e-3, 5e-4]
 
 
-@pytest.mark.parametrize("minutes, w", [(3, 1.5), (30, 1.5), (31, 1.0), (600, 1.0)])
+@pytest.mark.parametrize("minutes, w", [(3, 1.5), (30, 1.5), (31, 1.0), (240, 1.0), (241, 0.5)])
 def test_a_folders_guidance_follows_the_minutes(on_a_cpu, minutes, w):
-    """After half an hour classes are unclear and want more guidance; after more, it costs variety for nothing."""
+    """After half an hour classes are unclear and want more guidance; the longer the run, the more variety it costs."""
     assert configure(path_to_data="x", train_minutes=minutes).guidance_scale == w
     assert configure(path_to_data="x", train_minutes=minutes, guidance_scale=0.3).guidance_scale == 0.3
 

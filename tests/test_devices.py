@@ -64,12 +64,12 @@ def test_the_start_line_tells_how_it_computes(folder):
 def test_compiling_is_left_to_long_runs_on_cuda():
     """auto compiles on CUDA alone, and only where it is repaid; asking for it counts everywhere."""
     long, cfg = 10**6, tiny_training(precision="fp32", num_gpus=1)
-    minutes = dataclasses.replace(cfg, train_minutes=5.0)
+    minutes = dataclasses.replace(cfg, train_minutes=7.9)
     assert not choose_compute(cfg, CPU, long).compiled
     assert choose_compute(cfg, torch.device("cuda"), long).compiled
     assert not choose_compute(cfg, torch.device("cuda"), 100).compiled
     assert not choose_compute(minutes, torch.device("cuda"), long).compiled
-    assert choose_compute(dataclasses.replace(minutes, train_minutes=60.0), torch.device("cuda"), long).compiled
+    assert choose_compute(dataclasses.replace(minutes, train_minutes=8.0), torch.device("cuda"), long).compiled
     assert not choose_compute(dataclasses.replace(cfg, num_gpus=2), torch.device("cuda"), long).compiled
     assert choose_compute(dataclasses.replace(cfg, compile=True), CPU).compiled
 
