@@ -499,7 +499,7 @@ PRESETS = {
 
 @dataclass(frozen=True)
 class FolderNetwork:
-    """What suits a folder of pictures where training takes up to so many `minutes` of a CPU.
+    """What suits a folder of pictures where training takes up to so many `minutes` of two CPU cores.
 
     side: of the images, where none is asked for; tokens: what the network's finest level has of them, side by side.
     """
@@ -515,19 +515,19 @@ class FolderNetwork:
 
 
 # The first row was found on sets of 300 to 3,000 pictures in three minutes of two CPU cores, the next two on CIFAR-10
-# in four to 95 minutes, the last one there in twenty minutes of a GPU: see benchmarks/README.md. The shorter the time,
-# the coarser the patches, because they let the network see each picture more often, and the stronger the guidance,
-# because it makes up for unclear classes. Each of the last two rows has about four times the arithmetic per image of
-# the one before.
+# in 15 to 95 minutes of one, the last one there in twenty minutes of a GPU: see benchmarks/README.md. The shorter the
+# time, the coarser the patches, because they let the network see each picture more often, and the stronger the
+# guidance, because it makes up for unclear classes. Each of the last two rows has about four times the arithmetic per
+# image of the one before. The last one is for CUDA: in a day two cores show it fewer pictures than a GPU in a minute.
 FOLDER_NETWORKS = (
     FolderNetwork(10, 32, 8, 64, (1, 2), 16, 1.5, "adamw"),
     FolderNetwork(30, 64, 16, 64, (1, 2), 128, 1.5),
     FolderNetwork(150, 64, 16, 64, (1, 2), 128, 1.0),
-    FolderNetwork(240, 64, 16, 128, (1, 2), 128, 1.0),
+    FolderNetwork(300, 64, 16, 128, (1, 2), 128, 1.0),
     FolderNetwork(math.inf, 64, 32, 128, (1, 2, 2), 128, 0.5),
 )
 FOLDER_MINUTES = 3.0                                             # of training, where no length is asked for
-ACCELERATOR = 30                                                 # times as fast as two CPU cores, roughly
+MINUTES_WORTH = {"cpu": 1, "mps": 5, "cuda": 30}                 # in minutes of two CPU cores, roughly
 LARGER_BATCH = 2                                                 # times as large on CUDA, in hardly more time
 
 
@@ -543,17 +543,19 @@ def picture_preset(known: dict, shape: tuple[int, int, int] | None = None) -> di
 
     # A run by epochs or steps counts as one of an hour.
     minutes = preset.get("train_minutes") or known.get("train_minutes") or 60
-    on_cpu = known.get("device", "auto") == "cpu"
-    on_cuda = not on_cpu and torch.cuda.is_available()
-    if on_cuda or (not on_cpu and torch.backends.mps.is_available()):
-        minutes *= ACCELERATOR
+    device = known.get("device", "auto")
+    if device == "auto":
+        device = best_device()
+    minutes *= MINUTES_WORTH[device]
+    if device != "cuda":
+        minutes = min(minutes, FOLDER_NETWORKS[-2].minutes)
     row = next(row for row in FOLDER_NETWORKS if minutes <= row.minutes)
 
     if shape is None:
         preset["img_size"] = (row.side, row.side)
     preset["base_channels"] = row.base_channels
     preset["channel_mults"] = row.channel_mults
-    preset["batch_size"] = row.batch_size * (LARGER_BATCH if on_cuda else 1)
+    preset["batch_size"] = row.batch_size * (LARGER_BATCH if device == "cuda" else 1)
     preset["optimizer"] = row.optimizer
     preset["guidance_scale"] = row.guidance_scale
     settings = {**preset, **known}
@@ -2425,12 +2427,25 @@ class Batches:
 PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
+def is_here(kind: str) -> bool:
+    """Whether this machine has such a device."""
+    if kind == "cuda":
+        return torch.cuda.is_available()
+    if kind == "mps":
+        return torch.backends.mps.is_available()
+    return True
+
+
+def best_device() -> str:
+    """The kind that auto means here: cuda, then mps, then cpu."""
+    return next(filter(is_here, ("cuda", "mps", "cpu")))
+
+
 def pick_device(wanted: str) -> torch.device:
-    """cuda, then mps, then cpu. Raises UserError where the one asked for is not there."""
-    there = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
+    """The device asked for, auto: the best one. Raises UserError where it is not there."""
     if wanted == "auto":
-        wanted = next(kind for kind in there if there[kind])
-    if not there[wanted]:
+        wanted = best_device()
+    if not is_here(wanted):
         raise UserError(f"--device {wanted}: torch {torch.__version__} finds none here")
     if wanted != "cuda":
         return torch.device(wanted)
