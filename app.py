@@ -505,11 +505,8 @@ def describe_progress(run: Run) -> str:
 
 def draw_curves(run: Run) -> str:
     """The curves of a run, as in its report."""
-    try:
-        with runs.PLOTTING:
-            figures = [figure for figure in report.make_figures(run.rows) if figure["svg"]]
-    except ValueError as error:                                  # a loss that no axis can hold
-        return note(f"the curves cannot be drawn: {first_line(error)}")
+    with runs.PLOTTING:
+        figures = [figure for figure in report.make_figures(run.rows) if figure["svg"]]
     parts = [f'<figure><figcaption>{escape(figure["title"])}</figcaption>{figure["svg"]}</figure>'
              for figure in figures]
     return f'<div class="curves">{"".join(parts)}</div>'
@@ -536,7 +533,7 @@ def show_report(run: Run) -> str:
     try:
         with runs.PLOTTING:
             content = report.render(run.folder)
-    except (OSError, ValueError) as error:
+    except OSError as error:
         raise UserError(f"there is no report of {run.name}: {first_line(error)}") from error
     return (f'<iframe class="report" sandbox="allow-scripts" title="report of {escape(run.name, quote=True)}" '
             f'srcdoc="{escape(content, quote=True)}"></iframe>')

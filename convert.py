@@ -913,10 +913,15 @@ def to_safetensors(checkpoint: str, path: str, raw: bool = False) -> str:
 
     raw: the weights being trained. Returns what to say of it. Raises UserError, OSError.
     """
-    from safetensors.torch import save
-
     target = require_free(path, "path")
     model, state = read_model(checkpoint, raw)
+    return write_safetensors(model, state, target)
+
+
+def write_safetensors(model: diffuser.Model, state: dict, target: Path) -> str:
+    """See to_safetensors; state: the checkpoint of the model. Raises OSError."""
+    from safetensors.torch import save
+
     tensors = dict(model.network.state_dict())
     for name, value in vars(model.moments).items():
         tensors[f"moments.{name}"] = value
@@ -1034,7 +1039,7 @@ def to_space(checkpoint: str, folder: str, raw: bool = False) -> str:
                 shutil.copytree(here / name, temporary / name, ignore=shutil.ignore_patterns("__pycache__"))
             else:
                 shutil.copyfile(here / name, temporary / name)
-        to_safetensors(checkpoint, str(temporary / SPACE_WEIGHTS), raw)
+        write_safetensors(model, state, temporary / SPACE_WEIGHTS)
         save_samples(temporary / "samples.png", model, model.class_names[:10], None)
         (temporary / "README.md").write_text(card, encoding="utf-8")
         (temporary / "requirements.txt").write_text(f"{requirements}safetensors>=0.4\ngradio>=6.0\n", encoding="utf-8")

@@ -27,7 +27,6 @@ from functools import partial
 from pathlib import Path
 
 import torch
-from PIL import ImageOps
 from torch import Tensor
 
 import diffuser
@@ -48,8 +47,8 @@ from diffuser_lib.images import (
     open_image,
     save_grid,
     save_png,
-    strict_pillow,
     to_uint8,
+    upright_size,
 )
 
 # ---- The edits ---------------------------------------------------------------------------------
@@ -176,19 +175,13 @@ def read_picture(path: str, shape: Shape, background: str = "white") -> Tensor:
     return torch.from_numpy(pixels)[None]
 
 
-def upright_size(path: str) -> tuple[int, int]:
-    """Width and height of a picture as it is looked at, whichever way it is stored."""
-    with strict_pillow():
-        return ImageOps.exif_transpose(open_image(path)).size
-
-
 def read_mask(path: str, picture: str, shape: Shape) -> Tensor:
     """A mask for the picture, float [1, 1, H, W]: 1 where it is white, 0 where transparent. Raises UserError."""
     _, height, width = shape
     mask = (read_picture(path, (1, height, width), "black") > 127).float()
 
-    mask_width, mask_height = upright_size(path)
-    picture_width, picture_height = upright_size(picture)
+    mask_width, mask_height = upright_size(open_image(path))
+    picture_width, picture_height = upright_size(open_image(picture))
     if (mask_width, mask_height) != (picture_width, picture_height):
         raise UserError(f"the mask is {mask_width}x{mask_height}, the picture {picture_width}x{picture_height}: "
                         "make them alike")
@@ -309,9 +302,6 @@ def plan_interpolate(context: EditContext, args: argparse.Namespace) -> Plan:
 
 def plan_vary(context: EditContext, args: argparse.Namespace) -> Plan:
     """Variations of a picture. Raises UserError."""
-    if not 0 < args.strength <= 1:
-        raise UserError(f"--strength is above 0 and at most 1, not {args.strength:g}")
-
     picture = read_picture(args.picture, context.model.shape)
     x0 = context.repeat_picture(picture)
     denoise = context.denoiser(context.labels[0])
@@ -321,9 +311,6 @@ def plan_vary(context: EditContext, args: argparse.Namespace) -> Plan:
 
 def plan_inpaint(context: EditContext, args: argparse.Namespace) -> Plan:
     """A picture painted anew where a mask is white. Raises UserError."""
-    if args.jump_length < 1 or args.resamples < 1:
-        raise UserError("--jump_length and --resamples are 1 or more")
-
     picture = read_picture(args.picture, context.model.shape)
     mask = read_mask(args.mask, args.picture, context.model.shape)
     x0 = context.repeat_picture(picture)
@@ -359,6 +346,20 @@ COMMANDS = {
     "inpaint": Command(plan_inpaint, "a picture painted anew where a mask is white",
                        options=(*SHARED_OPTIONS, "seed", "start"), pictures="PICTURE MASK "),
 }
+
+
+def check(args: argparse.Namespace) -> None:
+    """Raise UserError for what is wrong whatever the model is: reading that takes its time."""
+    if not 1 <= args.num_images <= 100:                          # they are drawn in one batch
+        raise UserError("--num_images lies between 1 and 100")
+    if args.command == "interpolate":
+        parse_seed_pair(args.seeds)
+    if args.command == "vary" and not 0 < args.strength <= 1:
+        raise UserError(f"--strength is above 0 and at most 1, not {args.strength:g}")
+    if args.command == "inpaint" and (args.jump_length < 1 or args.resamples < 1):
+        raise UserError("--jump_length and --resamples are 1 or more")
+    for name in COMMANDS[args.command].pictures.lower().split():
+        read_picture(getattr(args, name), (3, 8, 8))
 
 
 def choose_folder(args: argparse.Namespace) -> Path:
@@ -407,9 +408,8 @@ def load_model(args: argparse.Namespace) -> tuple[diffuser.Model, dict]:
 @torch.no_grad()
 def edit(args: argparse.Namespace) -> str:
     """Do what the command line asks for; returns what to say of it. Raises UserError, OSError."""
+    check(args)
     command = COMMANDS[args.command]
-    if not 1 <= args.num_images <= 100:                          # they are drawn in one batch
-        raise UserError("--num_images lies between 1 and 100")
     folder = choose_folder(args)
     model, source = load_model(args)
 

@@ -56,25 +56,23 @@ from diffuser_lib.images import (
     Shape,
     file_names,
     from_uint8,
+    upright_size,
 )
 from diffuser_lib.judge import FEATURES, Reference, ReferenceStats, divide, extract_features
 from diffuser_lib.machine import is_installed
-from diffuser_lib.sources import READERS, open_images
+from diffuser_lib.sources import HUB, open_images
 from diffuser_lib.tensors import read_tensors
 
 # ---- Images ------------------------------------------------------------------------------------
 
 
 def find_images(path: str) -> ImageSource:
-    """The images of a folder or file; of what --mode inference has left in a folder. Raises UserError."""
-    if Path(path).suffix.lower() in READERS or path.startswith("hf:"):
-        return open_images(path, "images")
-    for name in (*(f"images.{kind}" for kind in ARCHIVES), "images"):
-        if Path(path, name).exists():
-            path = str(Path(path, name))
-            break
-    if not Path(path).exists():
+    """The images of a folder or file; of what diffuser.py or edit.py has left in a folder. Raises UserError."""
+    if not path.startswith(HUB) and not Path(path).exists():
         raise UserError(f"{path} is no folder or file with images in it")
+    if any(Path(path, record).exists() for record in ("samples.json", "edit.json")):
+        kept_in = [Path(path, name) for name in (*(f"images.{kind}" for kind in ARCHIVES), "images")]
+        path = str(next(filter(Path.exists, kept_in), path))
     return open_images(path, "images")
 
 
@@ -82,7 +80,8 @@ def shape_of_first(files: ImageSource) -> Shape:
     """(C, H, W): the size of the first image, in colour if any of a few is. Raises whatever a broken file leads to."""
     image, _ = files[0]
     with image:
-        return files.guess_channels(), image.height, image.width
+        width, height = upright_size(image)
+    return files.guess_channels(), height, width
 
 
 def class_in_name(name: str) -> str:
@@ -127,19 +126,25 @@ def read_all(files: ImageSource, path: str, shape: Shape | None = None) -> Image
     if not all(classes):
         return ImageData(images, torch.zeros(len(images), dtype=torch.int64), [])
     class_names = sorted(set(classes))
-    labels = [class_names.index(name) for name in classes]
+    numbers = {name: i for i, name in enumerate(class_names)}
+    labels = [numbers[name] for name in classes]
     return ImageData(images, torch.tensor(labels), class_names)
 
 
-def load_reference(against: str, data_dir: str, shape: Shape, test: str = "") -> Reference:
-    """The dataset of that name, or the folder, ZIP or .npz file there, its images in the given shape (C, H, W).
+def is_dataset(against: str) -> bool:
+    """Whether that is the name of a dataset, and no folder or file."""
+    return against in diffuser.DATASETS and against != "folder"
 
-    test: other images to test with, likewise. One image in six is for testing where neither that nor the dataset has
-    a test part. Raises UserError.
+
+def load_reference(against: str, data_dir: str, shape: Shape, test: str = "") -> Reference:
+    """The dataset of that name, or the folder or file there, its images in the given shape (C, H, W).
+
+    test: a folder or file of other images to test with. One image in six is for testing where neither that nor the
+    dataset has a test part. Raises UserError.
     """
     if test:
         return load_both(against, data_dir, shape, test)
-    if against not in diffuser.DATASETS or against == "folder":
+    if not is_dataset(against):
         files = find_images(against)
         data = read_all(files, against, shape)
         if len(data.class_names) > len(data.images) / 2:         # IMG_0001.jpg: numbers, no classes
@@ -173,11 +178,20 @@ def load_both(against: str, data_dir: str, shape: Shape, test: str) -> Reference
     return Reference(reference.name, data, held_out, own_test=True)
 
 
-def count_reference(against: str) -> int:
-    """How many real images load_reference will find, but for a test part of their own. Raises UserError."""
-    if against in diffuser.DATASETS and against != "folder":
-        return diffuser.DATASETS[against].num_images or 10**6    # unknown: of a dataset of one's own
-    return len(find_images(against))
+def count_reference(against: str, test: str) -> tuple[int, int]:
+    """How many real images load_reference will find, but for a test part of their own; how many the judge learns from.
+
+    Raises UserError.
+    """
+    if is_dataset(against):
+        spec = diffuser.DATASETS[against]
+        count = spec.num_images or 10**6                         # unknown: of a dataset of one's own
+        has_test = spec.has_test
+    else:
+        files = find_images(against)
+        count = len(files)
+        has_test = files.test_part() is not None
+    return count, count if test or has_test else count - count // 6
 
 
 # ---- The judge ---------------------------------------------------------------------------------
@@ -432,7 +446,7 @@ def build_parser() -> Parser:
     parser.add_argument("folder", nargs="?", help="folder or file of images to score")
     parser.add_argument("--against", default="", metavar="NAME|PATH", help="dataset, folder or file of real images")
     parser.add_argument("--test", default="", metavar="PATH",
-                        help="other real images to test with, likewise [a test part of --against, or a sixth]")
+                        help="folder or file of other real images to test with [a test part of --against, or a sixth]")
     parser.add_argument("--metrics", default="", metavar="NAME,NAME",
                         help="judge, fid, kid, is, pr [judge for named datasets, else fid]")
     parser.add_argument("--copies", nargs="?", const="copies.html", default="", metavar="PATH",
@@ -456,7 +470,7 @@ def choose_metrics(args: argparse.Namespace) -> list[str]:
 
     Raises UserError.
     """
-    usual = "judge" if args.against in diffuser.DATASETS else "fid"
+    usual = "judge" if is_dataset(args.against) else "fid"
     names = args.metrics or usual
     metrics = []
     for name in names.split(","):
@@ -470,10 +484,10 @@ def choose_metrics(args: argparse.Namespace) -> list[str]:
     return metrics
 
 
-def too_few_for(metric: str, generated: int, real: int, args: argparse.Namespace) -> str:
+def too_few_for(metric: str, generated: int, real: int, trained_on: int, args: argparse.Namespace) -> str:
     """Why a metric cannot be computed from so many generated and real images; empty where it can be.
 
-    The judge makes two of them, accuracy and distance.
+    trained_on: the real images that the judge learns from. It makes two of the metrics, accuracy and distance.
     """
     width = FEATURES
     title = f"a Frechet distance over {width} features" if metric == "distance" else metric
@@ -487,7 +501,6 @@ def too_few_for(metric: str, generated: int, real: int, args: argparse.Namespace
     }
     least, why = needs[metric]
     if metric in ("accuracy", "distance"):
-        trained_on = real if args.test else real - real // 6
         if trained_on < 10:
             return f"{real} real images are too few to train a judge on: it needs a dozen"
         real = trained_on
@@ -499,9 +512,10 @@ def too_few_for(metric: str, generated: int, real: int, args: argparse.Namespace
     return ""
 
 
-def choose_possible(metrics: list[str], generated: int, real: int, args: argparse.Namespace) -> list[str]:
+def choose_possible(metrics: list[str], generated: int, real: int, trained_on: int,
+                    args: argparse.Namespace) -> list[str]:
     """The metrics that so many images are enough for; says which are left out. Raises UserError where all are."""
-    problems = {metric: too_few_for(metric, generated, real, args) for metric in metrics}
+    problems = {metric: too_few_for(metric, generated, real, trained_on, args) for metric in metrics}
     possible = [metric for metric, problem in problems.items() if not problem]
     left_out = [problem for problem in problems.values() if problem]
     if not possible:
@@ -550,14 +564,14 @@ def evaluate(args: argparse.Namespace) -> Iterator[dict[str, float]]:
 
     # Counts and packages first: reading, training a judge and Inception take their time.
     files = find_images(args.folder)
-    there = count_reference(args.against)
+    there, trained_on = count_reference(args.against, args.test)
     metrics = []
     if args.metrics or not args.copies:
         wanted = choose_metrics(args)
         inception = [name for name in wanted if name in METRICS]
         if inception:
             require_inception(inception, args.weights)
-        metrics = choose_possible(wanted, len(files), there, args)
+        metrics = choose_possible(wanted, len(files), there, trained_on, args)
     if args.copies and there < 12:
         raise UserError(f"{there} real images are too few to tell copies: it needs 12, and a hundred say more")
 

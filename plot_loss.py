@@ -51,7 +51,7 @@ Point = tuple[float, float]                                      # (epoch, loss)
 Row = dict[str, str]                                             # of metrics.csv: {column: text}
 Curves = list[tuple[str, list[Point]]]                           # (label, points) of each run
 
-TOO_LARGE = 1e100                                                # the arithmetic of axes overflows somewhere above
+TOO_LARGE = 1e100                                                # the arithmetic of axes overflows above that
 
 # ---- Numbers: what the names say ---------------------------------------------------------------
 
@@ -110,9 +110,9 @@ def series(rows: list[Row], column: str) -> list[Point]:
     return points
 
 
-def finite(points: Iterable[Point]) -> list[Point]:
-    """The points whose loss is neither nan nor infinite."""
-    return [(epoch, loss) for epoch, loss in points if math.isfinite(loss)]
+def drawable(points: Iterable[Point]) -> list[Point]:
+    """The points that axes can hold: not those with a nan, an infinite or a very large number."""
+    return [(x, y) for x, y in points if abs(x) <= TOO_LARGE and abs(y) <= TOO_LARGE]
 
 
 def sliding_average(points: Sequence[Point], window: float) -> list[Point]:
@@ -141,16 +141,6 @@ def wants_log_axis(points: Iterable[Point]) -> bool:
     return max(losses) > 20 * min(losses)
 
 
-def require_drawable(label: str, points: Iterable[Point], axis: str = "epoch") -> None:
-    """Raise ValueError for a point that no axis can hold. axis: what values are drawn over."""
-    advice = "take it out of metrics.csv or of the names of the grids"
-    for x, y in points:
-        if abs(x) > TOO_LARGE:
-            raise ValueError(f"no axis holds the {axis} {x:.4g} of {label}; {advice}")
-        if abs(y) > TOO_LARGE:
-            raise ValueError(f"no axis holds the value {y:.4g} of {label} at {axis} {x:.10g}; {advice}")
-
-
 def point_text(point: Point) -> str:
     """A point in words."""
     epoch, loss = point
@@ -163,7 +153,7 @@ def summary(name: object, points: Sequence[Point], validation: Sequence[Point] =
     last_epoch = points[-1][0]
     lines = [f"{name}", f"  points  {len(points)}, epoch {first_epoch:.10g} to {last_epoch:.10g}"]
 
-    numbers = finite(points)
+    numbers = drawable(points)
     if numbers:
         best = min(numbers, key=lambda point: point[1])
         highest = max(loss for _, loss in numbers)
@@ -172,14 +162,14 @@ def summary(name: object, points: Sequence[Point], validation: Sequence[Point] =
     lines.append(f"  final   {point_text(points[-1])}")
     if validation:
         lines.append("  validation")
-        held_out = finite(validation)
+        held_out = drawable(validation)
         if held_out:
             lines.append(f"  best    {point_text(min(held_out, key=lambda point: point[1]))}")
         lines.append(f"  final   {point_text(validation[-1])}")
 
     left_out = len(points) - len(numbers)
     if left_out:
-        lines.append(f"  not in the curve: {left_out} non-finite (nan or inf)")
+        lines.append(f"  not in the curve: {left_out} non-finite or too large (nan, inf or beyond 1e100)")
     return "\n".join(lines)
 
 
@@ -391,7 +381,7 @@ def shorten(label: str, most: int) -> str:
 
 def draw_figure(runs: Curves, window: float, validation: Curves = (), rates: Curves = ()):
     """A matplotlib figure: the losses of each run, (label, points), their sliding averages and, where there are any,
-    validation losses and learning rates. Raises ValueError for a value that no axis can hold."""
+    validation losses and learning rates."""
     import matplotlib.pyplot as plt
 
     # The curves of each panel; a run has the same colour and line in all of them.
@@ -399,8 +389,7 @@ def draw_figure(runs: Curves, window: float, validation: Curves = (), rates: Cur
     smooth = []
     everything = []
     for label, points in runs:
-        numbers = finite(points)
-        require_drawable(label, numbers)
+        numbers = drawable(points)
         raw.append((label, numbers))
         smooth.append((label, sliding_average(numbers, window)))
         everything += numbers
@@ -428,12 +417,11 @@ def draw_figure(runs: Curves, window: float, validation: Curves = (), rates: Cur
 
 
 def select(runs: Curves, curves: Curves) -> Curves:
-    """The finite points of each run in `curves`, none for a run that is not there, in the order of `runs`."""
+    """The drawable points of each run in `curves`, none for a run that is not there, in the order of `runs`."""
     known = dict(curves)
     chosen = []
     for label, _ in runs:
-        numbers = finite(known.get(label, []))
-        require_drawable(label, numbers)
+        numbers = drawable(known.get(label, []))
         chosen.append((label, numbers))
     return chosen
 
@@ -457,8 +445,7 @@ def plot(runs: Curves, save: Path, window: float = 10, show: bool = False, valid
 
     window: epochs in the sliding average; validation, rates: (label, points) of the runs that have them. An old file is
     replaced when the new one is whole or, on failure, left as it is. Raises OSError where the file cannot be written,
-    UserError for an ending that is no format, ValueError where a loss is too large for an axis, RuntimeError for .pgf
-    without LaTeX.
+    UserError for an ending that is no format, RuntimeError for .pgf without LaTeX.
     """
     import matplotlib
 
@@ -549,8 +536,6 @@ def work(options: argparse.Namespace) -> None:
         plot(columns["loss"], save, options.window, windows, columns["val_loss"], columns["lr"])
     except OSError as error:
         raise UserError(f"cannot write {save}: {error.strerror or error}; name another file with --save") from error
-    except ValueError as error:                                  # a loss of 1e308
-        raise UserError(f"cannot draw {save}: {error}") from error
     except RuntimeError as error:                                # .pgf without LaTeX
         raise UserError(f"cannot draw {save}: {first_line(error)}; name another file with --save") from error
     print(f"saved {save}")

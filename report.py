@@ -24,6 +24,7 @@ import math
 import os
 import re
 from collections.abc import Sequence
+from contextlib import suppress
 from html import escape
 from pathlib import Path
 from statistics import median
@@ -45,12 +46,11 @@ from plot_loss import (
     axis_name,
     can_open_windows,
     draw_panel,
+    drawable,
     find_grids,
-    finite,
     load_run,
     number,
     read_metrics,
-    require_drawable,
     series,
     wants_log_axis,
 )
@@ -189,7 +189,7 @@ autocomplete="off" aria-valuetext="{{ grids[-1].title }}" hidden>
 {{ figure.svg | safe }}
 {% endif %}
 {% if figure.left_out %}
-<figcaption>Not in the curves: {{ figure.left_out }} non-finite (nan or inf).</figcaption>
+<figcaption>Not in the curves: {{ figure.left_out }} non-finite or too large (nan, inf or beyond 1e100).</figcaption>
 {% endif %}
 </figure>
 {% else %}
@@ -385,7 +385,7 @@ def describe(rows: list[Row], column: str) -> str:
     """The last value of a column that has values, and the best one, in words: the lowest, or an accuracy's highest."""
     points = series(rows, column)
     last = f"{points[-1][1]:.4g}"
-    numbers = finite(points)
+    numbers = drawable(points)
     if not numbers:
         return last
 
@@ -409,8 +409,8 @@ def duration(seconds: float) -> str:
 def measure_time(rows: list[Row], config: dict) -> dict[str, str]:
     """The time and the speed of a run by name, as far as they are known."""
     whole = number(config.get("seconds"))
-    parts = [seconds for _, seconds in finite(series(rows, "seconds"))]
-    speeds = [speed for _, speed in finite(series(rows, "images_per_second"))]
+    parts = [seconds for _, seconds in drawable(series(rows, "seconds"))]
+    speeds = [speed for _, speed in drawable(series(rows, "images_per_second"))]
 
     times = {}
     if math.isfinite(whole):
@@ -426,7 +426,7 @@ def measure_load(rows: list[Row]) -> dict[str, str]:
     """What the machine did by name, as far as it is known."""
     load = {}
     for column, (name, reduce, unit) in LOAD.items():
-        values = [value for _, value in finite(series(rows, column))]
+        values = [value for _, value in drawable(series(rows, column))]
         if values:
             load[name] = f"{reduce(values):.3g} {unit}"
     return load
@@ -483,15 +483,12 @@ def draw(curves: dict[str, list[Point]], xlabel: str, text: str, prefix: str, yl
     """{label: points} as an SVG element that takes the colour of the page's text.
 
     text: stands in its place for those who cannot see it; prefix: its ids begin with it, so that several fit on one
-    page. Raises ValueError where no axis holds a value.
+    page.
     """
     import matplotlib
     from matplotlib.figure import Figure
 
-    everything = []
-    for label, points in curves.items():
-        require_drawable(f"the {label} {ylabel}", points, xlabel)
-        everything += points
+    everything = [point for points in curves.values() for point in points]
     log = wants_log_axis(everything)
 
     # Draw, in colours and lines that differ.
@@ -515,7 +512,7 @@ def draw(curves: dict[str, list[Point]], xlabel: str, text: str, prefix: str, yl
 def make_figures(rows: list[Row]) -> list[dict]:
     """The figures that the rows have values for, each as title, svg and left_out.
 
-    svg: empty without a finite value; left_out: how many values are not in it because they are not finite.
+    svg: empty without a drawable value; left_out: how many values are not in it because no axis holds them.
     """
     figures = []
     for place, (title, columns) in enumerate(FIGURES.items()):
@@ -525,7 +522,7 @@ def make_figures(rows: list[Row]) -> list[dict]:
         left_out = 0
         for label, column in columns.items():
             points = series(rows, column)
-            numbers = finite(points)
+            numbers = drawable(points)
             left_out += len(points) - len(numbers)
             if numbers:
                 curves[label] = numbers
@@ -542,7 +539,7 @@ def make_figures(rows: list[Row]) -> list[dict]:
 
 
 def render(folder: Path) -> str:
-    """The report of a run's folder as HTML. Raises OSError and ValueError as write_report does."""
+    """The report of a run's folder as HTML. Raises OSError where the folder cannot be read."""
     from jinja2 import Environment
 
     # Numbers: those of metrics.csv or, without it, those in the names of the grids.
@@ -564,7 +561,8 @@ def render(folder: Path) -> str:
     grids = []
     for grid in evenly(found, MOST_GRIDS):
         title = f"epoch {grid['epoch']}, loss {grid['loss']}"
-        grids.append(dict(title=title, data=embed(folder / grid[0])))
+        with suppress(OSError):                                  # one that cannot be read is left out
+            grids.append(dict(title=title, data=embed(folder / grid[0])))
 
     real = folder / "real.png"
 
@@ -592,7 +590,7 @@ def write_report(folder: str | Path) -> Path:
     """Write report.html into a run's folder; returns its path.
 
     An old report is replaced when the new one is whole or, on failure, left as it is. Raises OSError where the folder
-    cannot be read or written, ValueError where a loss is too large for an axis.
+    cannot be read or written.
     """
     path = Path(folder) / "report.html"
     page = render(path.parent).encode(errors="replace")          # names of files need not be Unicode
@@ -626,8 +624,6 @@ def work(options: argparse.Namespace) -> None:
         except OSError as error:
             place = f"{error.filename}: " if error.filename else ""
             raise UserError(f"cannot write the report of {directory}: {place}{error.strerror or error}") from error
-        except ValueError as error:                              # no axis holds a loss of 1e308
-            raise UserError(f"cannot write the report of {directory}: {error}") from error
         print(f"saved {path}")
 
 

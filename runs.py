@@ -420,18 +420,21 @@ PLOTTING = threading.Lock()                                      # matplotlib's 
 
 
 def overlaid_curves(runs: list[Run]) -> bytes:
-    """The losses of runs over each other, as plot_loss.py draws them: a PNG file. Raises UserError."""
+    """The losses of runs over each other, as plot_loss.py draws them: a PNG file.
+
+    Runs without a number yet are left out. Raises UserError where all are.
+    """
+    begun = [run for run in runs if run.rows or run.grids]
+    if not begun:
+        raise UserError("none of these runs has a number yet: wait for its first grid")
     columns = {"loss": [], "val_loss": [], "lr": []}
-    for run, title in zip(runs, titles(runs)):
+    for run, title in zip(begun, titles(begun)):
         for column, points in load_run(run.folder).items():
             if points:
                 columns[column].append((title, points))
     with tempfile.TemporaryDirectory() as folder, PLOTTING:
         path = Path(folder, "loss.png")
-        try:
-            plot(columns["loss"], path, validation=columns["val_loss"], rates=columns["lr"])
-        except ValueError as error:                              # a loss that no axis can hold
-            raise UserError(f"the curves cannot be drawn: {error}") from error
+        plot(columns["loss"], path, validation=columns["val_loss"], rates=columns["lr"])
         return path.read_bytes()
 
 
@@ -448,7 +451,7 @@ def parts_of(places: Places, run: Run) -> list[Path]:
         if run.cfg.experiment_name:
             place = checkpoint.parents[1]
             own = [path.parent for path in place.glob("*/model.pt")]
-            others = [path for path in place.glob("*") if path.is_dir() and path not in own]       # runs named NAME/...
+            others = [path for path in place.glob("*") if path not in own]       # runs named NAME/..., exports, notes
             found = own if others else [place]
             owned = all(is_of(places, run, path / "model.pt") for path in own)
         else:

@@ -42,7 +42,17 @@ from torch import Tensor
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import diffuser
 from diffuser import ImageData
-from diffuser_lib.files import Parser, UserError, add_debug, end_process, require_writable, run_script, write_json
+from diffuser_lib.files import (
+    Parser,
+    UserError,
+    add_debug,
+    end_process,
+    first_line,
+    require_writable,
+    run_script,
+    unused_path,
+    write_json,
+)
 from diffuser_lib.judge import FEATURES, ReferenceStats
 from diffuser_lib.machine import is_installed
 from evaluate import judge_of, load_reference
@@ -112,7 +122,10 @@ def train_ours(args: argparse.Namespace, data: ImageData, minutes: float, recipe
         if args.keep:
             Path(args.keep).mkdir(parents=True, exist_ok=True)
             ending = f"_{minutes:g}" if len(args.minutes) > 1 else ""
-            shutil.copy(path, Path(args.keep, f"{args.dataset}_{recipe or 'preset'}{ending}.pt"))
+            kept = Path(args.keep, f"{args.dataset}_{recipe or 'preset'}{ending}.pt")
+            if kept.exists():                                    # of another seed, say
+                kept = unused_path(kept.parent, f"{kept.stem}_", ".pt")
+            shutil.copy(path, kept)
 
     cfg = dataclasses.replace(model.config, seed=args.seed + 1)
     images_seen = model.config.iterations * cfg.batch_size * cfg.gradient_accumulation_steps
@@ -265,17 +278,21 @@ def race(args: argparse.Namespace, stats: ReferenceStats, data: ImageData) -> It
     for name, minutes in itertools.product(args.contestants.split(","), args.minutes):
         train, _ = CONTESTANTS[name]
 
-        # Train.
-        torch.manual_seed(args.seed)
-        start = time.perf_counter()
-        trained = train(args, data, minutes)
-        taken = (time.perf_counter() - start) / 60
-
-        # Draw.
         labels = [i % len(stats.class_names) for i in range(args.images)]
-        start = time.perf_counter()
-        images, calls = trained.draw(labels)
-        seconds = time.perf_counter() - start
+        try:
+            # Train.
+            torch.manual_seed(args.seed)
+            start = time.perf_counter()
+            trained = train(args, data, minutes)
+            taken = (time.perf_counter() - start) / 60
+
+            # Draw.
+            start = time.perf_counter()
+            images, calls = trained.draw(labels)
+            seconds = time.perf_counter() - start
+        except Exception as error:                               # the others have trained, or will
+            print(f"{name}, {minutes:g} minutes: failed ({first_line(diffuser.explain(error) or error)})", flush=True)
+            continue
 
         # Score.
         row = {"": name, "minutes": round(taken, 2), "images seen": trained.images_seen, "evaluations": calls,
@@ -496,6 +513,17 @@ def parse_minutes(text: str | None, usual: tuple[float, ...]) -> tuple[float, ..
     return minutes
 
 
+def require_format(path: str) -> None:
+    """Raise UserError where matplotlib is missing, or writes no pictures with such an ending."""
+    if not is_installed("matplotlib"):
+        raise UserError("--race draws with matplotlib: pip install matplotlib")
+    from matplotlib.figure import Figure
+
+    known = Figure().canvas.get_supported_filetypes()
+    if Path(path).suffix[1:].lower() not in known:
+        raise UserError(f"--race {path}: its ending has to be one of {', '.join(sorted(known))}")
+
+
 def leave_out_missing(contestants: str, packages: Callable[[str], tuple[str, ...]]) -> str:
     """The contestants, names between commas, but for those of which packages(name) are missing, which are told.
 
@@ -519,6 +547,8 @@ def work(args: argparse.Namespace) -> None:
     for flag in ("json", "race"):
         if getattr(args, flag):
             require_writable(getattr(args, flag), f"--{flag}")
+    if args.race:
+        require_format(args.race)
     for flag in ("keep", "pictures"):
         if getattr(args, flag):
             require_writable(getattr(args, flag), f"--{flag}", folder=True)
@@ -560,12 +590,15 @@ def work(args: argparse.Namespace) -> None:
             write_json(Path(args.json), dict(machine=machine(), floor=stats.floor, rows=rows))
         if args.race:
             plot_race(rows, args.minutes, Path(args.race), f"{args.dataset}, {machine()}")
+    if not rows:
+        raise UserError("none of the contestants has got through", code=1)
     print(table(rows))
 
 
 def main(argv: list[str] | None = None) -> int:
     """Run the command line; returns the exit status."""
-    return run_script("quality", lambda: build_parser().parse_args(argv), work)
+    explain = partial(diffuser.explain, remedy="give fewer --images or a smaller --batch_size")
+    return run_script("quality", lambda: build_parser().parse_args(argv), work, explain)
 
 
 if __name__ == "__main__":

@@ -9,12 +9,12 @@
     python benchmarks/speed.py --processes 1,2                  how well processes share a batch
     python benchmarks/speed.py --start                           from the command to the first step
 
-Every measurement is a process of its own, contestants take turns, and medians over the rounds are shown, so that a
-machine whose pace changes is fair to all. diffusers trains as its unconditional example does, through accelerate, with
-a UNet2DModel of the same shapes; denoising-diffusion-pytorch with its own Trainer and a Unet of about as many
-parameters; each as documented and with bf16. TFLOP/s count a network's own multiplications, forward and backward; the
-percentage beside them is the share of what this machine does in a bf16 2048 x 2048 product (8192 on a GPU), measured
-between the rounds.
+Every measurement but those of --jpegs is a process of its own, contestants take turns, and medians over the rounds are
+shown, so that a machine whose pace changes is fair to all. diffusers trains as its unconditional example does, through
+accelerate, with a UNet2DModel of the same shapes; denoising-diffusion-pytorch with its own Trainer and a Unet of about
+as many parameters; each as documented and with bf16. TFLOP/s count a network's own multiplications, forward and
+backward; the percentage beside them is the share of what this machine does in a product of two matrices of 2048 x
+2048 (8192 on a GPU), in bf16 where diffuser would take it, measured between the rounds.
 """
 
 from __future__ import annotations
@@ -43,6 +43,7 @@ import time
 import zipfile
 from collections.abc import Callable, Iterator
 from contextlib import suppress
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -298,14 +299,13 @@ def seconds(work: Callable[[], object], budget: float, warmup: int = 3, least: i
 
 
 def matrix_rate() -> float:
-    """FLOP/s of a bf16 matrix product on this machine."""
+    """FLOP/s of a product of matrices on this machine, in the precision that is fast here."""
     cuda = torch.cuda.is_available()
-    device = "cuda" if cuda else "cpu"
+    device = torch.device("cuda" if cuda else "cpu")
     n = 8192 if cuda else 2048
-    if diffuser.pick_precision(diffuser.Config(), torch.device(device)) == "fp32":
-        n = 256                                                  # bf16 is emulated here, hundreds of times slower
-    a = torch.randn(n, n, device=device).bfloat16()
-    b = torch.randn(n, n, device=device).bfloat16()
+    dtype = diffuser.PRECISIONS[diffuser.pick_precision(diffuser.Config(), device)]
+    a = torch.randn(n, n, device=device, dtype=dtype)
+    b = torch.randn(n, n, device=device, dtype=dtype)
     return 2 * n**3 / seconds(lambda: a @ b, 1.0)
 
 
@@ -489,10 +489,17 @@ def curves(args: argparse.Namespace) -> list[dict]:
         found: list[list[dict]] = [[] for _ in points]
         for _ in range(args.rounds):
             for i in range(len(points)):
-                found[i].append(in_process("--measure", "--curves", name, "--point", i, "--seconds", args.seconds))
+                try:
+                    point = in_process("--measure", "--curves", name, "--point", i, "--seconds", args.seconds)
+                except UserError as error:                       # the largest may be too large
+                    print(f"{name}, point {i + 1}: failed ({error})", flush=True)
+                else:
+                    found[i].append(point)
 
         # Tell.
         for (changes, batch, images), results in zip(points, found, strict=True):
+            if not results:
+                continue
             middle = medians(results)
             height, width = changes.get("img_size", (32, 32))
             row = {
@@ -538,14 +545,15 @@ def jpegs(args: argparse.Namespace) -> list[dict]:
             step = seconds(run.train_step, args.seconds)
             steps = iter(range(10**6))
             loading = seconds(lambda run=run, steps=steps: run.batches(next(steps)), 5.0)
-            rows.append({
+            row = {
                 "": pass_name,
                 "images": args.jpegs,
                 "ready after (s)": round(opened, 1),
                 "step (ms)": round(1000 * step),
                 "loading (ms)": round(1000 * loading, 2),
                 "of the step": f"{loading / step:.1%}",
-            })
+            }
+            tell(row, rows, args)
     return rows
 
 
@@ -783,14 +791,16 @@ def processes(args: argparse.Namespace) -> list[dict]:
     for count, results in found.items():
         middle = medians(results)
         alone = alone or count * middle["step"]
-        rows.append({
+        row = {
             "": f"{args.networks}, batch {args.batches}",
             "processes": count,
             "step (ms)": round(1000 * middle["step"], 1),
             "images/s": round(int(args.batches) / middle["step"], 1),
             "efficiency": f"{alone / (count * middle['step']):.0%}",
             "exchange under way": f"{middle['exchange'] / middle['step']:.0%}",
-            "gradients (MB)": round(middle["gradients"] / 1e6, 1)})
+            "gradients (MB)": round(middle["gradients"] / 1e6, 1),
+        }
+        tell(row, rows, args)
     return rows
 
 
@@ -908,7 +918,8 @@ def work(args: argparse.Namespace) -> None:
 
 def main(argv: list[str] | None = None) -> int:
     """Run the command line; returns the exit status."""
-    return run_script("speed", lambda: build_parser().parse_args(argv), work)
+    explain = partial(diffuser.explain, remedy="smaller --batches")
+    return run_script("speed", lambda: build_parser().parse_args(argv), work, explain)
 
 
 if __name__ == "__main__":

@@ -38,9 +38,9 @@ def pixel_vectors(images: Tensor) -> Tensor:
         x = part.float()
         if factor < 1:
             x = F.interpolate(x, size, mode="area")
-        parts.append(x.flatten(1))
-    vectors = torch.cat(parts)
-    return vectors / vectors.shape[1] ** 0.5
+        x = x.flatten(1)
+        parts.append(x / x.shape[1] ** 0.5)
+    return torch.cat(parts)
 
 
 # ---- Nearest -----------------------------------------------------------------------------------

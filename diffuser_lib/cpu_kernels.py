@@ -163,7 +163,7 @@ class FastConv3x3(Twin):
     def forward(self, x: Tensor) -> Tensor:
         small = x.shape[2] * x.shape[3] <= 64 and x.shape[1] >= 128
         plain = self.stride == (1, 1) and self.padding == (1, 1)
-        if not (is_ours(x) and small and plain):
+        if not (is_ours(x) and small and plain) or self.bias is None:
             return super().forward(x)
         return Conv3x3SmallSpatial.apply(x, self.weight.to(x.dtype), self.bias.to(x.dtype))
 

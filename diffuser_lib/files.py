@@ -540,7 +540,8 @@ def hold_lock(place: Path, flag: str, advice: str, patience: float = 6.0) -> Ite
     """Hold a file or folder that this process writes to; beside it stand a lock and the name of its owner.
 
     place: what is written to; flag: the option that chooses it; advice: what to do where another process holds it;
-    patience: seconds to wait for that one. The operating system lets go for a process that dies. Raises UserError.
+    patience: seconds to wait for that one, -1: as long as it takes. The operating system lets go for a process that
+    dies. Raises UserError.
     """
     from filelock import FileLock, Timeout
 

@@ -112,6 +112,12 @@ def open_image(file: str | Path | BinaryIO) -> Image.Image:
     return picture
 
 
+def upright_size(picture: Image.Image) -> tuple[int, int]:
+    """Width and height of a picture as it is looked at, whichever way it is stored."""
+    with strict_pillow():
+        return ImageOps.exif_transpose(picture).size
+
+
 def require_images(path: str, flag: str) -> None:
     """Raise UserError unless there is something at the path; `flag` is the option that gave it."""
     if not path:
@@ -756,13 +762,12 @@ def choose_layout(count: int, blocks: int, width: int, height: int, head: int, c
         across = min(blocks, columns)
         return GridLayout(count, blocks, across, columns // across, width, height, head)
 
-    best = None
-    for across in range(1, blocks + 1):
-        for in_block in range(1, math.ceil(count / blocks) + 1):
-            layout = GridLayout(count, blocks, across, in_block, width, height, head)
-            if best is None or layout.flaw() < best.flaw():
-                best = layout
-    return best
+    layouts = (
+        GridLayout(count, blocks, across, in_block, width, height, head)
+        for across in range(1, blocks + 1)
+        for in_block in range(1, math.ceil(count / blocks) + 1)
+    )
+    return min(layouts, key=GridLayout.flaw)
 
 
 def heading_font(text: str) -> ImageFont.FreeTypeFont:

@@ -21,7 +21,15 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from diffuser_lib.cpu_kernels import keep_freed_memory
-from diffuser_lib.files import UserError, require_writable, warn, warn_on_oserror, write_atomically
+from diffuser_lib.files import (
+    UserError,
+    hold_lock,
+    lock_holder,
+    require_writable,
+    warn,
+    warn_on_oserror,
+    write_atomically,
+)
 from diffuser_lib.images import ImageData, Shape, file_name, from_uint8
 from diffuser_lib.tensors import read_tensors, write_tensors
 
@@ -322,27 +330,33 @@ def load_or_train_classifier(reference: Reference, data_dir: str, device: torch.
     kind = "" if shape[0] == 1 else "_residual"
     path = Path(data_dir, f"judge_{file_name(reference.name)}_{digest}_{size}{kind}.pt")
 
-    if path.exists():
+    def read() -> Classifier:
         classifier = Classifier(shape, len(reference.train.class_names)).to(device).eval()
-        weights = read_tensors(str(path))
         try:
-            classifier.load_state_dict(weights)
+            classifier.load_state_dict(read_tensors(str(path)))
         except Exception as error:                               # anything may be in it
             raise UserError(f"{path} is no judge of {reference.name}: remove it, and a new one is trained") from error
         return classifier
 
+    if path.exists():
+        return read()
+
     # A folder of datasets may well be for reading only.
-    can_keep = True
     try:
         require_writable(path, "--data_dir")
     except UserError as error:
         if not Path(data_dir).is_dir():
             raise
         warn(f"{error}, or the judge is trained anew each time")
-        can_keep = False
+        return train_classifier(reference.train, reference.name, device, bf16)
 
-    classifier = train_classifier(reference.train, reference.name, device, bf16)
-    if can_keep:
+    # Two that want the same judge train it once.
+    if lock_holder(path) is not None:
+        print(f"waiting for another process, which is training {path}", flush=True)
+    with hold_lock(path, "--data_dir", "", patience=-1):
+        if path.exists():
+            return read()
+        classifier = train_classifier(reference.train, reference.name, device, bf16)
         write = partial(write_tensors, classifier.state_dict())
         warn_on_oserror(f"the judge, {path},", lambda: write_atomically(path, write))
     return classifier

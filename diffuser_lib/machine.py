@@ -35,9 +35,10 @@ PACKAGES = (
 
 
 def is_installed(module: str) -> bool:
-    """Whether a module could be imported, without importing it."""
+    """Whether a module could be imported, without importing it. A mere folder of that name is none."""
     try:
-        return importlib.util.find_spec(module) is not None
+        spec = importlib.util.find_spec(module)
+        return spec is not None and spec.origin is not None
     except (ImportError, ValueError):                            # half removed, or switched off
         return False
 

@@ -110,7 +110,7 @@ def import_package(module: str, version: str, what: str) -> ModuleType:
     try:
         there = importlib.import_module(package).__version__
         loaded = importlib.import_module(module)
-    except ImportError:
+    except (ImportError, AttributeError):                        # a folder of that name is a module, too
         raise UserError(f"{what} takes {package}: pip install {package}", code=1) from None
     if int(there.partition(".")[0]) < int(version.partition(".")[0]):
         raise UserError(f"{what} takes {package} {version} or later, not {there}: pip install -U {package}", code=1)

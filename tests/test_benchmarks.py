@@ -3,9 +3,11 @@
 import argparse
 import importlib
 import importlib.util
+import io
 import json
 import shutil
 import subprocess
+import zipfile
 
 import prepared
 import pytest
@@ -14,6 +16,8 @@ from conftest import TINY, cli
 from PIL import Image
 
 import diffuser
+from diffuser_lib import judge
+from diffuser_lib.images import to_pil
 
 
 @pytest.fixture(autouse=True)
@@ -253,6 +257,50 @@ def test_a_place_for_the_rows_that_cannot_be_written_is_told_first(folder, capsy
     assert "choose another --json" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("name, words", [("race.xyz", "has to be one of"), ("race", "has to be one of")])
+def test_a_picture_that_cannot_be_written_is_told_before_the_race(folder, capsys, name, words):
+    """Its ending is looked at before anybody trains."""
+    quality = importlib.import_module("benchmarks.quality")
+    assert quality.main(["--dataset", "digits", "--race", name]) == 2 and words in capsys.readouterr().err
+
+
+def test_a_contestant_that_fails_leaves_the_others_their_rows(folder, digits_judge, monkeypatch, capsys):
+    """Its reason is told; a checkpoint that is kept replaces none of an earlier call."""
+    quality = importlib.import_module("benchmarks.quality")
+
+    def fail(*_):
+        raise torch.OutOfMemoryError("a big one")
+
+    monkeypatch.setitem(quality.CONTESTANTS, "diffusers", (fail, ()))
+    monkeypatch.setitem(diffuser.PRESETS, "digits", {**diffuser.PRESETS["digits"], **TINY, "preview_steps": 2, "steps": 2})
+    (folder / "data").mkdir()
+    shutil.copy(digits_judge, "data")
+    (folder / "kept").mkdir()
+    (folder / "kept/digits_preset.pt").write_text("mine")
+    assert quality.main(["--dataset", "digits", "--minutes", "0.01", "--images", "140", "--json", "race.json", "--keep", "kept",
+                         "--contestants", "diffusers,preset"]) == 0
+    assert [row[""] for row in json.loads((folder / "race.json").read_text())["rows"]] == ["preset"]
+    assert "diffusers, 0.01 minutes: failed (out of memory" in capsys.readouterr().out
+    assert (folder / "kept/digits_preset.pt").read_text() == "mine" and (folder / "kept/digits_preset_1.pt").exists()
+    assert quality.main(["--dataset", "digits", "--contestants", "diffusers", "--images", "140"]) == 1
+    assert "none of the contestants has got through" in capsys.readouterr().err
+
+
+def test_a_point_that_fails_leaves_the_others_their_rows(folder, monkeypatch, capsys):
+    """The largest of a cost curve may not fit into memory."""
+    speed = importlib.import_module("benchmarks.speed")
+
+    def measure(*flags, **_):
+        if flags[flags.index("--point") + 1] == 3:
+            raise diffuser.UserError("out of memory")
+        return dict(step=1.0, loading=0.1, memory=1.0, parameters=10)
+
+    monkeypatch.setattr(speed, "in_process", measure)
+    assert speed.main(["--curves", "size", "--json", "rows.json"]) == 0
+    assert len(json.loads((folder / "rows.json").read_text())["rows"]) == 3
+    assert "size, point 4: failed (out of memory)" in capsys.readouterr().out
+
+
 def test_the_best_for_pictures_in_a_zip_is_that_of_the_dataset(monkeypatch):
     """--path_to_data with a colour dataset's shape: the same network, by the minutes, as --dataset cifar10 --recipe best."""
     quality = importlib.import_module("benchmarks.quality")
@@ -265,6 +313,31 @@ def test_the_best_for_pictures_in_a_zip_is_that_of_the_dataset(monkeypatch):
         assert getattr(ours, name) == getattr(own, name)
     preset = diffuser.configure(**quality.our_settings(args, ""), train_minutes=30)
     assert preset.base_channels == 128 and preset.prediction == "eps" and preset.dataset == "folder"
+
+
+def test_a_zip_of_colour_pictures_races_with_its_own_test_part(folder, monkeypatch, capsys):
+    """--path_to_data and --test: the judge learns from all of the one and is tested on the other; a row has every figure."""
+    quality = importlib.import_module("benchmarks.quality")
+    judged = []
+
+    def learn_nothing(data, *rest):
+        """A judge as it is before its training, which takes long."""
+        judged.append(len(data.images))
+        return judge.Classifier(tuple(data.images.shape[1:]), len(data.class_names)).eval()
+
+    monkeypatch.setattr(judge, "train_classifier", learn_nothing)
+    monkeypatch.setattr(diffuser, "picture_preset", lambda *a: {**diffuser.PRESETS["folder"], **TINY, "steps": 2, "batch_size": 8})
+    for name, count in (("train", 150), ("test", 140)):
+        with zipfile.ZipFile(f"{name}.zip", "w") as archive:
+            for i in range(count):
+                picture = io.BytesIO()
+                to_pil(torch.randint(256, (3, 32, 32), dtype=torch.uint8)).save(picture, "PNG")
+                archive.writestr(f"{'cat' if i % 2 else 'dog'}/{i}.png", picture.getvalue())
+    assert quality.main(["--dataset", "cifar10", "--path_to_data", "train.zip", "--test", "test.zip", "--minutes", "0.01", "--images",
+                         "130", "--json", "race.json", "--contestants", "best"]) == 0, capsys.readouterr().err
+    [row] = json.loads((folder / "race.json").read_text())["rows"]
+    assert judged == [150] and row["images seen"] > 0 and row["evaluations"] == 2 and row["accuracy"].endswith("%")
+    assert row["distance"] > 0 and row["x floor"] > 0 and 0 <= row["precision"] <= 1 and 0 <= row["recall"] <= 1
 
 
 @pytest.mark.parametrize("dataset", [name for name in diffuser.DATASETS if name != "folder"])

@@ -152,6 +152,14 @@ def test_a_folders_patches_divide_the_image(on_a_cpu, size, patch_size):
     assert configure(path_to_data="x", img_size=size).patch_size == patch_size
 
 
+def test_half_an_hour_of_pictures_has_the_settings_that_were_measured(on_a_cpu):
+    """What benchmarks/ found best on CIFAR-10 for 30 minutes, by value."""
+    cfg = configure(path_to_data="x", img_size=32, train_minutes=30)
+    assert (cfg.base_channels, cfg.channel_mults, cfg.patch_size, cfg.attention_levels) == (64, (1, 2), 2, (1,))
+    assert (cfg.optimizer, cfg.learning_rate, cfg.batch_size, cfg.detail_weight) == ("muon", 2e-3, 128, 4.0)
+    assert (cfg.spacing, cfg.steps, cfg.guidance_scale, cfg.guidance_interval) == ("logsnr", 10, 1.5, None)
+
+
 def test_a_folders_learning_rate_falls_with_the_width(on_a_cpu):
     """Wider networks get less, and no more is given to narrow ones."""
     rates = [configure(path_to_data="x", base_channels=channels).learning_rate for channels in (32, 64, 128, 256)]

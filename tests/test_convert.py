@@ -697,6 +697,15 @@ def space(folder):
     return folder / "space"
 
 
+def test_a_space_is_of_one_reading_of_the_checkpoint(folder, monkeypatch):
+    """A run may save meanwhile: weights, samples and the card are of the same step."""
+    diffuser.Model.from_network(tiny_unet(classes=10), tiny_training(), (1, 8, 8), list("0123456789")).save("digits.pt")
+    read, readings = diffuser.load_checkpoint, []
+    monkeypatch.setattr(diffuser, "load_checkpoint", lambda *a, **k: readings.append(a) or read(*a, **k))
+    convert.to_space("digits.pt", "space")
+    assert len(readings) == 1
+
+
 def test_a_space_is_published(space, tmp_path):
     """to-hub makes the repository as a Space of gradio and sends every file of the folder, by the library's own way."""
     pytest.importorskip("huggingface_hub")

@@ -81,15 +81,17 @@ def test_the_page_shows_the_nearest_pairs_first(folder, held_out):
     assert done.returncode == 0, done.stderr
     figures = json.loads((folder / "f.json").read_text())
     assert figures["images"] == 31 and 1 / 31 <= figures["nearer by pixels than 99% of real images"] < 0.2
+    assert 1 / 31 <= figures["nearer by features than 99% of real images"] < 0.3
     assert "the nearest pairs are in copies.html" in done.stdout and not (folder / "data").exists()
 
     page = (folder / "copies.html").read_text()
     assert "<script" not in page and "a&lt;script&gt;&amp;.png" in page and "http:" not in page and "https:" not in page
     captions = re.findall(r"<figcaption.*?>(.*?)</figcaption>", page)
-    assert captions[0] == "a&lt;script&gt;&amp;.png" and "mirrored" in captions[1] and len(captions) == 3 * 31
-    first, by_pixels = re.findall(r'src="data:image/png;base64,(.*?)"', page)[:2]
-    opened = [Image.open(io.BytesIO(base64.b64decode(source))).tobytes() for source in (first, by_pixels)]
-    assert opened[0] == opened[1]                                # shown the way round that it was found
+    assert captions[0] == "a&lt;script&gt;&amp;.png" and len(captions) == 3 * 31
+    assert re.fullmatch("by pixels: [0-9.e-]+, mirrored", captions[1]) and re.fullmatch("by features: [0-9.e-]+, mirrored", captions[2])
+    sources = re.findall(r'src="data:image/png;base64,(.*?)"', page)[:3]
+    drawn, by_pixels, by_features = (Image.open(io.BytesIO(base64.b64decode(source))).tobytes() for source in sources)
+    assert drawn == by_pixels == by_features                     # shown the way round that it was found
 
 
 @pytest.mark.parametrize("flags, words", [

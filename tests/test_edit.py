@@ -203,6 +203,16 @@ def test_the_image_does_not_depend_on_how_many_are_made(trained, monkeypatch):
 
 
 @pytest.mark.parametrize("arguments, words", [
+    ("vary nowhere.png", "no such picture"), ("vary three.png --strength 2", "--strength"), ("interpolate --seeds x", "--seeds"),
+    ("inpaint three.png mask.png --jump_length 0", "--jump_length")])
+def test_what_is_wrong_whatever_the_model_is_told_first(trained, arguments, words, monkeypatch, capsys):
+    """Before a checkpoint is read, which may take long."""
+    folder, _ = trained
+    monkeypatch.chdir(folder)
+    assert edit.main(["gone.pt", *arguments.split()]) == 2 and words in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("arguments, words", [
     ("vary nowhere.png", "no such picture"), ("vary text.png", "cannot be read"), ("vary three.png --strength 0", "--strength"),
     ("inpaint three.png text.png", "cannot be read"), ("inpaint three.png small.png", "make them alike"),
     ("inpaint three.png black.png", "all black"), ("inpaint three.png mask.png --resamples 0", "--resamples"),

@@ -140,6 +140,33 @@ def test_without_classes_and_with_few_images_nothing_can_be_judged(folder):
     assert done.returncode == 2 and "accuracy needs classes, which real does not have" in done.stderr
 
 
+def test_a_folder_named_images_is_a_class_like_others(tmp_path):
+    """It is what diffuser.py has left only where samples.json stands beside it."""
+    for name, count in (("images", 2), ("more", 3)):
+        (tmp_path / name).mkdir()
+        for i in range(count):
+            Image.new("L", (8, 8), i).save(tmp_path / name / f"{i}.png")
+    assert len(evaluate.find_images(str(tmp_path))) == 5
+    (tmp_path / "samples.json").touch()
+    assert len(evaluate.find_images(str(tmp_path))) == 2
+
+
+def test_photographs_that_lie_on_their_side_give_the_size_as_seen(tmp_path):
+    """Phones store pictures turned and say so in EXIF."""
+    exif = Image.Exif()
+    exif[0x0112] = 6                                             # a quarter turn
+    Image.new("RGB", (40, 20)).save(tmp_path / "a.jpg", exif=exif)
+    assert evaluate.read_images(str(tmp_path)).images.shape == (1, 3, 40, 20)
+
+
+def test_real_images_with_a_test_part_all_train_the_judge(tmp_path):
+    """A sixth is set aside only where there are no others to test with."""
+    for i in range(12):
+        Image.new("L", (8, 8), i).save(tmp_path / f"{i}.png")
+    assert evaluate.count_reference(str(tmp_path), "") == (12, 10) and evaluate.count_reference(str(tmp_path), "other") == (12, 12)
+    assert evaluate.count_reference("mnist", "") == (60_000, 60_000) and evaluate.count_reference("digits", "")[1] == 1498
+
+
 def test_a_folder_that_is_not_there(folder):
     """Named as it was given."""
     done = cli("nowhere", "--against", "digits", script="evaluate.py", cwd=folder)

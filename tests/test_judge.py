@@ -1,10 +1,12 @@
 """diffuser_lib/judge.py: the classifiers, the network without classes, precision and recall."""
 
 import math
+import time
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
-from conftest import REAL_DATA
+from conftest import REAL_DATA, same
 
 import evaluate
 from diffuser_lib import judge
@@ -70,6 +72,33 @@ def test_the_colour_judge_learns_and_scores(folder):
     again = judge.ReferenceStats(reference, str(folder), torch.device("cpu"))
     assert again.scores(reference.test.images)["distance"] == pytest.approx(real["distance"], rel=1e-3)
     assert kept.stat().st_mtime_ns == next(folder.glob("judge_*")).stat().st_mtime_ns
+
+
+def test_two_that_want_the_same_judge_train_it_once(folder, monkeypatch):
+    """The second waits for the first and takes its judge, as an evaluation beside a training does."""
+    trained = []
+
+    def learn_slowly(data, *rest):
+        trained.append(time.sleep(0.5))
+        return judge.Classifier(tuple(data.images.shape[1:]), len(data.class_names)).eval()
+
+    monkeypatch.setattr(judge, "train_classifier", learn_slowly)
+    reference = judge.Reference("stripes", coloured(20, 0), coloured(20, 1))
+    with ThreadPoolExecutor(2) as pool:
+        judges = list(pool.map(lambda _: judge.load_or_train_classifier(reference, str(folder), torch.device("cpu"), False), range(2)))
+    assert len(trained) == 1 and same(judges[0].state_dict(), judges[1].state_dict())
+
+
+def test_a_damaged_judge_is_told_to_be_removed(folder, monkeypatch):
+    """Half a file, or one of other tensors: what to do stands in the message."""
+    monkeypatch.setattr(judge, "train_classifier", lambda data, *rest: judge.Classifier((3, 8, 8), 3).eval())
+    reference = judge.Reference("stripes", coloured(20, 0), coloured(20, 1))
+    judge.load_or_train_classifier(reference, str(folder), torch.device("cpu"), False)
+    [kept] = folder.glob("judge_*.pt")
+    for content in (kept.read_bytes()[:500], b""):
+        kept.write_bytes(content)
+        with pytest.raises(judge.UserError, match="is no judge of stripes: remove it"):
+            judge.load_or_train_classifier(reference, str(folder), torch.device("cpu"), False)
 
 
 def test_without_classes_a_fixed_network_judges():

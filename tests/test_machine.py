@@ -14,9 +14,12 @@ def test_durations_are_said_as_people_say_them(seconds, words):
     assert machine.duration(seconds) == words
 
 
-def test_packages_are_found_without_importing_them():
-    """What is there has a version, what is not is missing, whatever lies in sys.modules."""
+def test_packages_are_found_without_importing_them(tmp_path, monkeypatch):
+    """What is there has a version, what is not is missing, whatever lies in sys.modules; a folder is no package."""
     assert machine.is_installed("torch") and machine.package_version("torch").startswith("2")
+    (tmp_path / "a_mere_folder").mkdir()
+    monkeypatch.syspath_prepend(tmp_path)
+    assert not machine.is_installed("a_mere_folder")
     assert not machine.is_installed("no_such_module") and machine.package_version("no-such-package") == ""
     for module, package, purpose in machine.PACKAGES:
         assert module and package and purpose

@@ -299,13 +299,20 @@ def test_the_table_shows_what_differs(folder):
 
 
 def test_curves_are_those_of_plot_loss(folder):
-    """The overlaid curves are a picture; a loss that no axis can hold is a line."""
+    """The overlaid curves are a picture, also with a loss that no axis can hold."""
     run = trained("a")
     picture = runs.overlaid_curves([run])
     assert picture.startswith(b"\x89PNG")
     (run.folder / "metrics.csv").write_text("step,epoch,loss\n1,1,1e308\n2,2,1e308\n")
-    with pytest.raises(UserError, match="cannot be drawn"):
-        runs.overlaid_curves([run])
+    assert runs.overlaid_curves([run]) != picture                # such a loss is left out
+
+
+def test_a_run_that_has_just_begun_leaves_the_others_their_curves(folder):
+    """It has no number yet; alone it is a line."""
+    begun = dataclasses.replace(trained("a"), rows=[], grids=[])
+    assert runs.overlaid_curves([begun, trained("b")]).startswith(b"\x89PNG")
+    with pytest.raises(UserError, match="none of these runs has a number yet"):
+        runs.overlaid_curves([begun])
 
 
 def test_deleting_takes_one_run_alone(folder):
@@ -324,6 +331,12 @@ def test_deleting_takes_one_run_alone(folder):
     inner = diffuser.train(tiny_training(experiment_name="third/v1.5"))
     runs.delete_run(PLACES, third)
     assert inner.is_file() and not list((folder / "checkpoints" / "third").glob("checkpoint_*"))
+
+    # Files in it that are not a run's.
+    fourth = trained("fourth")
+    (folder / "checkpoints" / "fourth" / "mine.safetensors").touch()
+    runs.delete_run(PLACES, fourth)
+    assert [path.name for path in (folder / "checkpoints" / "fourth").iterdir()] == ["mine.safetensors"]
 
     # A folder that says it is another run's.
     moved = second.folder.rename(second.folder.with_name("samples_copy"))

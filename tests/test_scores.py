@@ -144,6 +144,15 @@ def test_a_score_that_is_no_number_is_not_the_best(folder, fake_judge):
     assert load_checkpoint(last)["best_distance"] == 3
 
 
+def test_what_is_judged_is_drawn_with_the_averaged_weights(folder, fake_judge, monkeypatch):
+    """The score is that of the weights' average, which is what will be drawn with after training."""
+    judge = fake_judge(3.0, 2.0, 1.0)
+    path = train(settings(ema_decay=0.5))
+    model = diffuser.load(path)
+    images, labels = judge.shown[-1]
+    assert torch.equal(images, torch.cat(list(model.draw(labels.tolist(), model.config))))
+
+
 def test_scores_leave_the_run_as_it_is(folder, digits_judge):
     """With a real judge: the same weights, to the bit, as without any."""
     (folder / "data").mkdir()
