@@ -420,7 +420,7 @@ class Config:
     sampler: str = opt(
         "dpmpp", "sampler", "--solver", choices="SAMPLERS", synonyms={"dpm++": "dpmpp", "euler": "ddim"}, common=True)
     steps: int | None = opt(
-        None, "sampling steps (default: 25; ddim 50; ddpm all T)", "--sampling_timesteps",
+        None, "sampling steps (default: the preset's, else 25; ddim 50; ddpm all T)", "--sampling_timesteps",
         "--num_inference_steps", lo=1, hi=100_000, common=True)
     spacing: str = opt("trailing", "how the sampling steps lie in 0..T-1", choices="SPACINGS")
     eta: float = opt(0.0, "noise of ddim: 0 none, 1 as much as ddpm", "--ddim_sampling_eta", lo=0, hi=1)
@@ -459,10 +459,13 @@ FIELDS = {f.name: f for f in dataclasses.fields(Config)}
 TYPES = {name: value_type(hint) for name, hint in get_type_hints(Config).items()}
 PER_RUN = {name for name, spec in FIELDS.items() if spec.metadata["per_run"]}
 ARCHITECTURAL = {name for name, spec in FIELDS.items() if spec.metadata["architectural"]}
-SAMPLING = {"seed", *itertools.dropwhile(lambda name: name != "sampler", FIELDS)} - (PER_RUN - {"seed"})
+SAMPLING = {"seed", *itertools.dropwhile(lambda name: name != "sampler", FIELDS)} - PER_RUN
 # The ways to say how long a run is, of which one counts, and their units for people.
 LENGTH_UNITS = {"epochs": "epochs", "iterations": "steps", "train_minutes": "minutes"}
 LENGTHS = tuple(LENGTH_UNITS)
+# What has to be the same where losses are compared: all that comes before the names of a run.
+OF_THE_LOSS = {"log_every", *itertools.takewhile(lambda name: name != "experiment_name", FIELDS)}
+OF_THE_LOSS -= {*PER_RUN, *LENGTHS, "early_stop_loss_change"}
 
 
 def length_that_counts(options: dict) -> str:
@@ -698,6 +701,8 @@ def parse_tuple(kind: type, text: str) -> tuple:
 
 def format_value(name: str, value) -> str:
     """A value as it is written behind its flag."""
+    if value is None:
+        return "auto"
     if isinstance(value, tuple):
         return ("x" if name == "img_size" else ",").join(map(str, value))
     return str(value)
@@ -847,7 +852,8 @@ def check_network(cfg: Config) -> None:
     flag = "head_dim" if cfg.head_dim else "num_heads"
     for level in sorted(attended_levels(cfg), reverse=True):
         if level >= levels:
-            raise UserError(f"--attention_levels {level}: the network has levels 0 to {levels - 1}")
+            of = "attention_levels" if level in cfg.attention_levels else "up_attention_levels"
+            raise UserError(f"--{of} {level}: the network has levels 0 to {levels - 1}")
         if widths[level] % getattr(cfg, flag):
             raise UserError(f"--{flag} {getattr(cfg, flag)} does not divide the {widths[level]} channels of level "
                             f"{level}")
@@ -898,8 +904,9 @@ def check_image_size(height: int, width: int, levels: int, patch_size: int = 1) 
 #     1. flags  2. their recipe  3. the file of --config        `requested`: what may not contradict a checkpoint
 #     4. the checkpoint  5. the dataset's preset  6. defaults   `complete`: the settings, final and checked
 #
-# Nothing else resolves a setting, but for two: what only the images tell (their size, whether they have labels), which
-# Trainer adds, and how many steps a run by minutes takes, which the clock says (`steps_for_minutes`, `Pace`).
+# Later only these are resolved: what the images alone tell (their size, whether they have labels), which Trainer adds;
+# how many steps a run by minutes takes, which the clock says (`settle_run`, `steps_for_minutes`, `Pace`); and where
+# things are on each machine of a run (OWN_PLACES).
 
 
 def configure(checkpoint: dict | None = None, **overrides) -> Config:
@@ -980,8 +987,12 @@ def complete(asked: dict, checkpoint: dict | None = None) -> Config:
     known = {**with_tuples(without_foreign_steps(inherited, asked)), **asked}
     check_values(known)
 
-    # 5. The preset, where it fits what is known by now.
-    preset = preset_of(known)
+    # 5. The preset, where it fits what is known by now; an older checkpoint is what it was without later presets.
+    preset = without_foreign_steps(preset_of(known), known)
+    if checkpoint:
+        preset = {name: value for name, value in preset.items() if name in PER_RUN}
+    if preset.get("steps"):
+        preset["steps"] = min(preset["steps"], {**preset, **known}["timesteps"])
     if "channel_mults" in asked and "attention_levels" in preset:                # only levels that are still there
         levels = range(len(asked["channel_mults"]))
         preset["attention_levels"] = tuple(level for level in preset["attention_levels"] if level in levels)
@@ -1040,12 +1051,12 @@ def options_for(cfg: Config, length: dict) -> dict:
 
 def chosen_length(cfg: Config) -> dict:
     """The length of a run as it was asked for; empty where it is that of its dataset."""
-    plain = complete(dict(dataset=cfg.dataset))
     # Minutes first: a run of so many minutes has a number of steps as well, which nobody asked for.
-    for name in ("train_minutes", "iterations", "epochs"):
-        if getattr(cfg, name):
-            return {} if getattr(plain, name) == getattr(cfg, name) else {name: getattr(cfg, name)}
-    return {}
+    name = next((name for name in ("train_minutes", "iterations", "epochs") if getattr(cfg, name)), "")
+    plain = complete(dict(dataset=cfg.dataset))
+    if not name or (name == length_that_counts(vars(plain)) and getattr(plain, name) == getattr(cfg, name)):
+        return {}
+    return {name: getattr(cfg, name)}
 
 
 def chosen_options(cfg: Config) -> dict:
@@ -1058,7 +1069,7 @@ def repeating_command(cfg: Config) -> str:
     length = dict(iterations=cfg.iterations) if cfg.iterations else chosen_length(cfg)
     words = ["python", "diffuser.py", "--mode", "train", "--dataset", cfg.dataset]
     for name, value in options_for(cfg, length).items():
-        text = "auto" if value is None else format_value(name, value)
+        text = format_value(name, value)
         words += [f"--{name}={text}"] if text.startswith("-") else [f"--{name}", text]
     return shlex.join(words)
 
@@ -1889,9 +1900,8 @@ def image_noise(seed: int, indices: range, shape: tuple[int, ...], device,
 
     seeds: one for each of all images, instead of `seed`: image i is the first one of its own seed.
     """
-    generators = [generator(seed, STREAM_SAMPLE, i) for i in indices]
-    if seeds:
-        generators = [generator(seeds[i], STREAM_SAMPLE, 0) for i in indices]
+    keys = [(seeds[i], 0) if seeds else (seed, i) for i in indices]
+    generators = [generator(seed, STREAM_SAMPLE, i) for seed, i in keys]
     return lambda: torch.stack([torch.randn(shape, generator=g) for g in generators]).to(device)
 
 
@@ -2089,12 +2099,16 @@ def torchvision_dataset(name: str, cfg: Config, files: str, place: str, **option
     root = Path(cfg.data_dir)
     try:
         root.mkdir(parents=True, exist_ok=True)
+        dataset = partial(getattr(torchvision.datasets, name), root, **options)
         lock = root / f".{name}.lock"
         if not lock.exists():                                    # where it is, another run, or machine, may be at it
             with suppress(RuntimeError, FileNotFoundError):      # not there, or not whole
-                return getattr(torchvision.datasets, name)(root, download=False, **options)
-        with FileLock(lock):
-            return getattr(torchvision.datasets, name)(root, download=True, **options)
+                return dataset(download=False)
+        try:
+            with FileLock(lock):
+                return dataset(download=True)
+        except PermissionError:                                  # others keep it, for all to read
+            return dataset(download=False)
     except ModuleNotFoundError as error:                         # scipy, for some
         raise UserError(f"{name} takes {error.name}: pip install {error.name}", code=1) from error
     except Exception as error:                                   # torchvision raises many kinds here
@@ -3836,7 +3850,8 @@ def same_run(cfg: Config, state: dict) -> bool:
         has_ended = state["step"] >= total if total else state["epoch"] >= cfg.epochs
         if has_ended:
             return False
-    return cfg.init_from in ("", state["config"].get("init_from", ""))
+    before = state["config"].get("init_from", "")
+    return not cfg.init_from or (before != "" and Path(cfg.init_from).resolve() == Path(before).resolve())
 
 
 def pretrained_options(asked: dict) -> dict:
@@ -4433,8 +4448,7 @@ class Trainer:
 
         # Losses under other settings cannot be compared with those before.
         now = dataclasses.asdict(self.cfg)
-        compared = FIELDS.keys() - PER_RUN - set(LENGTHS)
-        if any(before[name] != now[name] for name in compared):
+        if any(before[name] != now[name] for name in OF_THE_LOSS):
             self.progress.baseline_step = self.step
 
         # Another learning rate is taken as it is, without the halvings of the one before.
@@ -4472,7 +4486,8 @@ class Trainer:
         cycles = self.cfg.lr_cycles or 4
         self.lr_schedule = LR_SCHEDULES[self.cfg.lr_schedule](self.optimizer, lr, warmup, total, cycles)
         self.total = total
-        if self.cfg.iterations:                                  # what is stored
+        # A checkpoint keeps the number of steps, which the clock may have changed; a run by epochs keeps its epochs.
+        if self.cfg.iterations:
             self.cfg = dataclasses.replace(self.cfg, iterations=total)
         if self.step:
             self.lr_schedule.last_epoch = min(self.step, total) - 1
@@ -4591,7 +4606,8 @@ class Guard:
 
         def load_good() -> dict | None:
             paths = [last_good] if last_good else []
-            return next(filter(is_good, map(try_load, paths + kept_checkpoints(trainer.cfg))), None)
+            states = filter(is_good, map(try_load, paths + kept_checkpoints(trainer.cfg)))
+            return next((state for state in states if same_run(trainer.cfg, state)), None)
 
         state = trainer.processes.from_main(load_good)
         if state:
@@ -4798,7 +4814,8 @@ class Monitor:
 
     def plateaued(self) -> bool:
         """Whether the mean absolute change of the last ten logged losses is below the one asked for."""
-        recent = [loss for _, loss in self.trainer.progress.loss_history[-10:]]
+        progress = self.trainer.progress
+        recent = [loss for step, loss in progress.loss_history if step > progress.baseline_step][-10:]
         changes = [abs(b - a) for a, b in zip(recent, recent[1:])]
         return len(recent) == 10 and sum(changes) / len(changes) < self.trainer.cfg.early_stop_loss_change
 
@@ -4837,45 +4854,50 @@ def round_digits(value: float | int | str) -> float | int | str:
 class Pace:
     """Ends a run by a deadline: the pace of machines changes, so its length is set anew on the way.
 
-    deadline: a perf_counter; None: the run has its length.
+    deadline: a perf_counter; None: the run has its length. The clock is looked at after a tenth of the steps, and then
+    whenever half of those that were left are done.
     """
 
     def __init__(self, trainer: Trainer, deadline: float | None):
         self.deadline = deadline
-        self.checks = set()                                      # steps at which to look at the clock
         self.told = deadline is not None                         # how long it will take
-        if deadline is not None:
-            left = trainer.total - trainer.step
-            self.checks = {trainer.step + left * tenth // 10 for tenth in (1, 3, 6, 8)}
-        self.restart(trainer.step)
+        self.restart(trainer)
 
-    def restart(self, step: int) -> None:
+    def restart(self, trainer: Trainer) -> None:
         """Measure from here: the run has begun, or gone back."""
-        self.first_step = step
-        self.start_time = time.perf_counter()
+        self.start_step = trainer.step + 1                       # the first one takes longer and does not count
+        self.next_check = self.start_step + max(1, (trainer.total - trainer.step) // 10)
+
+    def take_time(self, trainer: Trainer) -> None:
+        """Note the time after each step from which the pace is measured."""
+        if trainer.step == self.start_step:
+            self.start_time = time.perf_counter()
+
+    def is_due(self, step: int) -> bool:
+        """Whether to look at the clock after this step."""
+        return self.deadline is not None and step >= self.next_check
 
     def steps_left(self, step: int) -> int:
         """How many more steps fit."""
         now = time.perf_counter()
-        seconds_a_step = (now - self.start_time) / (step - self.first_step)
+        seconds_a_step = (now - self.start_time) / (step - self.start_step)
         return int((self.deadline - now) / seconds_a_step)
 
-    def tell_time(self, trainer: Trainer) -> str:
-        """What to say, once, of how long the run will take, by its first seconds; empty at all other times.
+    def plan_check(self, trainer: Trainer) -> None:
+        """Set the next look at the clock, after one; there is none in the last twentieth of the run."""
+        left = trainer.total - trainer.step
+        self.next_check = trainer.step + (left // 2 if left > trainer.total // 20 else left)
 
-        The first step does not count: it takes longer.
-        """
-        if self.told:
+    def tell_time(self, trainer: Trainer) -> str:
+        """What to say, once, of how long the run will take, by its first seconds; empty at all other times."""
+        steps = trainer.step - self.start_step
+        if self.told or steps < 3:
             return ""
         now = time.perf_counter()
-        if trainer.step == self.first_step + 1:
-            self.second_step_time = now
-            return ""
-        steps = trainer.step - self.first_step - 1
-        if now - self.second_step_time < 2 or steps < 3:
+        if now - self.start_time < 2:
             return ""
         self.told = True
-        seconds = (now - self.second_step_time) / steps
+        seconds = (now - self.start_time) / steps
         left = trainer.total - trainer.step
         return f"time     about {duration(left * seconds)} for {left:,} steps of {duration(seconds)}"
 
@@ -5059,17 +5081,51 @@ def require_furthest(cfg: Config, state: dict | None, processes: Processes) -> N
 
 def set_earlier_run_aside(cfg: Config, path: Path | None, folder: Path, processes: Processes) -> None:
     """Rename the files of another run that stand where this one's go. path: the checkpoint that it goes on from."""
-    kept = kept_checkpoints(cfg)
-    if path and path.resolve() in [p.resolve() for p in (*kept, best_path(cfg))]:
+    own = [place for place in (*kept_checkpoints(cfg), best_path(cfg)) if place.is_file()]
+    goes_on = path and path.resolve() in [place.resolve() for place in own]
+
+    def move(place: Path, old: Path) -> None:
+        """Rename a file or folder; what this run begins with stays too, for the same command to begin with again."""
+        if not cfg.init_from or Path(cfg.init_from).resolve() not in (place.resolve(), (place / "model.pt").resolve()):
+            place.rename(old)
+        elif place.is_dir():
+            shutil.copytree(place, old)
+        else:
+            shutil.copy2(place, old)
+
+    def set_aside(place: Path) -> None:
+        name, suffix = (place.name, "") if place.is_dir() else (place.stem, place.suffix)
+        old = unused_path(place.parent, f"{name}_old", suffix)
+        move(place, old)
+        processes.print0(f"kept an earlier run's {place} as {old.name}")
+
+    if folder.is_dir() and any(folder.iterdir()) and (not goes_on or is_of_other_checkpoints(folder, cfg)):
+        set_aside(folder)
+    if goes_on or not own:
         return
-    earlier = [folder, *kept, best_path(cfg)]
-    if cfg.experiment_name and kept:
-        earlier = [folder, kept[0].parents[1]]
-    for place in earlier:
-        if place.is_file() or (place.is_dir() and any(place.iterdir())):
-            name, suffix = (place.name, "") if place.is_dir() else (place.stem, place.suffix)
-            old = place.rename(unused_path(place.parent, f"{name}_old", suffix))
-            processes.print0(f"kept an earlier run's {place} as {old.name}")
+    if not cfg.experiment_name:
+        for place in own:
+            set_aside(place)
+        return
+
+    # Of an experiment's folder only what is this run's: others may be named after it, NAME/...
+    home = checkpoint_path(cfg, 0).parents[1]
+    old = unused_path(home.parent, f"{home.name}_old")
+    old.mkdir()
+    for place in own:
+        move(place.parent, old / place.parent.name)
+    processes.print0(f"kept an earlier run's {home} as {old.name}")
+
+
+def is_of_other_checkpoints(folder: Path, cfg: Config) -> bool:
+    """Whether a folder of samples belongs to a run with another name or --working_directory, which is still there."""
+    with suppress(OSError, ValueError, TypeError, KeyError):     # not there, or of somebody's own making
+        stored = read_json_object(folder / "config.json")["config"]
+        places = {name: stored[name] for name in ("working_directory", "experiment_name")}
+        other = dataclasses.replace(cfg, **places)
+        apart = checkpoint_path(other, 0).resolve() != checkpoint_path(cfg, 0).resolve()
+        return apart and bool(kept_checkpoints(other))
+    return False
 
 
 def announce(trainer: Trainer, path: Path | None) -> None:
@@ -5079,10 +5135,16 @@ def announce(trainer: Trainer, path: Path | None) -> None:
     images = len(trainer.batches.indices)
     print0(describe_run(cfg, trainer.devices, trainer.shape, trainer.null_class, images, trainer.compute))
 
-    others = Path(cfg.working_directory).glob(f"diffusion_checkpoint_{cfg.dataset}_*.pt")
+    others = Path(cfg.working_directory).glob(f"diffusion_checkpoint_{cfg.dataset}_[0-9]*.pt")
     others = newest_first(p for p in others if "_old" not in p.stem and not is_best(p))
     if trainer.step:
         print0(f"resuming from {path} at step {trainer.step} of {trainer.total}")
+        if cfg.experiment_name and not cfg.resume_from_checkpoint:
+            for later in kept_checkpoints(cfg):                  # copied in another order
+                step = later.parent.name.removeprefix("checkpoint_")
+                if step.isdecimal() and int(step) > trainer.step:
+                    print0(f"{later} is of a later step, but an older file: --resume_from_checkpoint "
+                           f"{later.parent.name} goes on from it")
         if trainer.step >= trainer.total:
             print0("nothing is left to train: a greater length goes on, --resume never begins anew")
     elif others and cfg.resume == "auto" and not cfg.experiment_name:
@@ -5236,10 +5298,7 @@ class TrainingLoop:
 
     def has_stopped_early(self) -> bool:
         """Whether the loss had settled in an earlier part of this run, under the same settings; says so."""
-        trainer = self.trainer
-        if not self.cfg.early_stop_loss_change or trainer.progress.baseline_step >= trainer.step:
-            return False
-        if not self.monitor.plateaued():
+        if not self.cfg.early_stop_loss_change or not self.monitor.plateaued():
             return False
         self.processes.print0("the loss had settled before: --early_stop_loss_change 0 trains on all the same")
         return True
@@ -5291,7 +5350,7 @@ class TrainingLoop:
         self.signals.save = self.signals.save or self.save_wanted
         self.signals.poll_at_once()
         self.monitor.restart_clock()
-        self.pace.restart(self.trainer.step)
+        self.pace.restart(self.trainer)
         self.done = False
         return True
 
@@ -5321,10 +5380,12 @@ class TrainingLoop:
             print0(f"the loss has settled at step {trainer.step}: stopping early")
             due.grid = due.save = self.done = True
 
-        if trainer.step in self.pace.checks and not self.done:
+        self.pace.take_time(trainer)
+        if self.pace.is_due(trainer.step) and not self.done:
             left = self.processes.broadcast(self.pace.steps_left(trainer.step))
             before = trainer.total
             trainer.set_total_steps(trainer.step + max(1, left))
+            self.pace.plan_check(trainer)
             if trainer.total != before:
                 print0(f"step {trainer.step:,}: {trainer.total:,} steps fit into the time, not {before:,}")
         time_needed = self.pace.tell_time(trainer)
@@ -5657,7 +5718,10 @@ def describe_dry_run(cfg: Config, devices: Devices) -> str:
     shape = image_shape(cfg, files)
 
     # What follows from it.
-    calls = training_length(cfg, images)[0] * cfg.gradient_accumulation_steps
+    length = cfg
+    if cfg.train_minutes and not cfg.iterations:
+        length = dataclasses.replace(cfg, iterations=10**9)      # as steps_for_minutes has it
+    calls = training_length(length, images)[0] * cfg.gradient_accumulation_steps
     compute = choose_compute(cfg, devices.device, calls)
     batch = math.ceil(cfg.batch_size / devices.count)
     need = sum(training_memory(cfg, shape, num_classes, batch, compute.precision))

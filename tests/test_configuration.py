@@ -296,6 +296,50 @@ def test_best_for_pictures_follows_the_time(on_a_cpu):
     assert configure(recipe="best", dataset="cifar10").train_minutes == 30 and configure(dataset="cifar10").prediction == "eps"
 
 
+def test_an_older_checkpoint_is_what_it_was(on_a_cpu):
+    """What a preset says today of an option that the checkpoint does not know yet changes nothing about it."""
+    stored = dataclasses.asdict(configure(path_to_data="x", img_size=64))
+    for name in ("patch_size", "time_sampling", "guidance_scale", "detail_weight"):
+        del stored[name]
+    cfg = configure(stored)
+    assert (cfg.patch_size, cfg.time_sampling, cfg.guidance_scale, cfg.detail_weight) == (1, "uniform", 0, 0)
+
+
+def test_a_presets_sampling_steps_are_those_of_its_sampler():
+    """Another sampler has its own number, from a preset as from a checkpoint; few timesteps are no more than there are."""
+    assert configure(dataset="digits").steps == 10 and configure(dataset="digits", sampler="ddpm").steps is None
+    stored = dataclasses.asdict(configure(dataset="digits"))
+    assert configure(stored).steps == 10 and configure(stored, sampler="ddpm").steps is None
+    assert configure(dataset="digits", timesteps=5).steps == 5
+
+
+def test_a_length_that_is_no_datasets_own_is_recorded(on_a_cpu):
+    """A folder counts minutes: 100 epochs, the default elsewhere, have to be asked for."""
+    for length in (dict(epochs=100), dict(epochs=99), dict(iterations=7), dict(train_minutes=5.0)):
+        assert diffuser.chosen_length(configure(path_to_data="x", **length)) == length
+    assert diffuser.chosen_length(configure(path_to_data="x")) == diffuser.chosen_length(configure(dataset="digits")) == {}
+
+
+def test_a_value_that_is_left_to_the_program_is_auto():
+    """In questions, which take it back, and in commands."""
+    text = diffuser.format_value("sample_every", None)
+    assert text == "auto" and diffuser.parse_value("sample_every", text) is None
+
+
+def test_settings_that_do_not_touch_the_loss_leave_its_range():
+    """How often grids are drawn and how, and when to stop, are no reason to forget which losses are usual."""
+    others = {"sample_every", "sampler", "steps", "num_keep_checkpoints", "early_stop_loss_change", "epochs", "device", "working_directory"}
+    assert not diffuser.OF_THE_LOSS & others
+    assert {"learning_rate", "batch_size", "timesteps", "val_fraction", "log_every", "seed", "img_size", "ema_decay"} <= diffuser.OF_THE_LOSS
+
+
+def test_a_level_that_is_not_there_is_named_by_its_option():
+    """--up_attention_levels has a name of its own."""
+    for name in ("attention_levels", "up_attention_levels"):
+        with pytest.raises(UserError, match=f"^{name} 5: the network has levels 0 to 1"):
+            configure(channel_mults=(1, 2), **{"attention_levels": (1,), name: (5,)})
+
+
 def test_best_is_refused_where_there_is_none(monkeypatch):
     """A dataset of one's own that has no best: which have one."""
     monkeypatch.setitem(diffuser.DATASETS, "mine", diffuser.DATASETS["mnist"])

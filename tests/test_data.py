@@ -10,6 +10,7 @@ import pickle
 import struct
 import zipfile
 
+import filelock
 import numpy as np
 import pytest
 import torch
@@ -592,4 +593,14 @@ def test_what_is_there_is_not_downloaded_again_and_leaves_no_lock(folder, monkey
     (folder / "data/.MNIST.lock").unlink(missing_ok=True)
     monkeypatch.setattr(torchvision.datasets, "MNIST", lambda root, download, train: "images")
     assert diffuser.torchvision_dataset("MNIST", cfg, "files", "place", train=True) == "images"
+
     assert list((folder / "data").iterdir()) == []
+
+    # Where the folder and its lock are others', who have them for all to read.
+    (folder / "data/.MNIST.lock").touch()
+
+    def no_lock(path):
+        raise PermissionError(13, "Permission denied", str(path))
+
+    monkeypatch.setattr(filelock, "FileLock", no_lock)
+    assert diffuser.torchvision_dataset("MNIST", cfg, "files", "place", train=True) == "images"

@@ -3,6 +3,7 @@
 import csv
 import dataclasses
 import json
+import os
 import time
 
 import pytest
@@ -47,6 +48,29 @@ def test_a_new_run_takes_over_weights_network_and_schedule(digits_model, capsys)
     assert "step 12; 10 classes as there" in capsys.readouterr().out
     path = train(configure(**NEW, dataset="digits", init_from=str(digits_model), experiment_name="tuned"))
     assert load_checkpoint(path)["step"] == 2 and load(path, device="cpu").generate(["3"], 1, steps=2).shape == (1, 1, 8, 8)
+
+
+def test_the_same_weights_by_another_path_are_the_same_run(digits_model, capsys):
+    """A relative path and an absolute one."""
+    for path in (os.path.relpath(digits_model), str(digits_model.resolve())):
+        train(configure(**NEW, dataset="digits", init_from=path, experiment_name="tuned"))
+    assert "nothing is left to train" in capsys.readouterr().out and not list(digits_model.parent.glob("tuned_old*"))
+
+
+@pytest.mark.parametrize("name", ["", "mine"])
+def test_weights_in_the_new_runs_own_place_are_found_again(folder, monkeypatch, name):
+    """A run that was killed before its first checkpoint: the same command begins with the same weights."""
+    weights = train(tiny_training(experiment_name=name))
+    again = tiny_training(experiment_name=name, init_from=str(weights), learning_rate=1e-5)
+
+    def killed(*_):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(diffuser.TrainingLoop, "run", killed)
+        with pytest.raises(KeyboardInterrupt):
+            train(again)
+    assert load_checkpoint(train(again))["config"]["init_from"] == str(weights)
 
 
 def test_another_number_of_classes_begins_as_no_label(digits_model, image_folder, capsys):

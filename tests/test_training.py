@@ -148,6 +148,48 @@ def test_another_file_name_is_not_a_silent_fresh_start(folder, capsys):
     assert f"starting a new run: other settings than those of {first}" in capsys.readouterr().out
 
 
+def test_a_dataset_whose_name_begins_alike_is_no_other_run_of_this(folder, capsys):
+    """cifar10_optimized's checkpoint says nothing of a run of cifar10."""
+    (folder / "checkpoints").mkdir()
+    (folder / "checkpoints" / "diffusion_checkpoint_digits_more_20_8_attention.pt").touch()
+    train(tiny_training())
+    assert "starting a new run" not in capsys.readouterr().out
+
+
+def test_runs_of_other_checkpoints_keep_their_samples(folder, capsys):
+    """Two --working_directory, one folder of samples: going on with the first leaves the second's rows as they are."""
+    for place, iterations in (("a", 4), ("b", 12), ("a", 6)):
+        train(tiny_training(working_directory=place, iterations=iterations, log_every=2))
+    said = capsys.readouterr().out
+    rows = {path.parent.name[-5:]: [row["step"] for row in csv.DictReader(path.open())] for path in folder.rglob("metrics.csv")}
+    assert said.count("kept an earlier run's samples") == 2 and sorted(len(v) for v in rows.values()) == [1, 2, 6]
+    train(tiny_training(working_directory="a", iterations=8, log_every=2))
+    assert "kept an earlier" not in capsys.readouterr().out
+    (folder / "a").rename(folder / "moved")
+    train(tiny_training(working_directory="moved", iterations=10, log_every=2))
+    assert "kept an earlier" not in capsys.readouterr().out
+
+
+def test_runs_named_after_another_stay_when_it_starts_over(folder):
+    """NAME/INNER is another run: it goes on where it was."""
+    for name in ("abl", "abl/lr1"):
+        train(tiny_training(experiment_name=name))
+    train(tiny_training(experiment_name="abl", resume="never", seed=1))
+    home = folder / "checkpoints"
+    assert (home / "abl" / "lr1").is_dir() and not (home / "abl_old1" / "lr1").exists()
+    assert len(list((home / "abl_old1").glob("checkpoint_*/model.pt"))) == len(list((home / "abl").glob("checkpoint_*/model.pt"))) == 1
+
+
+def test_an_older_file_of_a_later_step_is_told(folder, capsys):
+    """As a copy in another order leaves them: the run goes on from the newest file, and says what else is there."""
+    cfg = tiny_training(experiment_name="e", iterations=6, checkpoint_rate=2, num_keep_checkpoints=3)
+    train(cfg)
+    os.utime(diffuser.checkpoint_path(cfg, 4), (2**33, 2**33))
+    train(dataclasses.replace(cfg, iterations=8))
+    said = capsys.readouterr().out
+    assert "at step 4 of 8" in said and "--resume_from_checkpoint checkpoint_6 goes on from it" in said
+
+
 def test_starting_over_keeps_what_the_earlier_run_made(folder):
     """--resume never trains anew and renames the old checkpoint and samples instead of overwriting them."""
     path = train(tiny_training())
@@ -304,13 +346,23 @@ def test_scale_lr_multiplies_by_the_devices(folder):
     assert rates[1] == pytest.approx(3 * rates[0])
 
 
+def test_early_stopping_looks_at_rows_under_the_same_settings(folder):
+    """Losses from before a change of the learning rate do not count."""
+    run = Trainer(tiny_training(early_stop_loss_change=0.1), Devices(tiny_training()))
+    monitor = diffuser.Monitor(run, None, folder)
+    run.progress.loss_history = [(step, 0.5) for step in range(1, 15)]
+    assert monitor.plateaued()
+    run.progress.baseline_step = 10
+    assert not monitor.plateaued()
+
+
 def test_early_stopping_as_documented(folder):
     """The run stops when the mean absolute change of the last ten logged losses is below the threshold."""
     run = Trainer(tiny_training(early_stop_loss_change=0.1), Devices(tiny_training()))
     monitor = diffuser.Monitor(run, None, folder)
-    run.progress.loss_history = [[i, 1.0 + 0.05 * (i % 2)] for i in range(9)]
+    run.progress.loss_history = [[i, 1.0 + 0.05 * (i % 2)] for i in range(1, 10)]
     assert not monitor.plateaued()
-    run.progress.loss_history.append([9, 1.05])
+    run.progress.loss_history.append([10, 1.0])
     assert monitor.plateaued()
     run.progress.loss_history[-1][1] = 9.0
     assert not monitor.plateaued()
@@ -695,6 +747,27 @@ def test_a_run_says_once_how_long_it_takes(folder, monkeypatch):
         said.append(pace.tell_time(run))
         assert deadline.tell_time(run) == ""
     assert [text for text in said if text] == ["time     about 8 min for 995 steps of 500 ms"]
+
+
+def test_the_pace_is_that_of_all_steps_but_the_first(folder, monkeypatch):
+    """The first may be compiled. The clock is looked at after a tenth, then by halves of what is left, also where the
+    run has got another length or gone back."""
+    cfg = tiny_training(iterations=100)
+    run, now = Trainer(cfg, Devices(cfg)), [0.0]
+    monkeypatch.setattr(diffuser.time, "perf_counter", lambda: now[0])
+    pace, looks = diffuser.Pace(run, 60.0), []
+    while run.step < run.total:
+        run.progress.step += 1
+        now[0] += 30.0 if run.step == 1 else 0.5
+        pace.take_time(run)
+        if pace.is_due(run.step):
+            run.set_total_steps(run.step + pace.steps_left(run.step))
+            pace.plan_check(run)
+            looks.append(run.step)
+    assert run.total == 61 and now[0] == 60.0 and looks[0] == 11 and 4 <= len(looks) <= 6
+    run.progress.step = 30
+    pace.restart(run)
+    assert 32 <= pace.next_check < 40
 
 
 def test_a_run_says_where_everything_goes(folder, capsys):
