@@ -420,7 +420,7 @@ class Config:
     sampler: str = opt(
         "dpmpp", "sampler", "--solver", choices="SAMPLERS", synonyms={"dpm++": "dpmpp", "euler": "ddim"}, common=True)
     steps: int | None = opt(
-        None, "sampling steps (preset's, else 25; ddim 50; ddpm T)", "--sampling_timesteps",
+        None, "sampling steps (preset's or 25; ddim 50; ddpm T)", "--sampling_timesteps",
         "--num_inference_steps", lo=1, hi=100_000, common=True)
     spacing: str = opt("trailing", "how the sampling steps lie in 0..T-1", choices="SPACINGS")
     eta: float = opt(0.0, "noise of ddim: 0 none, 1 as much as ddpm", "--ddim_sampling_eta", lo=0, hi=1)
@@ -521,7 +521,8 @@ class FolderNetwork:
 # in 15 to 95 minutes of one, the last one there in twenty minutes of a GPU: see benchmarks/README.md. The shorter the
 # time, the coarser the patches, because they let the network see each picture more often, and the stronger the
 # guidance, because it makes up for unclear classes. Each of the last two rows has about four times the arithmetic per
-# image of the one before; the fourth was not measured. The last one is for CUDA: in a day two cores show it fewer pictures than a GPU in a minute.
+# image of the one before; the fourth was not measured. The last one is for CUDA: two cores without AMX show it fewer
+# pictures in a day than a GPU in a minute.
 FOLDER_NETWORKS = (
     FolderNetwork(10, 32, 8, 64, (1, 2), 16, 1.5, "adamw"),
     FolderNetwork(30, 64, 16, 64, (1, 2), 128, 1.5),
