@@ -4867,7 +4867,7 @@ class Pace:
     def restart(self, trainer: Trainer) -> None:
         """Measure from here: the run has begun, or gone back."""
         self.start_step = trainer.step + 1                       # the first one takes longer and does not count
-        self.next_check = self.start_step + max(1, (trainer.total - trainer.step) // 10)
+        self.next_check = trainer.step + max(2, (trainer.total - trainer.step) // 10)
 
     def take_time(self, trainer: Trainer) -> None:
         """Note the time after each step from which the pace is measured."""
@@ -5387,7 +5387,7 @@ class TrainingLoop:
             before = trainer.total
             trainer.set_total_steps(trainer.step + max(1, left))
             self.pace.plan_check(trainer)
-            if trainer.total != before:
+            if abs(trainer.total - before) > before // 100:
                 print0(f"step {trainer.step:,}: {trainer.total:,} steps fit into the time, not {before:,}")
         time_needed = self.pace.tell_time(trainer)
         if time_needed and not self.done:
