@@ -504,7 +504,8 @@ PRESETS = {
 class FolderNetwork:
     """What suits a folder of pictures where training takes up to so many `minutes` of two CPU cores.
 
-    side: of the images, where none is asked for; tokens: what the network's finest level has of them, side by side.
+    side: of the images, where none is asked for; tokens: what the network's finest level has of them, side by side;
+    blocks: residual blocks at a level.
     """
 
     minutes: float
@@ -515,6 +516,7 @@ class FolderNetwork:
     batch_size: int
     guidance_scale: float
     optimizer: str = "muon"
+    blocks: int = 2
 
 
 # The first row was found on sets of 300 to 3,000 pictures in three minutes of two CPU cores, the next two on CIFAR-10
@@ -525,7 +527,7 @@ class FolderNetwork:
 # pictures in a day than a GPU in a minute.
 FOLDER_NETWORKS = (
     FolderNetwork(10, 32, 8, 64, (1, 2), 16, 1.5, "adamw"),
-    FolderNetwork(30, 64, 16, 64, (1, 2), 128, 1.5),
+    FolderNetwork(30, 64, 16, 64, (1, 2), 128, 1.5, blocks=1),
     FolderNetwork(150, 64, 16, 64, (1, 2), 128, 1.0),
     FolderNetwork(300, 64, 16, 128, (1, 2), 128, 1.0),
     FolderNetwork(math.inf, 64, 32, 128, (1, 2, 2), 128, 0.5),
@@ -559,6 +561,7 @@ def picture_preset(known: dict, shape: tuple[int, int, int] | None = None) -> di
         preset["img_size"] = (row.side, row.side)
     preset["base_channels"] = row.base_channels
     preset["channel_mults"] = row.channel_mults
+    preset["num_res_blocks"] = row.blocks
     preset["batch_size"] = row.batch_size * (LARGER_BATCH if device == "cuda" else 1)
     preset["optimizer"] = row.optimizer
     preset["guidance_scale"] = row.guidance_scale

@@ -156,6 +156,7 @@ def test_half_an_hour_of_pictures_has_the_settings_that_were_measured(on_a_cpu):
     """What benchmarks/ found best on CIFAR-10 for 30 minutes, by value."""
     cfg = configure(path_to_data="x", img_size=32, train_minutes=30)
     assert (cfg.base_channels, cfg.channel_mults, cfg.patch_size, cfg.attention_levels) == (64, (1, 2), 2, (1,))
+    assert cfg.num_res_blocks == 1 and configure(path_to_data="x", train_minutes=31).num_res_blocks == 2
     assert (cfg.optimizer, cfg.learning_rate, cfg.batch_size, cfg.detail_weight) == ("muon", 2e-3, 128, 4.0)
     assert (cfg.spacing, cfg.steps, cfg.guidance_scale, cfg.guidance_interval) == ("logsnr", 10, 1.5, None)
 
