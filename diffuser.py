@@ -5088,9 +5088,11 @@ def set_earlier_run_aside(cfg: Config, path: Path | None, folder: Path, processe
     own = [place for place in (*kept_checkpoints(cfg), best_path(cfg)) if place.is_file()]
     goes_on = path and path.resolve() in [place.resolve() for place in own]
 
+    begins_with = Path(cfg.init_from).resolve() if cfg.init_from else None
+
     def move(place: Path, old: Path) -> None:
         """Rename a file or folder; what this run begins with stays too, for the same command to begin with again."""
-        if not cfg.init_from or Path(cfg.init_from).resolve() not in (place.resolve(), (place / "model.pt").resolve()):
+        if begins_with not in (place.resolve(), (place / "model.pt").resolve()):
             place.rename(old)
         elif place.is_dir():
             shutil.copytree(place, old)
@@ -5684,7 +5686,7 @@ def describe_run(cfg: Config, devices: Devices, shape: tuple[int, int, int], num
     """What is about to happen, in a few lines."""
     total, per_epoch, batch = training_length(cfg, images)
     length = f"{total:,} steps of {batch} images ({total / per_epoch:.4g} epochs)"
-    if cfg.train_minutes and not cfg.iterations:
+    if length_that_counts(vars(cfg)) == "train_minutes":
         length = f"as many steps of {batch} images as fit into {cfg.train_minutes:g} minutes"
     channels, height, width = shape
     parameters = network_size(cfg, shape, num_classes).parameters
@@ -5722,11 +5724,10 @@ def describe_dry_run(cfg: Config, devices: Devices) -> str:
     shape = image_shape(cfg, files)
 
     # What follows from it.
-    length = cfg
-    if cfg.train_minutes and not cfg.iterations:
-        length = dataclasses.replace(cfg, iterations=10**9)      # as steps_for_minutes has it
-    calls = training_length(length, images)[0] * cfg.gradient_accumulation_steps
-    compute = choose_compute(cfg, devices.device, calls)
+    steps, *_ = training_length(cfg, images)
+    if length_that_counts(vars(cfg)) == "train_minutes":
+        steps = 10**9                                            # as many as fit: the minutes decide how it computes
+    compute = choose_compute(cfg, devices.device, steps * cfg.gradient_accumulation_steps)
     batch = math.ceil(cfg.batch_size / devices.count)
     need = sum(training_memory(cfg, shape, num_classes, batch, compute.precision))
     _, warning = plan_memory(cfg, shape, num_classes, batch, compute.precision, devices.device)
@@ -5755,7 +5756,7 @@ def describe_time(cfg: Config, devices: Devices, shape: tuple[int, int, int], nu
         step = time_a_step(cfg, devices, shape, num_classes)
     except (UserError, torch.OutOfMemoryError) as error:
         return f"not measured: {first_line(error)}"
-    if cfg.train_minutes and not cfg.iterations:
+    if length_that_counts(vars(cfg)) == "train_minutes":
         length = duration(60 * cfg.train_minutes)
         if step is None:
             return length

@@ -186,12 +186,12 @@ def count_reference(against: str, test: str) -> tuple[int, int]:
     if is_dataset(against):
         spec = diffuser.DATASETS[against]
         count = spec.num_images or 10**6                         # unknown: of a dataset of one's own
-        has_test = spec.has_test
+        has_test = test or spec.has_test
     else:
         files = find_images(against)
         count = len(files)
-        has_test = files.test_part() is not None
-    return count, count if test or has_test else count - count // 6
+        has_test = test or files.test_part() is not None
+    return count, count if has_test else count - count // 6
 
 
 # ---- The judge ---------------------------------------------------------------------------------

@@ -291,6 +291,8 @@ def race(args: argparse.Namespace, stats: ReferenceStats, data: ImageData) -> It
             images, calls = trained.draw(labels)
             seconds = time.perf_counter() - start
         except Exception as error:                               # the others have trained, or will
+            if args.debug:
+                raise
             print(f"{name}, {minutes:g} minutes: failed ({first_line(diffuser.explain(error) or error)})", flush=True)
             continue
 
