@@ -819,6 +819,17 @@ def test_dry_run_tells_the_time_and_what_is_unusual(folder, capsys, monkeypatch)
     assert "time     not measured: a step of" in capsys.readouterr().out and not list(folder.iterdir())
 
 
+def test_dry_run_computes_as_the_run_will(folder, capsys, monkeypatch):
+    """Minutes say how long a run is, not the epochs that it would have without them: a long one is compiled on CUDA."""
+    asked = []
+    choose = diffuser.choose_compute
+    monkeypatch.setattr(diffuser, "choose_compute", lambda cfg, device, calls=0, *a: asked.append(calls) or choose(cfg, device, calls, *a))
+    monkeypatch.setattr(diffuser, "describe_time", lambda *a: "")
+    flags = ["--mode", "train", "--dataset", "digits", "--dry_run", "--device", "cpu"]
+    assert main([*flags, "--train_minutes", "60"]) == 0 and main([*flags, "--iterations", "50"]) == 0
+    assert asked[0] >= 20_000 and asked[1] == 50
+
+
 def test_a_time_estimated_with_part_of_a_batch(folder, monkeypatch):
     """A step is as long as the part of its batch that was tried, times the rest."""
     clock = [0.0]

@@ -219,6 +219,15 @@ def test_other_convolutions_are_left_to_torch(channels, side, options):
     assert "Conv3x3SmallSpatial" not in type(out.grad_fn).__name__
 
 
+def test_a_convolution_without_a_bias_is_left_to_torch():
+    """As a network of one's own may have it."""
+    convolution = Conv3x3(128, 20)
+    convolution.bias = None
+    x = torch.randn(2, 128, 8, 8).bfloat16()
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(fast(convolution)(x), convolution(x))
+
+
 # ---- Attention ---------------------------------------------------------------------------------
 
 

@@ -609,6 +609,16 @@ def test_read_only_folder(tmp_path):
         (tmp_path / "run").chmod(0o700)
 
 
+def test_a_grid_that_cannot_be_read_is_left_out(tmp_path):
+    """The page shows the rest."""
+    whole = len(re.findall("data:image/png", Page(make_run(tmp_path / "a")).source))
+    run = make_run(tmp_path / "b")
+    broken = sorted(run.glob("epoch_*.png"))[0]
+    broken.unlink()
+    broken.mkdir()
+    assert len(re.findall("data:image/png", Page(run).source)) == whole - 1
+
+
 def test_loss_too_large_to_draw(tmp_path):
     """A loss that no axis can hold is left out and counted; the largest of 32 bits is drawn."""
     (tmp_path / "metrics.csv").write_text("step,loss\n1,1e308\n2,0.5\n1e200,0.4\n")
