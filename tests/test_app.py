@@ -157,6 +157,7 @@ def window(browser, server):
 
 def test_drawing_is_watched_and_repeated_on_the_command_line(window, server):
     """Pictures come out of the noise as they are drawn; the ZIP file is what the command shown writes, to the byte."""
+    window.page.locator(".thumbnail:visible img").first.wait_for()          # comes with the checkpoint's own settings
     window.page.get_by_label("3", exact=True).check()
     window.page.get_by_label("8", exact=True).check()
     window.page.get_by_label("images").first.fill("4")
