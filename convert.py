@@ -618,6 +618,7 @@ def from_diffusers(folder: str, checkpoint: str, class_names: str | None = None,
     """
     # Read what is there.
     target = require_free_checkpoint(checkpoint)
+    asked_size = diffuser.parse_value("img_size", img_size) if img_size else None
     home = Path(folder)
     notes = []
     theirs = read_unet2d(home)
@@ -625,7 +626,7 @@ def from_diffusers(folder: str, checkpoint: str, class_names: str | None = None,
     extras = read_extras(home)
 
     # Find the configuration that computes the same.
-    height, width = image_size(img_size, theirs, folder)
+    height, width = asked_size or own_image_size(theirs, folder)
     try:
         known = diffuser.configure(extras.config) if extras.config else None
     except UserError as error:
@@ -658,11 +659,9 @@ def from_diffusers(folder: str, checkpoint: str, class_names: str | None = None,
     return "\n".join(notes)
 
 
-def image_size(given: str | None, theirs, folder: str) -> tuple[int, int]:
-    """Height and width of the images: as given, else as the network's config has it. Raises UserError."""
+def own_image_size(theirs, folder: str) -> tuple[int, int]:
+    """Height and width of the images by the network's config. Raises UserError where they are not in it."""
     size = theirs.config.sample_size
-    if given:
-        size = diffuser.parse_value("img_size", given)
     if size is None:
         raise UserError(f"{folder} does not tell the size of its images: give --img_size")
     if isinstance(size, (tuple, list)):

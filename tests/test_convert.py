@@ -192,6 +192,12 @@ def test_foreign_networks_without_a_counterpart_are_refused_with_the_reason(opti
     assert not (folder / "here.pt").exists()
 
 
+def test_an_img_size_is_looked_at_before_the_weights_are_read(folder):
+    """A mistake costs no minute of reading: a folder that cannot even be read gets the same line."""
+    with pytest.raises(UserError, match="--img_size wants"):
+        convert.from_diffusers("nowhere", "here.pt", img_size="large")
+
+
 def test_the_layout_and_names_of_the_oldest_models(folder):
     """google's files: no subfolders, a pickle of weights, attention with the names of 2022."""
     theirs = foreign(dict(FACES, block_out_channels=(32, 32, 32, 32, 64, 64), sample_size=64))
