@@ -157,12 +157,12 @@ def window(browser, server):
 
 def test_drawing_is_watched_and_repeated_on_the_command_line(window, server):
     """Pictures come out of the noise as they are drawn; the ZIP file is what the command shown writes, to the byte."""
-    window.page.locator(".thumbnail:visible img").first.wait_for()          # comes with the checkpoint's own settings
     window.page.get_by_label("3", exact=True).check()
     window.page.get_by_label("8", exact=True).check()
     window.page.get_by_label("images").first.fill("4")
     window.page.get_by_text("How it is drawn", exact=True).first.click()
-    window.page.get_by_role("spinbutton", name=re.compile("steps")).first.fill("100")
+    steps = window.page.get_by_role("spinbutton", name=re.compile("steps"))
+    steps.and_(window.page.locator("[max='100']")).first.fill("100")        # once the checkpoint's own settings are there
     window.click("draw")
     seen = set()
     while not window.page.get_by_role("button", name="download as ZIP").locator("visible=true").count():

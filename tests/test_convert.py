@@ -194,7 +194,7 @@ def test_foreign_networks_without_a_counterpart_are_refused_with_the_reason(opti
 
 def test_an_img_size_is_looked_at_before_the_weights_are_read(folder):
     """A mistake costs no minute of reading: a folder that cannot even be read gets the same line."""
-    with pytest.raises(UserError, match="--img_size wants"):
+    with pytest.raises(UserError, match="img_size wants"):
         convert.from_diffusers("nowhere", "here.pt", img_size="large")
 
 
