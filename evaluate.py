@@ -448,7 +448,7 @@ def build_parser() -> Parser:
     parser.add_argument("--test", default="", metavar="PATH",
                         help="folder or file of other real images to test with [a test part of --against, or a sixth]")
     parser.add_argument("--metrics", default="", metavar="NAME,NAME",
-                        help="judge, fid, kid, is, pr [judge for named datasets, else fid]")
+                        help="judge, fid, kid, is, pr [judge for named datasets and with --test, else fid]")
     parser.add_argument("--copies", nargs="?", const="copies.html", default="", metavar="PATH",
                         help="find each image's nearest training image, and write a page of them [copies.html]")
     parser.add_argument("--bpd", default="", metavar="CKPT", help="bits per dimension of the model in this checkpoint")
@@ -470,7 +470,7 @@ def choose_metrics(args: argparse.Namespace) -> list[str]:
 
     Raises UserError.
     """
-    usual = "judge" if is_dataset(args.against) else "fid"
+    usual = "judge" if is_dataset(args.against) or args.test else "fid"
     names = args.metrics or usual
     metrics = []
     for name in names.split(","):
@@ -519,6 +519,8 @@ def choose_possible(metrics: list[str], generated: int, real: int, trained_on: i
     possible = [metric for metric, problem in problems.items() if not problem]
     left_out = [problem for problem in problems.values() if problem]
     if not possible:
+        if "distance" not in metrics and not too_few_for("distance", generated, real, trained_on, args):
+            left_out[-1] += "; --metrics judge needs fewer images"
         raise UserError("\n".join(dict.fromkeys(left_out)))
     for problem in left_out:
         warn(f"evaluate: left out: {problem}")

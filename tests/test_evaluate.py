@@ -433,6 +433,20 @@ def test_nothing_is_done_where_nothing_can_come_of_it(folder, monkeypatch, capsy
     assert words in errors and "unexpected" not in errors
 
 
+def test_the_judge_is_taken_with_other_images_to_test_with_and_offered_where_fid_needs_more(folder, monkeypatch, capsys):
+    """--test is for the judge, so it needs no --metrics; 140 images are enough for it and too few for FID."""
+    reference = evaluate.load_reference("digits", "data", (1, 8, 8))
+    for name, count in (("real", 200), ("other", 150), ("drawn", 140)):
+        part = ImageData(reference.test.images[:count], reference.test.labels[:count], reference.test.class_names)
+        save_images(folder / name, part, diffuser.DIGITS)
+    assert evaluate.main(["drawn", "--against", "real"]) == 2
+    assert capsys.readouterr().err.endswith("; --metrics judge needs fewer images\n")
+
+    monkeypatch.setattr(judge, "train_classifier", lambda *a: judge.Classifier((1, 8, 8), 10).eval())
+    assert evaluate.main(["drawn", "--against", "real", "--test", "other"]) == 0
+    assert {"accuracy", "distance"} <= set(capsys.readouterr().out.split())
+
+
 def test_what_can_be_computed_is(folder, monkeypatch, capsys):
     """Accuracy needs no covariance: of a hundred images it is told, before the judge is trained that the distance is not;
     a judge that cannot be kept is no reason to stop."""
