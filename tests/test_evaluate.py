@@ -407,11 +407,11 @@ def test_a_mistyped_command_line_is_one_line(arguments, words, capsys):
     assert error.startswith("evaluate: ") and error.count("\n") == 1 and words in error
 
 
-def small_folders(folder, with_names):
-    """Folders with 100 and with 40 digits, with or without their classes in the file names."""
+def small_folders(folder, with_names, **counts):
+    """Folders of so many digits each, with or without their classes in the file names."""
     reference = evaluate.load_reference("digits", "data", (1, 8, 8))
     names = diffuser.DIGITS if with_names else [""] * 10
-    for name, count in (("hundred", 100), ("forty", 40)):
+    for name, count in counts.items():
         part = ImageData(reference.test.images[:count], reference.test.labels[:count], reference.test.class_names)
         save_images(folder / name, part, names)
 
@@ -424,7 +424,7 @@ def small_folders(folder, with_names):
     (["hundred", "--against", "digits", "--data_dir", "hundred/images/000000_.png"], "--data_dir")])
 def test_nothing_is_done_where_nothing_can_come_of_it(folder, monkeypatch, capsys, flags, words):
     """Counts, packages and places to write to come first: no judge is trained for an error."""
-    small_folders(folder, with_names="--data_dir" in flags)
+    small_folders(folder, with_names="--data_dir" in flags, hundred=100, forty=40)
     if "--data_dir" in flags:
         flags = [*flags[:-1], "hundred/images/" + min(path.name for path in (folder / "hundred/images").iterdir())]
     monkeypatch.setattr(judge, "train_classifier", None)
@@ -435,10 +435,7 @@ def test_nothing_is_done_where_nothing_can_come_of_it(folder, monkeypatch, capsy
 
 def test_the_judge_is_taken_with_other_images_to_test_with_and_offered_where_fid_needs_more(folder, monkeypatch, capsys):
     """--test is for the judge, so it needs no --metrics; 140 images are enough for it and too few for FID."""
-    reference = evaluate.load_reference("digits", "data", (1, 8, 8))
-    for name, count in (("real", 200), ("other", 150), ("drawn", 140)):
-        part = ImageData(reference.test.images[:count], reference.test.labels[:count], reference.test.class_names)
-        save_images(folder / name, part, diffuser.DIGITS)
+    small_folders(folder, with_names=True, real=200, other=150, drawn=140)
     assert evaluate.main(["drawn", "--against", "real"]) == 2
     assert capsys.readouterr().err.endswith("; --metrics judge needs fewer images\n")
 
@@ -450,7 +447,7 @@ def test_the_judge_is_taken_with_other_images_to_test_with_and_offered_where_fid
 def test_what_can_be_computed_is(folder, monkeypatch, capsys):
     """Accuracy needs no covariance: of a hundred images it is told, before the judge is trained that the distance is not;
     a judge that cannot be kept is no reason to stop."""
-    small_folders(folder, with_names=True)
+    small_folders(folder, with_names=True, hundred=100)
     told = []
     monkeypatch.setattr(judge, "train_classifier", lambda *a: told.append(capsys.readouterr().err)
                         or judge.Classifier((1, 8, 8), 10).eval())
