@@ -4917,6 +4917,9 @@ def seconds_of(trainer: Trainer, work: Callable) -> float:
     return time.perf_counter() - before
 
 
+ENDLESS = 10**9                                                  # steps of a run by minutes, until its pace is known
+
+
 def steps_for_minutes(cfg: Config, devices: Devices, state: dict | None, deadline: float,
                       data: ImageData | None = None,
                       judge: ReferenceStats | None = None) -> tuple[Config, ComputeConfig, float]:
@@ -4925,7 +4928,7 @@ def steps_for_minutes(cfg: Config, devices: Devices, state: dict | None, deadlin
     Returns the configuration with as many iterations as fit until the deadline (a perf_counter), how the trial
     computed, and the seconds that the end of the run takes after its last step.
     """
-    endless = dataclasses.replace(cfg, iterations=10**9)
+    endless = dataclasses.replace(cfg, iterations=ENDLESS)
     trainer = Trainer(endless, devices, copy.deepcopy(state), data=data)
     first = trainer.step
 
@@ -5726,7 +5729,7 @@ def describe_dry_run(cfg: Config, devices: Devices) -> str:
     # What follows from it.
     steps, *_ = training_length(cfg, images)
     if length_that_counts(vars(cfg)) == "train_minutes":
-        steps = 10**9                                            # as many as fit: the minutes decide how it computes
+        steps = ENDLESS
     compute = choose_compute(cfg, devices.device, steps * cfg.gradient_accumulation_steps)
     batch = math.ceil(cfg.batch_size / devices.count)
     need = sum(training_memory(cfg, shape, num_classes, batch, compute.precision))
